@@ -1,0 +1,10 @@
+"""Learned few-step solvers for diffusion and flow models: drop-in schedulers for Hugging Face diffusers."""
+
+# diffusers looks for SchedulerMixin in the package a saved pipeline names; without it a reload fails.
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .core.table import SolverTable
+from .schedulers.dyweight import DyWeightScheduler
+from .version import __version__
+
+__all__ = ["DyWeightScheduler", "SchedulerMixin", "SolverTable", "__version__"]

@@ -1,0 +1,101 @@
+"""The artefact: solver tables as a page of JSON inside ``scheduler_config.json``.
+
+    "tables": {"5": {"weights": [[1.0], [1.4, -0.4], ...], "time_scale": [...], "grid": {...}, "afs": false,
+                     "provenance": {...}}}
+
+Keyed by ``num_inference_steps``. Row i of ``weights`` lists min(i + 1, K) numbers, newest derivative first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .core.table import SolverTable
+from .version import __version__
+
+_KEYS = {"weights", "time_scale", "grid", "afs", "provenance"}
+
+
+def table_to_json(table: SolverTable) -> dict[str, Any]:
+    """The JSON form of a table; floats survive bit for bit."""
+    rows = table.weights.detach().double().tolist()
+    return {
+        "weights": [row[: i + 1] for i, row in enumerate(rows)],
+        "time_scale": table.time_scale.detach().double().tolist(),
+        "grid": dict(table.grid),
+        "afs": table.afs,
+        "provenance": dict(table.provenance),
+    }
+
+
+def table_from_json(data: Mapping[str, Any]) -> SolverTable:
+    """Read one table.
+
+    Raises:
+        ValueError: missing keys, ragged in another way than row i having min(i + 1, K) numbers, or anything that
+            :class:`SolverTable` refuses.
+    """
+    if not isinstance(data, Mapping) or not _KEYS - {"afs", "provenance", "time_scale"} <= data.keys():
+        raise ValueError("a table is a mapping with at least 'weights' and 'grid'")
+    if unknown := sorted(data.keys() - _KEYS):
+        warnings.warn(
+            f"Solver table has keys this version does not know: {unknown}. They are ignored; "
+            "if results look wrong, upgrade: pip install -U dywspan.",
+            stacklevel=2,
+        )
+    rows = data["weights"]
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
+        raise ValueError("weights must be a non-empty list of non-empty rows")
+    order = max(map(len, rows))
+    weights = torch.zeros(len(rows), order, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        if len(row) != min(i + 1, order):
+            raise ValueError(f"weights row {i} must have {min(i + 1, order)} numbers (K = {order}); it has {len(row)}")
+        weights[i, : len(row)] = _numbers(row, f"weights row {i}")
+    scale = _numbers(data.get("time_scale") or [1.0] * len(rows), "time_scale")
+    return SolverTable(weights, scale, data["grid"], bool(data.get("afs", False)), data.get("provenance") or {})
+
+
+def read_tables(tables: Mapping[str, Any] | None) -> dict[int, SolverTable]:
+    """All tables of an artefact, keyed by ``num_inference_steps``; errors name the table."""
+    result = {}
+    for key, data in (tables or {}).items():
+        try:
+            table = table_from_json(data)
+            if str(table.num_inference_steps) != str(key):
+                raise ValueError(f"it holds a table for {table.num_inference_steps} network evaluations")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f'Damaged solver table "{key}": {error}. Download or distil it again.') from error
+        result[table.num_inference_steps] = table
+    return result
+
+
+def warn_if_newer(version: str | None) -> None:
+    """A file written by a later release may mean something this one does not know."""
+    if version and _release(version) > _release(__version__):
+        warnings.warn(
+            f"This solver was written by dywspan {version}, newer than the installed {__version__}. "
+            "If it fails or looks wrong, upgrade: pip install -U dywspan.",
+            stacklevel=3,
+        )
+
+
+def compact(text: str) -> str:
+    """Put every innermost list of numbers of an indented JSON text on one line, so that a table reads as one."""
+    return re.sub(r"\[[\d\s.,eE+-]*\]", lambda m: json.dumps(json.loads(m[0])), text)
+
+
+def _numbers(values: Any, name: str) -> torch.Tensor:
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        raise ValueError(f"{name} must hold numbers only; got {values!r}")
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])

@@ -1,0 +1,1 @@
+"""The maths: pure torch, no diffusers, no I/O."""

@@ -1,0 +1,96 @@
+"""SolverTable: the learned numbers of one solver for one number of steps, which validate themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bases import BASES, MAX_ORDER
+from .grid import make_grid
+from .prediction import Prediction
+from .step import Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class SolverTable:
+    """A DyWeight table (W, s) and the grid it belongs to.
+
+    Attributes:
+        weights: (N, K) w_ij, column j multiplies the j-th newest derivative; entries with j > i are zero.
+        time_scale: (N,) s_i > 0; with AFS the first entry is never used.
+        grid: the nominal grid, see :func:`dywspan.core.grid.make_grid`.
+        afs: the first step needs no network call, so N steps cost N - 1 evaluations.
+        provenance: where it comes from (base model, guidance scale, teacher, loss, errors, version): free JSON.
+
+    Raises:
+        ValueError: wrong shapes, non-finite numbers, weights on derivatives that do not exist.
+    """
+
+    weights: Tensor
+    time_scale: Tensor
+    grid: Mapping[str, Any]
+    afs: bool = False
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.weights.ndim != 2 or 0 in self.weights.shape:
+            raise ValueError(f"weights must be an N x K table; got shape {tuple(self.weights.shape)}.")
+        n, _ = self.weights.shape
+        if self.time_scale.shape != (n,):
+            raise ValueError(f"time_scale needs one entry per step ({n}); got shape {tuple(self.time_scale.shape)}.")
+        for name, values in (("weights", self.weights), ("time_scale", self.time_scale)):
+            if not bool(values.detach().isfinite().all()):
+                raise ValueError(f"{name} must be finite; got {values.tolist()}.")
+        if not bool((self.time_scale.detach() > 0).all()):
+            raise ValueError(f"time_scale must be positive; got {self.time_scale.tolist()}.")
+        if bool(self.weights.detach().triu(1)[: self.weights.shape[1]].any()):
+            raise ValueError("weights on derivatives that do not exist yet (j > i) must be zero.")
+        if self.afs and n < 2:
+            raise ValueError("An AFS table needs at least two steps: the first one costs no evaluation.")
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Network evaluations: what a pipeline calls ``num_inference_steps``."""
+        return len(self.weights) - self.afs
+
+    @classmethod
+    def initial(
+        cls,
+        num_inference_steps: int,
+        order: int,
+        grid: Mapping[str, Any],
+        prediction: Prediction,
+        *,
+        base: str = "ipndm",
+        afs: bool = False,
+        mu: float | None = None,
+    ) -> SolverTable:
+        """An untrained table: the base solver's weights on the grid, s = 1."""
+        if base not in BASES:
+            raise ValueError(f"Unknown base solver {base!r}: use one of {sorted(BASES)}.")
+        n = num_inference_steps + afs
+        sigmas = make_grid(grid, n, prediction, mu)
+        rows = BASES[base](sigmas, prediction.signal(sigmas), min(order, MAX_ORDER[base]))
+        weights = torch.zeros(n, order, dtype=torch.float64)
+        columns = min(order, rows.shape[1])
+        weights[:, :columns] = rows[:, :columns]
+        return cls(weights, torch.ones(n, dtype=torch.float64), dict(grid), afs)
+
+    def schedule(self, prediction: Prediction, mu: float | None = None) -> Schedule:
+        """The table on its grid.
+
+        Raises:
+            ValueError: the learned numbers lead to a level at which a network cannot be asked.
+        """
+        sigmas = make_grid(self.grid, len(self.weights), prediction, mu)
+        schedule = Schedule.from_weights(sigmas, self.weights.double(), self.time_scale.double(), self.afs)
+        if not bool((schedule.queries.detach() > 0).all()):
+            raise ValueError(
+                f"The table's calibrated levels must be positive; got {schedule.queries.tolist()}. "
+                "Check that the weights belong to this grid."
+            )
+        return schedule

@@ -1,0 +1,1 @@
+"""Schedulers: the solvers behind diffusers' interface."""
