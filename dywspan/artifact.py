@@ -58,19 +58,23 @@ def table_from_json(data: Mapping[str, Any]) -> SolverTable:
         if len(row) != min(i + 1, order):
             raise ValueError(f"weights row {i} must have {min(i + 1, order)} numbers (K = {order}); it has {len(row)}")
         weights[i, : len(row)] = _numbers(row, f"weights row {i}")
-    scale = _numbers(data.get("time_scale") or [1.0] * len(rows), "time_scale")
-    return SolverTable(weights, scale, data["grid"], bool(data.get("afs", False)), data.get("provenance") or {})
+    scale = _numbers(data.get("time_scale", [1.0] * len(rows)), "time_scale")
+    if not isinstance(afs := data.get("afs", False), bool):
+        raise ValueError(f"afs must be true or false; got {afs!r}")
+    return SolverTable(weights, scale, data["grid"], afs, data.get("provenance") or {})
 
 
 def read_tables(tables: Mapping[str, Any] | None) -> dict[int, SolverTable]:
     """All tables of an artefact, keyed by ``num_inference_steps``; errors name the table."""
+    if not isinstance(tables, Mapping | None):
+        raise ValueError(f"tables must map numbers of steps to tables; got a {type(tables).__name__}.")
     result = {}
     for key, data in (tables or {}).items():
         try:
             table = table_from_json(data)
             if str(table.num_inference_steps) != str(key):
                 raise ValueError(f"it holds a table for {table.num_inference_steps} network evaluations")
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f'Damaged solver table "{key}": {error}. Download or distil it again.') from error
         result[table.num_inference_steps] = table
     return result
@@ -78,7 +82,7 @@ def read_tables(tables: Mapping[str, Any] | None) -> dict[int, SolverTable]:
 
 def warn_if_newer(version: str | None) -> None:
     """A file written by a later release may mean something this one does not know."""
-    if version and _release(version) > _release(__version__):
+    if version and release(version) > release(__version__):
         warnings.warn(
             f"This solver was written by dywspan {version}, newer than the installed {__version__}. "
             "If it fails or looks wrong, upgrade: pip install -U dywspan.",
@@ -88,14 +92,16 @@ def warn_if_newer(version: str | None) -> None:
 
 def compact(text: str) -> str:
     """Put every innermost list of numbers of an indented JSON text on one line, so that a table reads as one."""
-    return re.sub(r"\[[\d\s.,eE+-]*\]", lambda m: json.dumps(json.loads(m[0])), text)
+    # The line break after the bracket tells a list from a text that looks like one: JSON texts have none.
+    return re.sub(r"\[\n[\d\s.,eE+-]*\]", lambda m: json.dumps(json.loads(m[0])), text)
 
 
 def _numbers(values: Any, name: str) -> torch.Tensor:
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+    if not isinstance(values, list) or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         raise ValueError(f"{name} must hold numbers only; got {values!r}")
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
+    """(major, minor, patch) of a version string."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])

@@ -92,7 +92,7 @@ def dpmpp(sigmas: Tensor, alphas: Tensor, order: int = 2, lower_order_final: boo
             for start, s, b in zip([1.0, 0.0, 0.0], slope, bend)
         ]
 
-    return _from_data_prediction(sigmas, combine)
+    return from_data_prediction(sigmas, combine)
 
 
 def unipc(sigmas: Tensor, alphas: Tensor, order: int = 2, lower_order_final: bool = False) -> Tensor:
@@ -121,7 +121,7 @@ def unipc(sigmas: Tensor, alphas: Tensor, order: int = 2, lower_order_final: boo
         slopes = [p / r for p, r in zip(rho, ratios)]
         return [1 - sum(slopes), *slopes]
 
-    return _from_data_prediction(sigmas, combine)
+    return from_data_prediction(sigmas, combine)
 
 
 BASES: dict[str, Callable[..., Tensor]] = {
@@ -160,7 +160,7 @@ def _log_snr(sigmas: Tensor, alphas: Tensor) -> list[float]:
     return (alphas.double().log() - sigmas.double().log()).tolist()
 
 
-def _from_data_prediction(sigmas: Tensor, combine: Callable[[int], Sequence[float]]) -> Tensor:
+def from_data_prediction(sigmas: Tensor, combine: Callable[[int], Sequence[float]]) -> Tensor:
     """Re-express x' = r x + (1 - r) sum_j c_j D_{i-j}, r = sigma'/sigma, over derivatives: D_k = x_k - sigma_k d_k.
 
     1 - r = alpha' (1 - e^-h) in both frames. Each x_k is x_0 plus a linear form in d_0..d_{k-1}; the table is the

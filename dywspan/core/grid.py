@@ -87,6 +87,8 @@ def make_grid(spec: Mapping[str, Any], n: int, prediction: Prediction, mu: float
     Raises:
         ValueError: unknown name or parameter, wrong number of levels, levels that are not finite and decreasing.
     """
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"A grid is a mapping such as {{'name': 'flow'}} or {{'sigmas': [...]}}; got {spec!r}.")
     params = dict(spec)
     if "sigmas" in params:
         sigmas = torch.as_tensor(params["sigmas"], dtype=torch.float64)
@@ -103,7 +105,7 @@ def make_grid(spec: Mapping[str, Any], n: int, prediction: Prediction, mu: float
             raise ValueError(f"Grid {name!r} has no parameter {unknown}: it takes {sorted(known.keys() - {'n'})}.")
         try:
             sigmas = GRIDS[name](n, **params)
-        except TypeError as error:
+        except (TypeError, ArithmeticError, RuntimeError) as error:
             raise ValueError(f"Grid {name!r}: {error}.") from error
     if sigmas.shape != (n + 1,):
         raise ValueError(f"A grid for {n} steps has {n + 1} levels; got {tuple(sigmas.shape)} from {dict(spec)}.")

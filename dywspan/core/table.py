@@ -11,8 +11,11 @@ from torch import Tensor
 
 from .bases import BASES, MAX_ORDER
 from .grid import make_grid
-from .prediction import Prediction
+from .prediction import Epsilon, Prediction
 from .step import Schedule
+
+# Grid "discrete" needs a network: this one serves to check its name and parameters before the real one is known.
+_SOME_NETWORK = Epsilon(torch.linspace(0.999, 0.001, 1000, dtype=torch.float64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +30,7 @@ class SolverTable:
         provenance: where it comes from (base model, guidance scale, teacher, loss, errors, version): free JSON.
 
     Raises:
-        ValueError: wrong shapes, non-finite numbers, weights on derivatives that do not exist.
+        ValueError: wrong shapes, non-finite numbers, weights on derivatives that do not exist, no such grid.
     """
 
     weights: Tensor
@@ -51,6 +54,7 @@ class SolverTable:
             raise ValueError("weights on derivatives that do not exist yet (j > i) must be zero.")
         if self.afs and n < 2:
             raise ValueError("An AFS table needs at least two steps: the first one costs no evaluation.")
+        make_grid(self.grid, n, _SOME_NETWORK)
 
     @property
     def num_inference_steps(self) -> int:
@@ -78,6 +82,8 @@ class SolverTable:
         weights = torch.zeros(n, order, dtype=torch.float64)
         columns = min(order, rows.shape[1])
         weights[:, :columns] = rows[:, :columns]
+        # A base that looks back further than K: the rest goes to the oldest derivative, so that rows keep their sum.
+        weights[:, columns - 1] += rows[:, columns:].sum(1)
         return cls(weights, torch.ones(n, dtype=torch.float64), dict(grid), afs)
 
     def schedule(self, prediction: Prediction, mu: float | None = None) -> Schedule:
@@ -90,7 +96,8 @@ class SolverTable:
         schedule = Schedule.from_weights(sigmas, self.weights.double(), self.time_scale.double(), self.afs)
         if not bool((schedule.queries.detach() > 0).all()):
             raise ValueError(
-                f"The table's calibrated levels must be positive; got {schedule.queries.tolist()}. "
+                f"The table for num_inference_steps={self.num_inference_steps} asks the network at noise levels "
+                f"{schedule.queries.tolist()}; all must be positive. "
                 "Check that the weights belong to this grid."
             )
         return schedule

@@ -65,6 +65,8 @@ class Host:
         return name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
 
     def _prediction(self, kind: str, name: str, config: Mapping[str, Any]) -> Prediction:
+        if config.get("timestep_type") == "continuous" and kind == "v_prediction":  # Stable Video Diffusion
+            return PREDICTIONS["edm"](1.0, velocity=True)  # type: ignore[call-arg]
         if name.startswith("EDM"):
             return PREDICTIONS["edm"](config.get("sigma_data", 0.5), velocity=kind == "v_prediction")  # type: ignore[call-arg]
         if kind == "flow_prediction":

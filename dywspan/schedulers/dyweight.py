@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -111,15 +112,42 @@ class DyWeightScheduler(SchedulerMixin, ConfigMixin):
                     config["prediction_type"] = "flow_prediction"
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
+    @classmethod
+    def load_config(
+        cls,
+        pretrained_model_name_or_path: Any,
+        return_unused_kwargs: bool = False,
+        return_commit_hash: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As diffusers', and a connection that breaks is an ``OSError`` that names the repository, like its others."""
+        try:
+            return super().load_config(
+                pretrained_model_name_or_path, return_unused_kwargs, return_commit_hash=return_commit_hash, **kwargs
+            )
+        except Exception as error:
+            # huggingface_hub lets its HTTP library's errors through, and has changed libraries.
+            if not type(error).__module__.startswith("httpx"):
+                raise
+            raise OSError(
+                f"The download of {pretrained_model_name_or_path} broke off ({error}). Try again, or use what is "
+                "in the cache: local_files_only=True."
+            ) from error
+
     def to_json_string(self) -> str:
         return compact(super().to_json_string())
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Atomic: a reader sees the old file or the new one, never half of it."""
         partial = f"{os.fspath(json_file_path)}.{os.getpid()}.tmp"
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(self.to_json_string())
-        os.replace(partial, json_file_path)
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                file.write(self.to_json_string())
+            os.replace(partial, json_file_path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(partial)
+            raise
 
     def with_tables(self, tables: Sequence[SolverTable]) -> DyWeightScheduler:
         """A copy that holds ``tables`` besides its own (same step count: replaced)."""
@@ -165,8 +193,14 @@ class DyWeightScheduler(SchedulerMixin, ConfigMixin):
             mu: the pipeline's resolution-dependent shift.
 
         Raises:
-            ValueError: no table for this number of steps and no classical solver to fall back on.
+            ValueError: no table for this number of steps and no classical solver to fall back on, or ``timesteps`` and
+                ``sigmas`` given together.
         """
+        if timesteps is not None and sigmas is not None:
+            raise ValueError(
+                "Times apart from levels (timesteps and sigmas given together, as CogView4 and GLM-Image do) are not "
+                "supported: the network's time must follow from its noise level. Give one of them."
+            )
         custom = sigmas if sigmas is not None else timesteps
         n = int(num_inference_steps) if num_inference_steps is not None else len(custom) if custom is not None else 0
         if n < 1:
@@ -227,7 +261,8 @@ class DyWeightScheduler(SchedulerMixin, ConfigMixin):
         self._levels = _scalars(levels)
         self._queries = _scalars(queries)
         self._rows = list(schedule.increments) if schedule.increments.requires_grad else schedule.increments.tolist()
-        self._start = float((start * scales[self._skipped]).detach())
+        start = start * scales[self._skipped]
+        self._start = start if start.requires_grad else float(start)
         times = prediction.timestep(queries[self._skipped :])
         self._times: list[float] = times.detach().float().tolist()
         self.timesteps = self._clock = times.to(torch.float32).to(device)
@@ -243,8 +278,11 @@ class DyWeightScheduler(SchedulerMixin, ConfigMixin):
         self._noise_is_raw = True
 
     @property
-    def init_noise_sigma(self) -> float:
-        """What unit noise is multiplied by to become the first sample: start level, input scale and AFS in one."""
+    def init_noise_sigma(self) -> float | Tensor:
+        """What unit noise is multiplied by to become the first sample: start level, input scale and AFS in one.
+
+        A 0-dim tensor where a gradient is wanted: it depends on the first step's time scale and, with AFS, weight.
+        """
         self._noise_is_raw = False
         return self._start if self._schedule is not None else 1.0
 
@@ -389,9 +427,10 @@ class DyWeightScheduler(SchedulerMixin, ConfigMixin):
             state["_schedule"] = Schedule(s.levels.detach(), s.queries.detach(), s.increments.detach(), s.afs)
             state["_clock"] = state["timesteps"]
             for name in ("_scales", "_levels", "_queries"):
-                state[name] = [float(v) for v in getattr(self, name)]
-            state["_rows"] = [[float(c) for c in row] for row in self._rows]
-            state["_afs_factor"] = None if self._afs_factor is None else float(self._afs_factor)
+                state[name] = [_number(v) for v in getattr(self, name)]
+            state["_rows"] = [[_number(c) for c in row] for row in self._rows]
+            state["_afs_factor"] = None if self._afs_factor is None else _number(self._afs_factor)
+            state["_start"] = _number(self._start)
         return state
 
 
@@ -404,6 +443,10 @@ DyWeightScheduler.__module__ = "dywspan"
 
 def _scalars(values: Tensor) -> list[Any]:
     return list(values) if values.requires_grad else values.tolist()
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach()) if isinstance(value, Tensor) else value
 
 
 def _close(value: float, time: float) -> bool:

@@ -1,0 +1,28 @@
+# On a fresh clone: `make demo` renders the comparison, `make test` runs the tests. Both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint solvers clean
+
+demo: .venv/installed-train
+	HF_HUB_OFFLINE=1 $(BIN)/dywspan demo --output demo/demo.png --json demo/demo.json
+
+test: .venv/installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+# How examples/emoji-sd-solvers was made.
+solvers: .venv/installed-train
+	HF_HUB_OFFLINE=1 $(BIN)/dywspan distill --model examples/emoji-sd --prompts examples/prompts/emoji-train.txt \
+		--output build/emoji-sd-solvers --steps 3 5 7 --guidance-scale 4 --init euler --no-recompute --bf16
+
+.venv/installed-%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv build demo

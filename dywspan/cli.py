@@ -1,0 +1,243 @@
+"""Command line: ``dywspan demo | distill | convert | inspect``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .schedulers.dyweight import DyWeightScheduler
+from .version import __version__
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; errors a user can mend end in one line, not in a traceback."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except ModuleNotFoundError as error:
+        print(f"dywspan: {error}. This command needs more packages: pip install 'dywspan[train]'", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"dywspan: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Learned and classical solvers beside a 50-step reference: a picture and a table."""
+    from .distill.pairs import Teacher, make_pairs
+    from .distill.rollout import generators, load_pipeline, rollout
+    from .evaluate.compare import BASELINES, compare, picture
+
+    for path in (args.model, args.solvers):
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path} is not here: run in a clone of the repository, or name it by an option.")
+    pipe = load_pipeline(str(args.model))
+    call = {"guidance_scale": args.guidance_scale}
+    prompts = _lines(args.prompts, args.samples)
+    seeds = range(len(prompts))
+    teacher = Teacher(BASELINES["iPNDM(2M)"](pipe.scheduler.config), 50)
+    reference = make_pairs(pipe, teacher, prompts, seeds, call=call)
+    solvers = {name: make(pipe.scheduler.config) for name, make in BASELINES.items()}
+    solvers["DyWeight (learned)"] = DyWeightScheduler.from_pretrained(args.solvers)
+    results = compare(pipe, solvers, args.steps, reference, call=call)
+
+    shown = slice(0, args.columns)
+    _, output = rollout(
+        pipe,
+        teacher.scheduler,
+        decode=True,
+        prompt=prompts[shown],
+        generator=generators(seeds[shown]),
+        num_inference_steps=50,
+        **call,
+    )
+    rows = [("reference, 50 steps", output.images)]
+    for n in args.steps:
+        rows.append(("", []))
+        rows += [(f"{r.solver}, {n}", r.images[shown]) for r in results if r.num_inference_steps == n]
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    picture(rows, prompts[shown]).save(args.output)
+
+    print(f"\nError of the last latent to the 50-step reference (iPNDM), {len(prompts)} prompts, same noise:\n")
+    print(_markdown([r.row() for r in results]))
+    print(f"\nPicture: {args.output}")
+    if args.json:
+        _write_results(args.json, [r.row() for r in results])
+
+
+def distill(args: argparse.Namespace) -> None:
+    """Learn a table for each number of steps; the artefact grows by one table at a time."""
+    from .distill.pairs import Teacher, make_pairs
+    from .distill.rollout import load_pipeline
+    from .distill.train import AdamConfig, distill
+
+    pipe = load_pipeline(args.model)
+    call = {**args.call, **({} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale})}
+    needed = args.pairs if args.held_out_prompts else args.pairs + args.held_out
+    prompts = _lines(args.prompts, needed)
+    held_out_prompts = _lines(args.held_out_prompts, args.held_out) if args.held_out_prompts else prompts[args.pairs :]
+    config = AdamConfig(**{f.name: getattr(args, f.name) for f in fields(AdamConfig)})
+    classical = {"solver": args.teacher, "order": args.teacher_order}
+    teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, **classical), args.teacher_steps)
+    made = {"call": call, "cache": Path(args.output) / "cache"}
+    # Three ranges of seeds that never meet: the demo's and a user's small ones, held-out pairs, training pairs.
+    held_out = make_pairs(pipe, teacher, held_out_prompts, range(10**6, 10**6 + args.held_out), **made)
+    train = make_pairs(pipe, teacher, prompts[: args.pairs], range(2 * 10**6, 2 * 10**6 + args.pairs), **made)
+
+    has_artefact = (Path(args.output) / DyWeightScheduler.config_name).exists()
+    scheduler: Any = DyWeightScheduler.from_config(pipe.scheduler.config)
+    if has_artefact:
+        scheduler = DyWeightScheduler.from_pretrained(args.output)
+    for n in args.steps:
+        table = distill(pipe, teacher, train, held_out, n, call=call, config=config, grid=args.grid)
+        scheduler = scheduler.with_tables([table])
+        scheduler.save_pretrained(args.output)
+        error = table.provenance["held_out_error"]
+        print(f"{n} steps: held-out error {error['before']:.4f} -> {error['after']:.4f}, saved to {args.output}")
+    if args.push_to_hub:
+        scheduler.push_to_hub(args.push_to_hub)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Turn published solvers into an artefact, without executing anything they hold."""
+    from .published import convert
+
+    scheduler = convert(args.source, args.destination, **{k: v for k, v in args.overrides.items() if v is not None})
+    print(f"{args.destination}: solvers for {sorted(scheduler.tables)} steps")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Print the tables of an artefact: weights, row sums, time scale, calibrated levels, timesteps."""
+    scheduler: Any = DyWeightScheduler.from_pretrained(args.artefact)
+    for n, table in sorted(scheduler.tables.items()):
+        scheduler.set_timesteps(n)
+        schedule = table.schedule(scheduler.host.prediction)
+        print(f"{n} steps, grid {dict(table.grid)}{', AFS' if table.afs else ''}")
+        columns = [f"w[i-{j}]" if j else "w[i]" for j in range(table.weights.shape[1])]
+        rows = []
+        for i, (weights, s) in enumerate(zip(table.weights, table.time_scale)):
+            row: dict[str, Any] = {
+                "i": i,
+                **{c: float(w) for c, w in zip(columns, weights)},
+                "sum": float(weights.sum()),
+            }
+            row |= {"s": float(s), "sigma~": float(schedule.levels[i]), "tau": float(schedule.queries[i])}
+            row["timestep"] = float(scheduler.timesteps[i - table.afs]) if i >= table.afs else float("nan")
+            rows.append(row)
+        print(_markdown(rows))
+        if error := table.provenance.get("held_out_error"):
+            print(f"held-out error {error['before']:.5f} -> {error['after']:.5f}")
+        print()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("dywspan", description="Learned few-step solvers for diffusers pipelines.")
+    parser.add_argument("--version", action="version", version=f"dywspan {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=run.__doc__, description=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("demo", demo)
+    sub.add_argument("--model", default=EXAMPLES / "emoji-sd")
+    sub.add_argument("--solvers", default=EXAMPLES / "emoji-sd-solvers")
+    sub.add_argument("--prompts", default=EXAMPLES / "prompts" / "emoji-held-out.txt")
+    sub.add_argument("--steps", type=int, nargs="+", default=[3, 5, 7])
+    sub.add_argument("--samples", type=int, default=48, help="prompts the table is measured on")
+    sub.add_argument("--columns", type=int, default=10, help="prompts the picture shows")
+    sub.add_argument("--guidance-scale", type=float, default=4.0)
+    sub.add_argument("--output", default="demo.png")
+    sub.add_argument("--json", help="also write the table here")
+
+    sub = command("distill", distill)
+    sub.add_argument("--model", required=True, help="pipeline: a directory or a Hub id")
+    sub.add_argument("--prompts", required=True, help="text file, one prompt a line")
+    sub.add_argument("--held-out-prompts", help="another one for the held-out pairs; else the lines after --pairs")
+    sub.add_argument("--output", required=True, help="directory of the artefact")
+    sub.add_argument("--steps", type=int, nargs="+", default=[5], help="numbers of steps to learn a table for")
+    sub.add_argument("--guidance-scale", type=float)
+    sub.add_argument("--call", type=json.loads, default={}, help="further arguments of the pipeline's call, as JSON")
+    sub.add_argument("--grid", type=json.loads, help='nominal grid as JSON, e.g. {"name": "flow", "shift": 3}')
+    sub.add_argument("--teacher", default="ipndm", help="classical solver")
+    sub.add_argument("--teacher-steps", type=int, default=50)
+    sub.add_argument("--teacher-order", type=int, default=2)
+    sub.add_argument("--pairs", type=int, default=256, help="teacher pairs to learn from")
+    sub.add_argument("--held-out", type=int, default=64, help="teacher pairs to choose the best table by")
+    sub.add_argument("--push-to-hub", metavar="REPO", help="upload the artefact to this Hub repository")
+    _add_config(sub)
+
+    sub = command("convert", convert)
+    sub.add_argument("source", help="DyWeight .pt or .pkl file, or a directory of them")
+    sub.add_argument("destination", help="directory of the artefact")
+    sub.add_argument("--grid", type=json.loads, help="overrides the file's grid, as JSON")
+    sub.add_argument("--sigma-min", type=float, help="overrides the file's range")
+    sub.add_argument("--sigma-max", type=float)
+    sub.set_defaults(run=lambda a: convert(_with_overrides(a)))
+
+    sub = command("inspect", inspect)
+    sub.add_argument("artefact", help="a directory or a Hub id")
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of the optimiser's configuration, with its default."""
+    from .distill.train import AdamConfig
+
+    for field in fields(AdamConfig):
+        name = "--" + field.name.replace("_", "-")
+        if isinstance(field.default, bool):
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default)
+        else:
+            parser.add_argument(name, type=type(field.default), default=field.default)
+
+
+def _with_overrides(args: argparse.Namespace) -> argparse.Namespace:
+    args.overrides = {"grid": args.grid, "sigma_min": args.sigma_min, "sigma_max": args.sigma_max}
+    return args
+
+
+def _lines(path: str | os.PathLike[str], count: int) -> list[str]:
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(lines) < count:
+        raise ValueError(f"{path} has {len(lines)} prompts, {count} are needed: add some, or lower --pairs.")
+    return lines[:count]
+
+
+def _markdown(rows: Sequence[dict[str, Any]]) -> str:
+    table = [list(rows[0]), *([f"{v:.4f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows)]
+    widths = [max(len(line[j]) for line in table) for j in range(len(table[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in table]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def _write_results(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> None:
+    import platform
+
+    import diffusers
+    import torch
+
+    versions = {"dywspan": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)"
+    command = "dywspan " + " ".join(sys.argv[1:])
+    data = {"command": command, "versions": versions, "device": f"{device}, {platform.machine()}", "rows": list(rows)}
+    partial = Path(f"{path}.tmp")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Distillation: learn a solver for a pipeline through the pipeline's own ``__call__``."""

@@ -1,0 +1,116 @@
+"""Run any pipeline with any scheduler, differentiably, through the pipeline's own ``__call__``.
+
+Training and inference are so the same code path: guidance, rounding of timesteps and conditioning are the pipeline's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..artifact import release
+
+DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
+
+
+def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str | None = None) -> Any:
+    """A pipeline, all parts in one dtype, on the accelerator if there is one, without a progress bar per call."""
+    name = "dtype" if release(diffusers.__version__) >= (0, 42) else "torch_dtype"
+    pipe = diffusers.DiffusionPipeline.from_pretrained(model, **{name: dtype})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+class _LastStep(Exception):
+    """Not an error: how a rollout leaves the pipeline."""
+
+
+def rollout(pipe: Any, scheduler: Any, *, decode: bool = False, **call: Any) -> tuple[Tensor, Any]:
+    """Sample with ``scheduler`` in place of the pipeline's own.
+
+    The undecorated ``__call__`` runs, so gradients flow where they are enabled. Without ``decode`` it is left by an
+    exception from the last step: no decoding, no conversion to numpy, and pipelines without output_type="latent" work.
+
+    Args:
+        pipe: a diffusers pipeline.
+        scheduler: any diffusers or dywspan scheduler.
+        decode: run the pipeline to its end.
+        call: its arguments (prompt, num_inference_steps, generator, guidance_scale, ...).
+
+    Returns:
+        The last sample, in the scheduler's frame, and the pipeline's output (None without ``decode``).
+    """
+    run = getattr(type(pipe).__call__, "__wrapped__", type(pipe).__call__)
+    step, calls, last = scheduler.step, 0, None
+
+    @functools.wraps(step)  # pipelines read the signature
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls, last
+        result = step(*args, **kwargs)
+        calls += 1
+        if calls == len(scheduler.timesteps):
+            last = result[0]
+            if not decode:
+                raise _LastStep
+        return result
+
+    own, output = pipe.scheduler, None
+    pipe.scheduler, scheduler.step = scheduler, watched
+    try:
+        output = run(pipe, **call)
+    except _LastStep:
+        pipe.maybe_free_model_hooks()
+    finally:
+        pipe.scheduler = own
+        del scheduler.step
+    if last is None:
+        raise RuntimeError(
+            f"{type(pipe).__name__} took {calls} of {len(scheduler.timesteps)} steps: a rollout starts from noise and "
+            "ends at the last step; use its text-to-image call, without strength or denoising_end."
+        )
+    return last, output
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator a sample: noise does not depend on the batch it is drawn in, nor on the device."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+@contextmanager
+def frozen(pipe: Any, recompute: bool = False) -> Iterator[None]:
+    """No gradients for the pipeline's weights; with ``recompute``, only one denoiser call's activations are held.
+
+    Args:
+        recompute: checkpoint each denoiser call: memory flat in the number of steps, one more forward pass each.
+    """
+    modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
+    learned = [p for m in modules for p in m.parameters() if p.requires_grad]
+    wrapped = [m for name in DENOISERS if isinstance(m := getattr(pipe, name, None), torch.nn.Module)]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    if recompute:
+        for module in wrapped:
+            module.forward = _recomputed(module.forward)
+    try:
+        yield
+    finally:
+        if recompute:
+            for module in wrapped:
+                del module.forward
+        for parameter in learned:
+            parameter.requires_grad_(True)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return call

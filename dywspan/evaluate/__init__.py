@@ -1,0 +1,1 @@
+"""Evaluation: solvers side by side, on the same prompts and noise."""

@@ -1,0 +1,118 @@
+"""Solvers side by side: endpoint error to a reference, time, and a picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm.auto import tqdm
+
+from ..distill.pairs import Pairs
+from ..distill.rollout import generators, rollout
+from ..schedulers.dyweight import DyWeightScheduler
+
+# What a user would otherwise reach for, from the pipeline's own scheduler configuration.
+BASELINES: dict[str, Callable[[Any], Any]] = {
+    # Without these two, DDIM would clip latents to [-1, 1] and spend its last step at t = 0.
+    "DDIM": lambda c: diffusers.DDIMScheduler.from_config(c, clip_sample=False, timestep_spacing="trailing"),
+    "DPM-Solver++(2M)": lambda c: diffusers.DPMSolverMultistepScheduler.from_config(c, solver_order=2),
+    "UniPC": diffusers.UniPCMultistepScheduler.from_config,
+    "iPNDM(2M)": lambda c: DyWeightScheduler.from_config(c, solver="ipndm", order=2),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One solver at one number of steps.
+
+    Attributes:
+        nfe: network evaluations (calls of the guided denoiser).
+        latent_mse: mean squared error of the endpoints to the reference's, over all samples.
+        seconds_per_image: wall time of the whole pipeline call, decoding included.
+        images: decoded images, PIL.
+    """
+
+    solver: str
+    num_inference_steps: int
+    nfe: int
+    latent_mse: float
+    seconds_per_image: float
+    images: Sequence[Image.Image]
+
+    def row(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "images"}
+
+
+@torch.no_grad()
+def compare(
+    pipe: Any,
+    solvers: Mapping[str, Any],
+    steps: Sequence[int],
+    reference: Pairs,
+    *,
+    call: Mapping[str, Any],
+    batch_size: int = 16,
+) -> list[Result]:
+    """Every solver at every number of steps on the prompts and noise of ``reference``."""
+    results = []
+    for n in steps:
+        for name, scheduler in tqdm(solvers.items(), desc=f"{n} steps"):
+            error, images, started = 0.0, [], time.perf_counter()
+            for start in range(0, len(reference), batch_size):
+                part = reference[start : start + batch_size]
+                endpoint, output = rollout(
+                    pipe,
+                    scheduler,
+                    decode=True,
+                    prompt=list(part.prompts),
+                    generator=generators(part.seeds),
+                    num_inference_steps=n,
+                    **call,
+                )
+                error += float((endpoint.float().cpu() - part.endpoints).square().sum())
+                images += output.images
+            seconds = (time.perf_counter() - started) / len(reference)
+            nfe = len(scheduler.timesteps)
+            results.append(Result(name, n, nfe, error / reference.endpoints.numel(), seconds, images))
+    return results
+
+
+def picture(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str], size: int = 96) -> Image.Image:
+    """A labelled grid: one solver a row, one prompt (same noise) a column.
+
+    Args:
+        rows: (label, images); a label that is empty leaves a gap.
+        columns: prompts, wrapped above the images.
+        size: of one image, in pixels.
+    """
+    font = ImageFont.load_default(15)
+    small = ImageFont.load_default(11)
+    left, top, gap = 190, 44, 10
+    height = top + sum(size + 2 if images else gap for _, images in rows)
+    sheet = Image.new("RGB", (left + len(columns) * (size + 2), height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for j, prompt in enumerate(columns):
+        draw.multiline_text((left + j * (size + 2) + 2, 3), _wrapped(prompt, small, size), "black", small, spacing=1)
+    y = top
+    for label, images in rows:
+        draw.text((8, y + size // 2 - 9), label, "black", font)
+        for j, image in enumerate(images):
+            sheet.paste(image.resize((size, size), Image.Resampling.BICUBIC), (left + j * (size + 2), y))
+        y += size + 2 if images else gap
+    return sheet
+
+
+def _wrapped(text: str, font: Any, width: int, lines: int = 3) -> str:
+    result = [""]
+    for word in text.split():
+        longer = f"{result[-1]} {word}".strip()
+        if font.getlength(longer) > width - 4 and result[-1]:
+            result.append(word)
+        else:
+            result[-1] = longer
+    return "\n".join(result[:lines])
