@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def demo(args: argparse.Namespace) -> None:
     """Learned and classical solvers beside a 50-step reference: a picture and a table."""
+    import torch
+
     from .distill.pairs import Teacher, make_pairs
     from .distill.rollout import generators, load_pipeline, rollout
     from .evaluate.compare import BASELINES, compare, picture
@@ -51,15 +53,16 @@ def demo(args: argparse.Namespace) -> None:
     results = compare(pipe, solvers, args.steps, reference, call=call)
 
     shown = slice(0, args.columns)
-    _, output = rollout(
-        pipe,
-        teacher.scheduler,
-        decode=True,
-        prompt=prompts[shown],
-        generator=generators(seeds[shown]),
-        num_inference_steps=50,
-        **call,
-    )
+    with torch.no_grad():
+        _, output = rollout(
+            pipe,
+            teacher.scheduler,
+            decode=True,
+            prompt=prompts[shown],
+            generator=generators(seeds[shown]),
+            num_inference_steps=50,
+            **call,
+        )
     rows = [("reference, 50 steps", output.images)]
     for n in args.steps:
         rows.append(("", []))
@@ -80,11 +83,11 @@ def distill(args: argparse.Namespace) -> None:
     from .distill.rollout import load_pipeline
     from .distill.train import AdamConfig, distill
 
-    pipe = load_pipeline(args.model)
-    call = {**args.call, **({} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale})}
     needed = args.pairs if args.held_out_prompts else args.pairs + args.held_out
     prompts = _lines(args.prompts, needed)
     held_out_prompts = _lines(args.held_out_prompts, args.held_out) if args.held_out_prompts else prompts[args.pairs :]
+    pipe = load_pipeline(args.model)
+    call = {**args.call, **({} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale})}
     config = AdamConfig(**{f.name: getattr(args, f.name) for f in fields(AdamConfig)})
     classical = {"solver": args.teacher, "order": args.teacher_order}
     teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, **classical), args.teacher_steps)

@@ -69,7 +69,8 @@ def dpmpp(sigmas: Tensor, alphas: Tensor, order: int = 2, lower_order_final: boo
     """DPM-Solver++ (1M, 2M midpoint, 3M). Source: Lu et al. 2022b, algorithm 2 and diffusers' third-order form.
 
     The step into sigma = 0 is first order; ``lower_order_final`` lets the order fall again over the last steps.
-    Re-expressed over derivatives a data-prediction solver needs the whole history: K = N.
+    Re-expressed over derivatives a data-prediction solver needs the whole history: K = N. The published 3M weighs the
+    second difference with half its Taylor coefficient, so it converges with order 2; it is kept as everyone runs it.
     """
     lambdas, n = _log_snr(sigmas, alphas), len(sigmas) - 1
 

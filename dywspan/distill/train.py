@@ -163,7 +163,7 @@ def distill(
                 loss = mse_loss(_student(pipe, scheduler, steps, part, call), part.endpoints)
             if not bool(loss.detach().isfinite()):
                 raise FloatingPointError(
-                    f"The loss is {float(loss)} at update {update} of the {steps}-step solver (pairs {batch}): "
+                    f"The loss is {loss.item()} at update {update} of the {steps}-step solver (pairs {batch}): "
                     f"lower lr={config.lr}, or start from another base than init={config.init!r}."
                 )
             optimizer.zero_grad()
@@ -176,7 +176,7 @@ def distill(
                 table = _detached(learned.table())
                 if (error := held_out_error(table)) < best_error:
                     best, best_error = table, error
-            progress.set_postfix(loss=f"{float(loss):.4f}", held_out=f"{best_error:.4f}")
+            progress.set_postfix(loss=f"{float(loss.detach()):.4f}", held_out=f"{best_error:.4f}")
     provenance = {
         "base_model": str(getattr(pipe, "name_or_path", "")),
         "pipeline": type(pipe).__name__,

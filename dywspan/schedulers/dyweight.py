@@ -235,7 +235,14 @@ class DyWeightScheduler(SchedulerMixin, ConfigMixin):
             options["lower_order_final"] = (
                 self.config["lower_order_final"] and steps < _LOWERS_ORDER_BELOW[self._solver]
             )
-        return Schedule.from_weights(sigmas, BASES[self._solver](sigmas, alphas, self.config["order"], **options))
+        try:
+            weights = BASES[self._solver](sigmas, alphas, self.config["order"], **options)
+        except ZeroDivisionError:
+            raise ValueError(
+                f"Solver {self._solver!r} cannot take a step of size 0 on the grid {sigmas.tolist()}: "
+                "pass another one, grid={'name': ..., ...}."
+            ) from None
+        return Schedule.from_weights(sigmas, weights)
 
     def _publish(self, schedule: Schedule, device: str | torch.device | None) -> None:
         """All ``step`` needs, as Python floats (0-dim tensors where a gradient is wanted): no device reads later."""

@@ -1,0 +1,109 @@
+"""Latent layouts: from the sample a scheduler is handed to images (B', C, H, W) a convolution can read, and back.
+
+Frames of a video are images of their own. Packed tokens do not tell their height and width: a square is inferred, any
+other grid has to be given as ``size`` = (height, width) of the unpacked latent.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Size = tuple[int, int]
+
+
+class Layout(ABC):
+    """One way of laying out a latent. ``from_grid(to_grid(x, size), x, size)`` is ``x``, bit for bit."""
+
+    @abstractmethod
+    def channels(self, shape: tuple[int, ...]) -> int:
+        """C of a sample of this shape."""
+
+    @abstractmethod
+    def to_grid(self, x: Tensor, size: Size | None = None) -> Tensor:
+        """(B', C, H, W) of a sample.
+
+        Raises:
+            ValueError: wrong number of axes, or a size that does not fit the token count.
+        """
+
+    @abstractmethod
+    def from_grid(self, grid: Tensor, like: Tensor, size: Size | None = None) -> Tensor:
+        """Back to the layout of the sample ``like``."""
+
+
+@dataclass(frozen=True)
+class Dense(Layout):
+    """A latent with all its axes: ``axes`` names them, of b, c, h, w and t (frames)."""
+
+    axes: str
+
+    def channels(self, shape: tuple[int, ...]) -> int:
+        return shape[self.axes.index("c")]
+
+    def to_grid(self, x: Tensor, size: Size | None = None) -> Tensor:
+        if x.ndim != len(self.axes):
+            raise ValueError(f"Layout {self.axes!r} has {len(self.axes)} axes; the sample has shape {tuple(x.shape)}.")
+        images = x.permute([self.axes.index(a) for a in self._images()])
+        return images.reshape(-1, *images.shape[-3:])
+
+    def from_grid(self, grid: Tensor, like: Tensor, size: Size | None = None) -> Tensor:
+        order = self._images()
+        images = grid.reshape([like.shape[self.axes.index(a)] for a in order])
+        return images.permute([order.index(a) for a in self.axes])
+
+    def _images(self) -> str:
+        return "btchw" if "t" in self.axes else "bchw"
+
+
+@dataclass(frozen=True)
+class Packed(Layout):
+    """Tokens (B, T h w, C p^2) of p x p patches: token = (t * h + i) * w + j, channel = (c * p + dy) * p + dx.
+
+    FLUX, QwenImage and Flux2 have p = 2; LTX has p = 1 and T frames, of which ``size`` leaves the number.
+    """
+
+    patch: int
+
+    def channels(self, shape: tuple[int, ...]) -> int:
+        return shape[-1] // self.patch**2
+
+    def to_grid(self, x: Tensor, size: Size | None = None) -> Tensor:
+        if x.ndim != 3:
+            raise ValueError(f"Packed tokens have 3 axes (batch, tokens, channels); got shape {tuple(x.shape)}.")
+        h, w, p = *self._tokens(x.shape[1], size), self.patch
+        images = x.reshape(-1, h, w, self.channels(tuple(x.shape)), p, p)
+        return images.permute(0, 3, 1, 4, 2, 5).reshape(len(images), -1, h * p, w * p)
+
+    def from_grid(self, grid: Tensor, like: Tensor, size: Size | None = None) -> Tensor:
+        h, w, p = *self._tokens(like.shape[1], size), self.patch
+        images = grid.reshape(-1, self.channels(tuple(like.shape)), h, p, w, p)
+        return images.permute(0, 2, 4, 1, 3, 5).reshape(like.shape)
+
+    def _tokens(self, count: int, size: Size | None) -> Size:
+        p = self.patch
+        if size is None:
+            side = math.isqrt(count)
+            if side * side != count:
+                raise ValueError(
+                    f"{count} tokens are not a square: say what they are with scheduler.set_latent_size(height, width) "
+                    "or dywspan.bind(pipe)."
+                )
+            return side, side
+        h, w = size[0] // p, size[1] // p
+        if size[0] % p or size[1] % p or h * w == 0 or count % (h * w):
+            raise ValueError(f"A latent of {size[0]} x {size[1]} does not make {count} tokens of {p} x {p}.")
+        return h, w
+
+
+LAYOUTS: dict[str, Layout] = {
+    "image": Dense("bchw"),
+    "video": Dense("bcthw"),
+    "video_frames_first": Dense("btchw"),
+    "video_channels_last": Dense("bthwc"),
+    "packed": Packed(2),
+    "packed_video": Packed(1),
+}

@@ -1,0 +1,198 @@
+"""Rollouts through real pipelines, teacher pairs, and learning a table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from safetensors.torch import load_file, save_file
+from tiny_pipelines import build
+
+from dywspan import DyWeightScheduler, SolverTable
+from dywspan.core.prediction import Flow
+from dywspan.distill.pairs import Pairs, Teacher, make_pairs
+from dywspan.distill.rollout import frozen, generators, load_pipeline, rollout
+from dywspan.distill.train import AdamConfig, TableParameters, default_grid, distill, endpoint_error, learning_rate
+
+EMOJI = Path(__file__).parent.parent / "examples" / "emoji-sd"
+CALL = {"guidance_scale": 4.0}
+PROMPTS = ["red heart, noto", "grinning face, twemoji", "soccer ball, noto", "hash key, noto"]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return load_pipeline(str(EMOJI))
+
+
+def _scheduler(pipe: Any, table: SolverTable) -> DyWeightScheduler:
+    scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
+    scheduler.tables = {table.num_inference_steps: table}
+    return scheduler
+
+
+def _table(pipe: Any, n: int = 2) -> SolverTable:
+    scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
+    return SolverTable.initial(n, 2, default_grid(scheduler), scheduler.host.prediction, base="euler")
+
+
+def test_rollout_is_the_pipelines_own_sampling(pipe: Any) -> None:
+    """The last sample before decoding is what output_type="latent" returns, for ours and for diffusers' schedulers."""
+    config = pipe.scheduler.config
+    for scheduler in (
+        _scheduler(pipe, _table(pipe, 3)),
+        DPMSolverMultistepScheduler.from_config(config),
+        HeunDiscreteScheduler.from_config(config),  # two evaluations a step
+    ):
+        call = {"prompt": PROMPTS[:2], "num_inference_steps": 3, **CALL}
+        with torch.no_grad():
+            early, nothing = rollout(pipe, scheduler, generator=generators([5, 6]), **call)
+            late, output = rollout(pipe, scheduler, decode=True, generator=generators([5, 6]), **call)
+        own, pipe.scheduler = pipe.scheduler, scheduler
+        latents = pipe(generator=generators([5, 6]), output_type="latent", **call).images
+        pipe.scheduler = own
+        assert nothing is None and len(output.images) == 2
+        assert torch.equal(early, late) and torch.equal(early, latents)
+        assert "step" not in vars(scheduler), "the watcher must be gone"
+
+
+def test_rollout_restores_the_pipeline_after_an_error(pipe: Any) -> None:
+    own, scheduler = pipe.scheduler, _scheduler(pipe, _table(pipe))
+    with pytest.raises(ValueError, match="num_inference_steps=4"):
+        rollout(pipe, scheduler, prompt=PROMPTS[0], num_inference_steps=4)
+    assert pipe.scheduler is own and "step" not in vars(scheduler)
+
+
+def test_a_rollout_that_does_not_end_at_the_last_step_is_an_error() -> None:
+    tiny = build("StableDiffusionImg2ImgPipeline")
+    scheduler = DDIMScheduler.from_config(tiny.pipe.scheduler.config)
+    with pytest.raises(RuntimeError, match="without strength"):
+        rollout(tiny.pipe, scheduler, num_inference_steps=3, **tiny.inputs((0,)))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_through_the_pipeline_are_those_of_central_differences(recompute: bool) -> None:
+    # Time embeddings oscillate once per unit of time: small differences, and float64 to see them.
+    pipe = load_pipeline(str(EMOJI), torch.float64)
+    table = _table(pipe)
+
+    def loss(weights: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        scheduler = _scheduler(pipe, replace(table, weights=weights, time_scale=scale))
+        x, _ = rollout(pipe, scheduler, prompt=PROMPTS[:2], generator=generators([1, 2]), num_inference_steps=2, **CALL)
+        return x.square().mean()
+
+    weights, scale = table.weights.clone().requires_grad_(), table.time_scale.clone().requires_grad_()
+    with frozen(pipe, recompute):
+        loss(weights, scale).backward()
+    assert all(p.requires_grad for p in pipe.unet.parameters()), "frozen() must give the weights back as they were"
+    assert all(p.grad is None for p in pipe.unet.parameters())
+    assert weights.grad is not None and scale.grad is not None
+    eps = 5e-6
+    for parameter, index in ((weights, (0, 0)), (weights, (1, 0)), (weights, (1, 1)), (scale, (1,))):
+        values = []
+        for sign in (1, -1):
+            moved = {id(p): p.detach().clone() for p in (weights, scale)}
+            moved[id(parameter)][index] += sign * eps
+            with torch.no_grad():
+                values.append(float(loss(moved[id(weights)], moved[id(scale)])))
+        expected = (values[0] - values[1]) / (2 * eps)
+        assert float(parameter.grad[index]) == pytest.approx(expected, rel=1e-2, abs=1e-4)
+
+
+def test_recomputing_changes_memory_not_gradients(pipe: Any) -> None:
+    grads = []
+    for recompute in (False, True):
+        learned = TableParameters(_table(pipe), bounded=False)
+        with frozen(pipe, recompute):
+            scheduler = _scheduler(pipe, learned.table())
+            x, _ = rollout(pipe, scheduler, prompt=PROMPTS[0], generator=generators([0]), num_inference_steps=2, **CALL)
+            x.square().sum().backward()
+        grads.append([p.grad for p in learned.parameters()])
+    for plain, recomputed in zip(*grads):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-5, atol=1e-5)
+
+
+def _pairs(pipe: Any, cache: Path | None, seeds: range = range(2), steps: int = 4, **call: Any) -> Pairs:
+    teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, solver="ipndm"), steps)
+    return make_pairs(pipe, teacher, PROMPTS[: len(seeds)], seeds, call=CALL | call, cache=cache, batch_size=1)
+
+
+def test_pairs_come_from_the_cache_only_when_all_that_matters_is_the_same(pipe: Any, tmp_path: Path) -> None:
+    first = _pairs(pipe, tmp_path)
+    (file,) = tmp_path.iterdir()
+    marked = load_file(file)["endpoints"] + 1
+    metadata = {"key": _key(file)}
+    save_file({"endpoints": marked}, file, metadata=metadata)
+    assert torch.equal(_pairs(pipe, tmp_path).endpoints, marked), "the same request must be answered from the file"
+    for change in ({"seeds": range(1, 3)}, {"steps": 5}, {"guidance_scale": 2.0}):
+        assert not torch.equal(_pairs(pipe, tmp_path, **change).endpoints, marked)
+    save_file({"endpoints": marked}, file, metadata={"key": "another"})
+    assert torch.equal(_pairs(pipe, tmp_path).endpoints, first.endpoints), "a file of another key must not be believed"
+
+
+def _key(file: Path) -> str:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()["key"]
+
+
+def test_noise_does_not_depend_on_the_batch(pipe: Any) -> None:
+    one_by_one = _pairs(pipe, None)
+    teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, solver="ipndm"), 4)
+    together = make_pairs(pipe, teacher, PROMPTS[:2], range(2), call=CALL, batch_size=2)
+    torch.testing.assert_close(one_by_one.endpoints, together.endpoints, rtol=1e-4, atol=1e-4)
+
+
+def test_distilling_lowers_the_held_out_error_and_the_artefact_keeps_it(pipe: Any, tmp_path: Path) -> None:
+    teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, solver="ipndm"), 12)
+    train = make_pairs(pipe, teacher, PROMPTS, range(4), call=CALL)
+    held_out = make_pairs(pipe, teacher, PROMPTS, range(10, 14), call=CALL)
+    config = AdamConfig(updates=12, batch_size=4, lr=3e-2, init="euler", evaluate_every=4, recompute=False)
+    table = distill(pipe, teacher, train, held_out, 2, call=CALL, config=config)
+    error = table.provenance["held_out_error"]
+    assert error["after"] < 0.97 * error["before"]
+    DyWeightScheduler.from_config(pipe.scheduler.config).with_tables([table]).save_pretrained(tmp_path)
+    loaded = DyWeightScheduler.from_pretrained(tmp_path)
+    assert endpoint_error(pipe, loaded, 2, held_out, CALL) == pytest.approx(error["after"], rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_and_says_where(pipe: Any) -> None:
+    broken = Pairs(PROMPTS[:2], range(2), torch.full((2, 4, 16, 16), torch.nan))
+    teacher = Teacher(pipe.scheduler, 50)
+    with pytest.raises(FloatingPointError, match=r"update 0 of the 2-step solver .* lower lr"):
+        distill(pipe, teacher, broken, broken, 2, call=CALL, config=AdamConfig(updates=1, batch_size=2))
+
+
+def test_bounded_time_scale_starts_at_the_table_and_stays_between_a_half_and_three_halves(pipe: Any) -> None:
+    learned = TableParameters(_table(pipe), bounded=True)
+    torch.testing.assert_close(learned.table().time_scale, torch.ones(2, dtype=torch.float64))
+    for extreme, bound in ((50.0, 1.5), (-50.0, 0.5)):
+        learned.phi.data.fill_(extreme)
+        torch.testing.assert_close(learned.table().time_scale, torch.full((2,), bound, dtype=torch.float64))
+
+
+def test_entries_that_do_not_exist_are_never_learned(pipe: Any) -> None:
+    learned = TableParameters(_table(pipe), bounded=False)
+    learned.table().weights.sum().backward()
+    assert learned.weights.grad is not None and float(learned.weights.grad[0, 1]) == 0
+
+
+def test_learning_rate_is_the_papers() -> None:
+    rates = [learning_rate(i, 100) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[10] == 1.0 and rates[99] == pytest.approx(0.01, abs=1e-3)
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_default_grid_follows_the_kind_of_network(pipe: Any) -> None:
+    def grid(name: str, **change: Any) -> dict[str, Any]:
+        return default_grid(DyWeightScheduler.from_config({**build(name).pipe.scheduler.config, **change}))
+
+    assert grid("FluxPipeline", use_dynamic_shifting=True) == {"name": "flow"}
+    assert grid("StableDiffusion3Pipeline", shift=3.0) == {"name": "flow", "shift": 3.0}
+    sd = default_grid(DyWeightScheduler.from_config(pipe.scheduler.config))
+    assert sd["name"] == "discrete" and sd["sigma_max"] == pytest.approx(14.6146, abs=1e-4)
+    assert not isinstance(DyWeightScheduler.from_config(pipe.scheduler.config).host.prediction, Flow)
