@@ -4,7 +4,9 @@
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .core.table import SolverTable
+from .schedulers.bind import bind
 from .schedulers.dyweight import DyWeightScheduler
+from .schedulers.spanlift import SpanLiftScheduler
 from .version import __version__
 
-__all__ = ["DyWeightScheduler", "SchedulerMixin", "SolverTable", "__version__"]
+__all__ = ["DyWeightScheduler", "SchedulerMixin", "SolverTable", "SpanLiftScheduler", "__version__", "bind"]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .core.operator import Lift
 from .core.table import SolverTable
 from .version import __version__
 
@@ -77,6 +78,24 @@ def read_tables(tables: Mapping[str, Any] | None) -> dict[int, SolverTable]:
         except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f'Damaged solver table "{key}": {error}. Download or distil it again.') from error
         result[table.num_inference_steps] = table
+    return result
+
+
+def lift_to_json(lift: Lift) -> dict[str, Any]:
+    """The JSON form of SpanLift's scalars."""
+    values = {name: getattr(lift, name).detach().double().tolist() for name in ("alpha", "beta")}
+    return {**values, "operator": lift.operator}
+
+
+def read_lifts(lifts: Mapping[str, Any] | None) -> dict[int, Lift]:
+    """SpanLift's scalars, keyed by ``num_inference_steps``; errors name the entry."""
+    result = {}
+    for key, data in (lifts or {}).items():
+        try:
+            alpha, beta = (_numbers(data[name], name) for name in ("alpha", "beta"))
+            result[int(key)] = Lift(alpha, beta, str(data.get("operator", "shared")))
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f'Damaged SpanLift entry "{key}": {error!r}. Download or distil it again.') from error
     return result
 
 

@@ -7,15 +7,13 @@ Source: SpanLift (arXiv 2606.08672) eqs. (14)-(15). Architecture from the paper'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
-
-from .step import History
 
 
 class Block(nn.Module):
@@ -89,22 +87,54 @@ class ResidualOperator(nn.Module):
 OPERATORS: dict[str, dict[str, Any]] = {"spatial": {"kernel": 3}, "pointwise": {"kernel": 1}}
 
 
-def conditioning(timestep: float, log_snr: float, size: float, num_train_timesteps: int = 1000) -> list[float]:
-    """xi = (t, lambda, log|h|), each brought to about [-1, 1] and bounded at both ends of the grid.
+def conditioning(times: Tensor, log_snr: Tensor, sizes: Tensor) -> Tensor:
+    """xi = (t, lambda, log|h|) of N steps, each bounded at both ends of the grid.
 
-    lambda = log(alpha / sigma) is infinite at sigma = 0 and at flow's sigma = 1, log|h| at h = 0.
+    lambda = log(alpha / sigma) is infinite at flow's sigma = 1, log|h| at h = 0; tanh(. / 4) takes both to [-1, 1].
+
+    Args:
+        times: (N,) the network's time, in units of its range.
+        log_snr, sizes: (N,) lambda_i and h_i.
+
+    Returns:
+        (N, 3)
     """
-    log_size = math.log(abs(size)) if size else -math.inf
-    return [2 * timestep / num_train_timesteps - 1, math.tanh(log_snr / 4), math.tanh(log_size / 4)]
+    return torch.stack([2 * times - 1, torch.tanh(log_snr / 4), torch.tanh(sizes.abs().log() / 4)], 1)
 
 
-def residual(operator: ResidualOperator, state: Tensor, history: History, condition: Sequence[float]) -> Tensor:
-    """R_phi on images.
+def residual(operator: ResidualOperator, state: Tensor, history: Sequence[Tensor], condition: Tensor) -> Tensor:
+    """R_phi on images, in the operator's own precision whatever the pipeline's.
 
     Args:
         state: (B, C, H, W), c_in(tau) * x.
-        history: d_i, d_{i-1}, ..., newest first; at most K.
+        history: d_i, d_{i-1}, ..., newest first; those missing are zeros, those beyond K unused.
+        condition: (3,), a row of :func:`conditioning`.
     """
-    missing = [torch.zeros_like(state)] * (operator.order - len(history))
-    images = torch.cat([state, *history[: operator.order], *missing], 1)
-    return operator(images, torch.tensor([condition], dtype=state.dtype, device=state.device))
+    known = history[: operator.order]
+    missing = [torch.zeros_like(state)] * (operator.order - len(known))
+    images = torch.cat([state, *known, *missing], 1).to(operator.stem.weight.dtype)
+    with torch.autocast(state.device.type, enabled=False):
+        return operator(images.contiguous(memory_format=torch.channels_last), condition[None]).to(state.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Lift:
+    """SpanLift's scalars for one number of steps.
+
+    Attributes:
+        alpha, beta: (N,) factors of the base step and of the residual.
+        operator: name of the operator it uses; several step counts may share one.
+
+    Raises:
+        ValueError: different lengths, or numbers that are not finite.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+    operator: str = "shared"
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            values = getattr(self, name)
+            if values.ndim != 1 or values.shape != self.alpha.shape or not bool(values.detach().isfinite().all()):
+                raise ValueError(f"alpha and beta must be finite, one entry per step; got {name} = {values.tolist()}.")

@@ -26,12 +26,14 @@ class Schedule:
         levels: (N+1,) noise level sigma~_i of the state at each step; the last one is the grid's end.
         queries: (N,) level tau_i the network is told.
         increments: (N, K) coefficients c_ij; column j multiplies the j-th newest derivative.
+        sizes: (N,) step sizes h_i = sigma_{i+1} - sigma~_i.
         afs: the first step takes d_0 = x_0 / sqrt(1 + sigma_0^2) instead of asking the network.
     """
 
     levels: Tensor
     queries: Tensor
     increments: Tensor
+    sizes: Tensor
     afs: bool = False
 
     @classmethod
@@ -56,7 +58,8 @@ class Schedule:
             level = level + total * size
         state = torch.stack(levels)
         queries = state if time_scale is None else time_scale * state
-        return cls(torch.cat([state, sigmas[-1:]]), queries, torch.stack(sizes)[:, None] * weights, afs)
+        h = torch.stack(sizes)
+        return cls(torch.cat([state, sigmas[-1:]]), queries, h[:, None] * weights, h, afs)
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -138,8 +141,11 @@ def dpm2(sigmas: Tensor) -> Schedule:
 
 
 def _two_stage(levels: list[float], rows: list[list[float]], sigmas: Tensor) -> Schedule:
-    queries = torch.tensor(levels, dtype=torch.float64)
-    return Schedule(torch.cat([queries, sigmas[-1:].double()]), queries, torch.tensor(rows, dtype=torch.float64))
+    queries, increments = torch.tensor(levels, dtype=torch.float64), torch.tensor(rows, dtype=torch.float64)
+    # A stage's size is what it moves the state by where the derivative is constant; Heun's second moves it by nothing,
+    # so it gets the size of the step it corrects.
+    sizes = torch.where(increments.sum(1) != 0, increments.sum(1), increments[:, 0])
+    return Schedule(torch.cat([queries, sigmas[-1:].double()]), queries, increments, sizes)
 
 
 TWO_STAGE: dict[str, Callable[[Tensor], Schedule]] = {"heun": heun, "dpm2": dpm2}

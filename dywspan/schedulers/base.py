@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -128,9 +129,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             # x_1 = x_0 * (1 + c_00 / sqrt(1 + sigma_0^2)): linear in x_0, so the noise is scaled and the call skipped.
             self._afs_factor = analytical_derivative(schedule.increments[0, 0], sigma_0) + 1
             start = start * self._afs_factor
-        self._scales = _scalars(scales)
-        self._levels = _scalars(levels)
-        self._queries = _scalars(queries)
+        self._scales = scalars(scales)
+        self._levels = scalars(levels)
+        self._queries = scalars(queries)
         self._rows = list(schedule.increments) if schedule.increments.requires_grad else schedule.increments.tolist()
         start = start * scales[self._skipped]
         self._start = start if start.requires_grad else float(start)
@@ -297,7 +298,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         state.update(_history=(), timesteps=self.timesteps.detach())
         if self._schedule is not None:
             s = self._schedule
-            state["_schedule"] = Schedule(s.levels.detach(), s.queries.detach(), s.increments.detach(), s.afs)
+            state["_schedule"] = replace(s, **{k: v.detach() for k, v in vars(s).items() if isinstance(v, Tensor)})
             state["_clock"] = state["timesteps"]
             for name in ("_scales", "_levels", "_queries"):
                 state[name] = [_number(v) for v in getattr(self, name)]
@@ -307,7 +308,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         return state
 
 
-def _scalars(values: Tensor) -> list[Any]:
+def scalars(values: Tensor) -> list[Any]:
     return list(values) if values.requires_grad else values.tolist()
 
 

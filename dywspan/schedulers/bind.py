@@ -1,0 +1,43 @@
+"""Tell a scheduler what a pipeline knows and ``step`` is never told: height and width of packed latents."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from ..core.layout import LAYOUTS, Packed
+from .spanlift import SpanLiftScheduler
+
+
+def bind(pipe: Any) -> Any:
+    """Make a pipeline pass the latent's height and width to its SpanLift scheduler at every call.
+
+    Read from ``prepare_latents``, which every pipeline with packed tokens has. Square images need no binding.
+
+        pipe = dywspan.bind(pipe)
+
+    Raises:
+        TypeError: the pipeline's ``prepare_latents`` does not take height and width.
+    """
+    prepare = pipe.prepare_latents
+    signature = inspect.signature(prepare)
+    if not {"height", "width"} <= signature.parameters.keys():
+        raise TypeError(
+            f"{type(pipe).__name__}.prepare_latents takes no height and width: use scheduler.set_latent_size instead."
+        )
+
+    @functools.wraps(prepare)
+    def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+        scheduler = pipe.scheduler
+        if isinstance(scheduler, SpanLiftScheduler):
+            given = signature.bind(*args, **kwargs).arguments
+            layout = LAYOUTS[scheduler.config["layout"]]
+            patch = layout.patch if isinstance(layout, Packed) else 1
+            scale = getattr(pipe, "vae_spatial_compression_ratio", None) or pipe.vae_scale_factor
+            height, width = (int(given[side]) // (scale * patch) * patch for side in ("height", "width"))
+            scheduler.set_latent_size(height, width)
+        return prepare(*args, **kwargs)
+
+    pipe.prepare_latents = prepare_latents
+    return pipe

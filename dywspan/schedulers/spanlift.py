@@ -1,0 +1,313 @@
+"""SpanLiftScheduler: a frozen base solver and a small spatial operator that reaches outside the span of its history."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import logging
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..artifact import lift_to_json, read_lifts
+from ..core.layout import LAYOUTS, Size
+from ..core.operator import Lift, ResidualOperator, conditioning, residual
+from ..core.prediction import EDM
+from ..core.step import step
+from ..version import __version__
+from .base import scalars
+from .dyweight import DyWeightScheduler
+
+logger = logging.get_logger(__name__)
+
+_DOWNLOAD = ("cache_dir", "token", "revision", "local_files_only", "force_download")
+
+
+class SpanLiftScheduler(DyWeightScheduler):
+    """x_{i+1} = x_i + alpha_i * (base step) + h_i * beta_i * R_phi(x_i, d_i, ..., d_{i-K+1}; xi_i).
+
+        pipe.scheduler = SpanLiftScheduler.from_pretrained("org/solvers-for-my-model")
+
+    Source: SpanLift (arXiv 2606.08672) eqs. (14)-(15). The base is a DyWeight table or a classical solver; times stay
+    the base's. The operator's weights are one safetensors file beside the configuration, which holds all the rest.
+
+    Publish it in a repository or folder of its own: weights in the ``scheduler`` folder of a pipeline on the Hub would
+    keep diffusers from downloading the pipeline.
+
+    Args:
+        num_train_timesteps, ..., dywspan_version: as in :class:`DyWeightScheduler`; ``tables``, ``solver`` and
+            ``order`` make the base.
+        layout: how the latent is laid out, one of ``LAYOUTS``.
+        operator: size of R_phi: the arguments of :class:`ResidualOperator`.
+        lifts: ``{num_inference_steps: {"alpha": [...], "beta": [...], "operator": name}}``.
+
+    Raises:
+        ValueError: as the base, an unknown layout, an operator that cannot be built, or a damaged entry.
+    """
+
+    weights_name = "spanlift.safetensors"
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Any = None,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 1,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        base_shift: float = 0.5,
+        max_shift: float = 1.15,
+        host_scheduler: str | None = None,
+        solver: str | None = None,
+        order: int = 2,
+        lower_order_final: bool = True,
+        grid: dict[str, Any] | None = None,
+        tables: dict[str, Any] | None = None,
+        layout: str = "image",
+        operator: dict[str, Any] | None = None,
+        lifts: dict[str, Any] | None = None,
+        dywspan_version: str = __version__,
+    ) -> None:
+        if layout not in LAYOUTS:
+            raise ValueError(f"Unknown layout {layout!r}: use one of {sorted(LAYOUTS)}.")
+        base = {k: v for k, v in locals().items() if k not in ("self", "__class__", "layout", "operator", "lifts")}
+        DyWeightScheduler.__init__.__wrapped__(self, **base)  # type: ignore[attr-defined]
+        self.lifts: dict[int, Lift] = read_lifts(lifts)
+        if self.lifts and not operator:
+            raise ValueError("A SpanLift configuration with lifts needs its operator's size: operator={...}.")
+        self.operators: dict[str, ResidualOperator] = {}
+        self.latent_size: Size | None = None
+
+    # ------------------------------------------------------------------ operators
+
+    def initialize(self) -> SpanLiftScheduler:
+        """Make untrained operators: their heads are zero, so the solver is its base until they learn."""
+        names = {lift.operator for lift in self.lifts.values()}
+        try:
+            self.operators = {name: ResidualOperator(**self.config["operator"]) for name in sorted(names)}
+        except TypeError as error:
+            raise ValueError(
+                f"operator={self.config['operator']} does not describe a ResidualOperator: {error}."
+            ) from None
+        return self
+
+    def load_operator(self, file: str | os.PathLike[str]) -> SpanLiftScheduler:
+        """Read the operators' weights; nothing but tensors is ever read.
+
+        Raises:
+            ValueError: damaged, or made for other channels, another size or other step counts.
+        """
+        self.initialize()
+        expected = self._state()
+        try:
+            state = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}): download it again.") from error
+        if state.keys() != expected.keys():
+            missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+            raise ValueError(
+                f"{file} does not hold the operator this configuration describes: missing {missing[:3]}, unexpected "
+                f"{extra[:3]}. Configuration and weights must come from the same save."
+            )
+        for name, value in state.items():
+            if value.shape != expected[name].shape or value.dtype != torch.float32:
+                raise ValueError(
+                    f"{file}: {name} is {value.dtype} {tuple(value.shape)}; operator={dict(self.config['operator'])} "
+                    f"needs torch.float32 {tuple(expected[name].shape)}. Was it made for another model?"
+                )
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{file}: {name} holds numbers that are not finite. Download or distil it again.")
+        for name, operator in self.operators.items():
+            operator.load_state_dict(
+                {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+            )
+            operator.requires_grad_(False)
+        return self
+
+    def _state(self) -> dict[str, Tensor]:
+        return {f"{n}.{k}": v for n, operator in self.operators.items() for k, v in operator.state_dict().items()}
+
+    def set_latent_size(self, height: int, width: int) -> None:
+        """Say what packed tokens are: height and width of the unpacked latent. Not needed for square ones."""
+        self.latent_size = (int(height), int(width))
+
+    # ------------------------------------------------------------------ files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any = None,
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load configuration and operator, the second from the very commit of the first.
+
+        Args:
+            pretrained_model_name_or_path: a directory or a Hub id.
+            kwargs: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``, and configuration
+                values to override.
+
+        Raises:
+            OSError: no such repository, revision or file, or no connection.
+            ValueError: a damaged configuration or operator.
+        """
+        download = {k: v for k, v in kwargs.items() if k in _DOWNLOAD}
+        config, overrides, commit = cls.load_config(
+            pretrained_model_name_or_path,
+            subfolder=subfolder,
+            return_unused_kwargs=True,
+            return_commit_hash=True,
+            **kwargs,
+        )
+        scheduler, unused = cls.from_config(config, return_unused_kwargs=True, **overrides)
+        if scheduler.lifts:
+            scheduler.load_operator(cls._find_operator(pretrained_model_name_or_path, subfolder, commit, download))
+        return (scheduler, unused) if return_unused_kwargs else scheduler
+
+    @classmethod
+    def _find_operator(
+        cls, source: Any, subfolder: str | None, commit: str | None, download: dict[str, Any]
+    ) -> str | os.PathLike[str]:
+        if (folder := Path(source)).is_dir():
+            file = folder / (subfolder or "") / cls.weights_name
+            if not file.is_file():
+                raise OSError(f"{file} is not there: a SpanLift solver is a configuration and this file, copy both.")
+            return file
+        try:
+            return hf_hub_download(
+                str(source),
+                cls.weights_name,
+                subfolder=subfolder,
+                **{**download, "revision": commit or download.get("revision")},
+            )
+        except EntryNotFoundError as error:
+            raise OSError(
+                f"{source} has a SpanLift configuration but no {cls.weights_name} beside it "
+                "(or it is not in the cache and the network may not be used)."
+            ) from error
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write the operator's weights, then the configuration (and upload both, with ``push_to_hub``)."""
+        folder = Path(save_directory)
+        if folder.name == "scheduler" and self.operators:
+            logger.warning(
+                "A SpanLift solver inside a pipeline's folder works from a local directory only: uploaded to the Hub "
+                "there, it keeps diffusers from downloading the pipeline. Push it to a repository of its own: "
+                "pipe.scheduler.push_to_hub(...)."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.operators:
+            partial = folder / f"{self.weights_name}.{os.getpid()}.tmp"
+            try:
+                save_file({k: v.detach().cpu().contiguous() for k, v in self._state().items()}, partial)
+                os.replace(partial, folder / self.weights_name)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    partial.unlink()
+        # What was learned since this object was made belongs to its configuration.
+        self.register_to_config(lifts={str(n): lift_to_json(lift) for n, lift in sorted(self.lifts.items())} or None)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *args: Any, subfolder: str | None = None, **kwargs: Any) -> str:
+        """Upload to a repository of its own.
+
+        Raises:
+            ValueError: into a folder called "scheduler", where it would break the pipeline it belongs to.
+        """
+        if subfolder is not None and Path(subfolder).name == "scheduler":
+            raise ValueError(
+                f"subfolder={subfolder!r}: weights in a pipeline's scheduler folder keep diffusers from downloading "
+                "the pipeline. Use another folder, such as 'spanlift', or a repository of its own."
+            )
+        return super().push_to_hub(repo_id, *args, subfolder=subfolder, **kwargs)
+
+    # ------------------------------------------------------------------ sampling
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """As :meth:`DyWeightScheduler.set_timesteps`.
+
+        Raises:
+            ValueError: no operator for this number of steps, or one whose weights were never loaded.
+        """
+        super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu)
+        n, schedule = self.num_inference_steps, self._schedule
+        assert n is not None and schedule is not None
+        if n not in self.lifts:
+            raise ValueError(
+                f"No SpanLift for num_inference_steps={n}: it was learned for {sorted(self.lifts)} steps. "
+                "Use one of these, or DyWeightScheduler.from_config(scheduler.config) for the base alone."
+            )
+        lift = self.lifts[n]
+        if lift.operator not in self.operators:
+            raise ValueError(
+                "The operator's weights are not part of a configuration: load this solver with from_pretrained, or "
+                "copy it with copy.deepcopy."
+            )
+        if len(lift.alpha) != len(schedule):
+            raise ValueError(f"SpanLift for {n} steps has {len(lift.alpha)} entries; its base takes {len(schedule)}.")
+        prediction = self.host.prediction
+        queries, levels = schedule.queries.detach(), schedule.levels[:-1].detach()
+        times = prediction.timestep(queries)
+        times = times if isinstance(prediction, EDM) else times / self.config["num_train_timesteps"]
+        log_snr = prediction.signal(levels).log() - levels.log()
+        self._conditions = conditioning(times, log_snr, schedule.sizes.detach()).float()
+        self._sizes = schedule.sizes.detach().tolist()
+        self._lift, self._alpha, self._beta = lift, scalars(lift.alpha), scalars(lift.beta)
+        if device is not None:
+            self._move(lift.operator, torch.device(device))
+
+    def _move(self, name: str, device: torch.device) -> None:
+        self._conditions = self._conditions.to(device)
+        self.operators[name].to(device=device)
+
+    def _advance(self, row: int, x: Tensor, d: Tensor) -> Tensor:
+        """Source: SpanLift eq. (15), with alpha_i on the base step."""
+        operator, layout = self.operators[self._lift.operator], LAYOUTS[self.config["layout"]]
+        if self._conditions.device != x.device:
+            self._move(self._lift.operator, x.device)
+        # The operator may look further back than the base: keep what it wants, at no weight.
+        coefficients = [self._alpha[row] * c for c in self._rows[row]]
+        coefficients += [0.0] * (operator.order - len(coefficients))
+        state = x * self._scales[row]
+        x, self._history = step(coefficients, x, d, self._history)
+        images = [layout.to_grid(v, self.latent_size) for v in (state, *self._history[: operator.order])]
+        if images[0].shape[1] != operator.channels:
+            raise ValueError(
+                f"The operator was made for {operator.channels} channels; layout {self.config['layout']!r} finds "
+                f"{images[0].shape[1]} in a sample of shape {tuple(x.shape)}."
+            )
+        lift = residual(operator, images[0], images[1:], self._conditions[row].to(operator.stem.weight.dtype))
+        return x + (self._beta[row] * self._sizes[row]) * layout.from_grid(lift, x, self.latent_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state["lifts"] = {n: Lift(v.alpha.detach(), v.beta.detach(), v.operator) for n, v in self.lifts.items()}
+        if "_lift" in state:
+            state["_lift"] = Lift(self._lift.alpha.detach(), self._lift.beta.detach(), self._lift.operator)
+            for name in ("_alpha", "_beta"):
+                state[name] = [float(v) for v in getattr(self, name)]
+        return state
+
+
+SpanLiftScheduler.__module__ = "dywspan"  # see DyWeightScheduler
