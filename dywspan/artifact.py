@@ -84,16 +84,21 @@ def read_tables(tables: Mapping[str, Any] | None) -> dict[int, SolverTable]:
 def lift_to_json(lift: Lift) -> dict[str, Any]:
     """The JSON form of SpanLift's scalars."""
     values = {name: getattr(lift, name).detach().double().tolist() for name in ("alpha", "beta")}
-    return {**values, "operator": lift.operator}
+    return {**values, "operator": lift.operator, "provenance": dict(lift.provenance)}
 
 
 def read_lifts(lifts: Mapping[str, Any] | None) -> dict[int, Lift]:
     """SpanLift's scalars, keyed by ``num_inference_steps``; errors name the entry."""
+    if not isinstance(lifts, Mapping | None):
+        raise ValueError(f"lifts must map numbers of steps to SpanLift entries; got a {type(lifts).__name__}.")
     result = {}
     for key, data in (lifts or {}).items():
         try:
+            if str(int(key)) != str(key):
+                raise ValueError("the key must be a number of steps")
             alpha, beta = (_numbers(data[name], name) for name in ("alpha", "beta"))
-            result[int(key)] = Lift(alpha, beta, str(data.get("operator", "shared")))
+            name, provenance = str(data.get("operator", "shared")), data.get("provenance") or {}
+            result[int(key)] = Lift(alpha, beta, name, provenance)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f'Damaged SpanLift entry "{key}": {error!r}. Download or distil it again.') from error
     return result

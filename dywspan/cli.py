@@ -7,11 +7,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from .core.layout import LAYOUTS
 from .schedulers.dyweight import DyWeightScheduler
+from .schedulers.spanlift import SpanLiftScheduler
 from .version import __version__
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -50,6 +52,8 @@ def demo(args: argparse.Namespace) -> None:
     reference = make_pairs(pipe, teacher, prompts, seeds, call=call)
     solvers = {name: make(pipe.scheduler.config) for name, make in BASELINES.items()}
     solvers["DyWeight (learned)"] = DyWeightScheduler.from_pretrained(args.solvers)
+    if Path(args.spanlift).exists():
+        solvers["SpanLift (learned)"] = SpanLiftScheduler.from_pretrained(args.spanlift)
     results = compare(pipe, solvers, args.steps, reference, call=call)
 
     shown = slice(0, args.columns)
@@ -70,7 +74,7 @@ def demo(args: argparse.Namespace) -> None:
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     picture(rows, prompts[shown]).save(args.output)
 
-    print(f"\nError of the last latent to the 50-step reference (iPNDM), {len(prompts)} prompts, same noise:\n")
+    print(f"\nErrors to the 50-step reference (iPNDM) over {len(prompts)} prompts, every solver on the same noise:\n")
     print(_markdown([r.row() for r in results]))
     print(f"\nPicture: {args.output}")
     if args.json:
@@ -78,36 +82,63 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def distill(args: argparse.Namespace) -> None:
-    """Learn a table for each number of steps; the artefact grows by one table at a time."""
+    """Learn a solver: a DyWeight table for each number of steps, or a SpanLift operator on top of a base."""
+    from .distill.losses import FEATURES, latent_and_features, latent_mse
     from .distill.pairs import Teacher, make_pairs
     from .distill.rollout import load_pipeline
-    from .distill.train import AdamConfig, distill
+    from .distill.train import AdamConfig, distill, distill_lift
 
     needed = args.pairs if args.held_out_prompts else args.pairs + args.held_out
     prompts = _lines(args.prompts, needed)
     held_out_prompts = _lines(args.held_out_prompts, args.held_out) if args.held_out_prompts else prompts[args.pairs :]
     pipe = load_pipeline(args.model)
     call = {**args.call, **({} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale})}
-    config = AdamConfig(**{f.name: getattr(args, f.name) for f in fields(AdamConfig)})
+    given = {f.name: getattr(args, f.name) for f in fields(AdamConfig) if hasattr(args, f.name)}
+    config = replace(AdamConfig(lr=1e-3, updates=600) if args.solver == "spanlift" else AdamConfig(), **given)
     classical = {"solver": args.teacher, "order": args.teacher_order}
     teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, **classical), args.teacher_steps)
-    made = {"call": call, "cache": Path(args.output) / "cache"}
+    made = {"call": call, "cache": args.cache or Path(args.output) / "cache"}
     # Three ranges of seeds that never meet: the demo's and a user's small ones, held-out pairs, training pairs.
     held_out = make_pairs(pipe, teacher, held_out_prompts, range(10**6, 10**6 + args.held_out), **made)
     train = make_pairs(pipe, teacher, prompts[: args.pairs], range(2 * 10**6, 2 * 10**6 + args.pairs), **made)
 
+    loss = latent_and_features(FEATURES[args.features](pipe), args.layout) if args.features else latent_mse
+    learning: dict[str, Any] = {"call": call, "config": config, "loss": loss}
+    if args.solver == "spanlift":
+        base = _base(args.base, pipe)
+        lift: dict[str, Any] = {"layout": args.layout, "operator": args.operator}
+        scheduler = distill_lift(pipe, teacher, train, held_out, base, args.steps, **learning, **lift)
+        scheduler.save_pretrained(args.output)
+        for n in args.steps:
+            _report(n, scheduler.lifts[n].provenance["held_out_error"], args.output)
+        if args.push_to_hub:
+            scheduler.push_to_hub(args.push_to_hub)
+        return
     has_artefact = (Path(args.output) / DyWeightScheduler.config_name).exists()
     scheduler: Any = DyWeightScheduler.from_config(pipe.scheduler.config)
     if has_artefact:
         scheduler = DyWeightScheduler.from_pretrained(args.output)
     for n in args.steps:
-        table = distill(pipe, teacher, train, held_out, n, call=call, config=config, grid=args.grid)
+        table = distill(pipe, teacher, train, held_out, n, grid=args.grid, **learning)
         scheduler = scheduler.with_tables([table])
         scheduler.save_pretrained(args.output)
-        error = table.provenance["held_out_error"]
-        print(f"{n} steps: held-out error {error['before']:.4f} -> {error['after']:.4f}, saved to {args.output}")
+        _report(n, table.provenance["held_out_error"], args.output)
     if args.push_to_hub:
         scheduler.push_to_hub(args.push_to_hub)
+
+
+def _base(name: str, pipe: Any) -> Any:
+    """A DyWeight artefact, or a classical solver for every number of steps."""
+    from .core.bases import BASES
+    from .core.step import TWO_STAGE
+
+    if name in BASES or name in TWO_STAGE:
+        return DyWeightScheduler.from_config(pipe.scheduler.config, solver=name)
+    return DyWeightScheduler.from_pretrained(name)
+
+
+def _report(steps: int, error: dict[str, float], output: str) -> None:
+    print(f"{steps} steps: held-out error {error['before']:.4f} -> {error['after']:.4f}, saved to {output}")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -157,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("demo", demo)
     sub.add_argument("--model", default=EXAMPLES / "emoji-sd")
     sub.add_argument("--solvers", default=EXAMPLES / "emoji-sd-solvers")
+    sub.add_argument("--spanlift", default=EXAMPLES / "emoji-sd-spanlift")
     sub.add_argument("--prompts", default=EXAMPLES / "prompts" / "emoji-held-out.txt")
     sub.add_argument("--steps", type=int, nargs="+", default=[3, 5, 7])
     sub.add_argument("--samples", type=int, default=48, help="prompts the table is measured on")
@@ -170,7 +202,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompts", required=True, help="text file, one prompt a line")
     sub.add_argument("--held-out-prompts", help="another one for the held-out pairs; else the lines after --pairs")
     sub.add_argument("--output", required=True, help="directory of the artefact")
-    sub.add_argument("--steps", type=int, nargs="+", default=[5], help="numbers of steps to learn a table for")
+    sub.add_argument("--solver", choices=["dyweight", "spanlift"], default="dyweight")
+    sub.add_argument("--base", default="euler", help="of SpanLift: a DyWeight artefact or a classical solver")
+    sub.add_argument("--layout", choices=sorted(LAYOUTS), default="image", help="of the latents, for SpanLift")
+    sub.add_argument("--operator", type=json.loads, default={}, help='SpanLift operator, e.g. {"width": 32}')
+    sub.add_argument("--features", help="add a loss on features of the decoded images: dinov2 or encoder")
+    sub.add_argument("--steps", type=int, nargs="+", default=[5], help="numbers of steps to learn for")
     sub.add_argument("--guidance-scale", type=float)
     sub.add_argument("--call", type=json.loads, default={}, help="further arguments of the pipeline's call, as JSON")
     sub.add_argument("--grid", type=json.loads, help='nominal grid as JSON, e.g. {"name": "flow", "shift": 3}')
@@ -179,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--teacher-order", type=int, default=2)
     sub.add_argument("--pairs", type=int, default=256, help="teacher pairs to learn from")
     sub.add_argument("--held-out", type=int, default=64, help="teacher pairs to choose the best table by")
+    sub.add_argument("--cache", help="directory of teacher pairs, to share between runs; by default in --output")
     sub.add_argument("--push-to-hub", metavar="REPO", help="upload the artefact to this Hub repository")
     _add_config(sub)
 
@@ -196,15 +234,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of the optimiser's configuration, with its default."""
+    """One option for each field of the optimiser's configuration; those not given keep the solver's own default."""
     from .distill.train import AdamConfig
 
     for field in fields(AdamConfig):
+        kind: dict[str, Any] = (
+            {"action": argparse.BooleanOptionalAction} if field.type == "bool" else {"type": type(field.default)}
+        )
         name = "--" + field.name.replace("_", "-")
-        if isinstance(field.default, bool):
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default)
-        else:
-            parser.add_argument(name, type=type(field.default), default=field.default)
+        parser.add_argument(name, default=argparse.SUPPRESS, help=f"default: {field.default}", **kind)
 
 
 def _with_overrides(args: argparse.Namespace) -> argparse.Namespace:

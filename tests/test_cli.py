@@ -68,7 +68,19 @@ def test_distill_then_demo_in_processes_of_their_own(tmp_path: Path) -> None:
     assert table.provenance["held_out_error"]["after"] < table.provenance["held_out_error"]["before"]
     assert table.provenance["call"] == {"guidance_scale": 4.0}
     results = tmp_path / "demo.json"
-    show = ["demo", "--solvers", solvers, "--steps", "2", "--samples", "2", "--columns", "2"]
+    show = [
+        "demo",
+        "--solvers",
+        solvers,
+        "--spanlift",
+        tmp_path / "none",
+        "--steps",
+        "2",
+        "--samples",
+        "2",
+        "--columns",
+        "2",
+    ]
     output = _run(*show, "--output", tmp_path / "demo.png", "--json", results)
     rows = json.loads(results.read_text())["rows"]
     assert [r["solver"] for r in rows][-1] == "DyWeight (learned)" and all(r["nfe"] == 2 for r in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteSc
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import build
 
-from dywspan import DyWeightScheduler, SolverTable
+from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
 from dywspan.core.prediction import Flow
+from dywspan.distill.losses import dinov2, encoder, feature_distance, latent_and_features
 from dywspan.distill.pairs import Pairs, Teacher, make_pairs
 from dywspan.distill.rollout import frozen, generators, load_pipeline, rollout
-from dywspan.distill.train import AdamConfig, TableParameters, default_grid, distill, endpoint_error, learning_rate
+from dywspan.distill.student import LiftStudent, TableStudent
+from dywspan.distill.train import AdamConfig, default_grid, distill, distill_lift, endpoint_error, learning_rate
 
 EMOJI = Path(__file__).parent.parent / "examples" / "emoji-sd"
 CALL = {"guidance_scale": 4.0}
@@ -37,6 +40,10 @@ def _scheduler(pipe: Any, table: SolverTable) -> DyWeightScheduler:
 def _table(pipe: Any, n: int = 2) -> SolverTable:
     scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
     return SolverTable.initial(n, 2, default_grid(scheduler), scheduler.host.prediction, base="euler")
+
+
+def _student(pipe: Any, bounded: bool) -> TableStudent:
+    return TableStudent(DyWeightScheduler.from_config(pipe.scheduler.config), _table(pipe), bounded)
 
 
 def test_rollout_is_the_pipelines_own_sampling(pipe: Any) -> None:
@@ -105,7 +112,7 @@ def test_gradients_through_the_pipeline_are_those_of_central_differences(recompu
 def test_recomputing_changes_memory_not_gradients(pipe: Any) -> None:
     grads = []
     for recompute in (False, True):
-        learned = TableParameters(_table(pipe), bounded=False)
+        learned = _student(pipe, bounded=False)
         with frozen(pipe, recompute):
             scheduler = _scheduler(pipe, learned.table())
             x, _ = rollout(pipe, scheduler, prompt=PROMPTS[0], generator=generators([0]), num_inference_steps=2, **CALL)
@@ -168,7 +175,7 @@ def test_a_loss_that_is_not_finite_stops_and_says_where(pipe: Any) -> None:
 
 
 def test_bounded_time_scale_starts_at_the_table_and_stays_between_a_half_and_three_halves(pipe: Any) -> None:
-    learned = TableParameters(_table(pipe), bounded=True)
+    learned = _student(pipe, bounded=True)
     torch.testing.assert_close(learned.table().time_scale, torch.ones(2, dtype=torch.float64))
     for extreme, bound in ((50.0, 1.5), (-50.0, 0.5)):
         learned.phi.data.fill_(extreme)
@@ -176,7 +183,7 @@ def test_bounded_time_scale_starts_at_the_table_and_stays_between_a_half_and_thr
 
 
 def test_entries_that_do_not_exist_are_never_learned(pipe: Any) -> None:
-    learned = TableParameters(_table(pipe), bounded=False)
+    learned = _student(pipe, bounded=False)
     learned.table().weights.sum().backward()
     assert learned.weights.grad is not None and float(learned.weights.grad[0, 1]) == 0
 
@@ -196,3 +203,65 @@ def test_default_grid_follows_the_kind_of_network(pipe: Any) -> None:
     sd = default_grid(DyWeightScheduler.from_config(pipe.scheduler.config))
     assert sd["name"] == "discrete" and sd["sigma_max"] == pytest.approx(14.6146, abs=1e-4)
     assert not isinstance(DyWeightScheduler.from_config(pipe.scheduler.config).host.prediction, Flow)
+
+
+def test_spanlift_lowers_the_held_out_error_of_its_frozen_base_and_the_artefact_keeps_it(
+    pipe: Any, tmp_path: Path
+) -> None:
+    teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, solver="ipndm"), 12)
+    train = make_pairs(pipe, teacher, PROMPTS, range(4), call=CALL)
+    held_out = make_pairs(pipe, teacher, PROMPTS, range(10, 14), call=CALL)
+    base = DyWeightScheduler.from_config(pipe.scheduler.config).with_tables([_table(pipe, 2), _table(pipe, 3)])
+    config = AdamConfig(updates=16, batch_size=4, lr=3e-3, evaluate_every=4, recompute=False)
+    lifted = distill_lift(pipe, teacher, train, held_out, base, [2, 3], call=CALL, config=config)
+    lifted.save_pretrained(tmp_path)
+    loaded = SpanLiftScheduler.from_pretrained(tmp_path)
+    for n in (2, 3):
+        error = loaded.lifts[n].provenance["held_out_error"]
+        assert error["before"] == pytest.approx(endpoint_error(pipe, base, n, held_out, CALL), rel=1e-5)
+        assert error["after"] < 0.97 * error["before"]
+        assert endpoint_error(pipe, loaded, n, held_out, CALL) == pytest.approx(error["after"], rel=1e-5)
+        assert torch.equal(loaded.tables[n].weights, base.tables[n].weights), "the base is frozen"
+
+
+def test_an_unlearned_lift_is_its_base_and_every_parameter_gets_a_gradient_after_one_update(pipe: Any) -> None:
+    base = DyWeightScheduler.from_config(pipe.scheduler.config).with_tables([_table(pipe)])
+    student = LiftStudent(base, [2], (4, 16, 16), operator={"width": 8})
+    call = {"prompt": PROMPTS[0], "num_inference_steps": 2, **CALL}
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
+    for update in range(2):
+        with frozen(pipe):
+            x, _ = rollout(pipe, student.scheduler, generator=generators([3]), **call)
+        if update == 0:
+            with torch.no_grad():
+                assert torch.equal(x, rollout(pipe, base, generator=generators([3]), **call)[0])
+        optimizer.zero_grad()
+        x.square().sum().backward()
+        optimizer.step()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in student.parameters())
+
+
+def test_features_loss_is_equation_16_and_reaches_the_latents(pipe: Any) -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 224, "patch_size": 56}
+    features = dinov2(model=Dinov2Model(Dinov2Config(**size)))
+    target = torch.randn(2, 4, 16, 16)
+    z = (target + 0.1 * torch.randn_like(target)).requires_grad_()
+    loss = latent_and_features(features)(pipe, z, target)
+    images = [features(pipe.vae.decode(v / pipe.vae.config.scaling_factor).sample)[0] for v in (z, target)]
+    expected = 0.1 * (z - target).square().mean() + (images[0] - images[1]).square().mean()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert z.grad is not None and bool(z.grad.ne(0.2 * (z - target).detach() / z.numel()).any())
+
+
+def test_encoder_distance_is_zero_for_the_same_grows_with_damage_and_is_one_number_per_image(pipe: Any) -> None:
+    features = encoder(pipe)
+    images, noise = torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, 3, 64, 64)
+    distances = [feature_distance(features, images + s * noise, images) for s in (0.0, 0.05, 0.1, 0.3)]
+    assert distances[0].tolist() == [0, 0]
+    assert all(bool((b > 1.5 * a).all()) for a, b in pairwise(distances))
+    alone = feature_distance(features, images[1:] + 0.1 * noise[1:], images[1:])
+    torch.testing.assert_close(alone, distances[2][1:])
+    assert not any(m._forward_hooks for m in pipe.vae.modules()), "hooks must be gone"

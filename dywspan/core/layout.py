@@ -1,7 +1,7 @@
 """Latent layouts: from the sample a scheduler is handed to images (B', C, H, W) a convolution can read, and back.
 
-Frames of a video are images of their own. Packed tokens do not tell their height and width: a square is inferred, any
-other grid has to be given as ``size`` = (height, width) of the unpacked latent.
+Frames of a video are images of their own. Packed tokens do not tell their height and width: the square of one image is
+inferred, any other grid has to be given as ``size`` = (height, width) of the unpacked latent.
 """
 
 from __future__ import annotations
@@ -63,10 +63,12 @@ class Dense(Layout):
 class Packed(Layout):
     """Tokens (B, T h w, C p^2) of p x p patches: token = (t * h + i) * w + j, channel = (c * p + dy) * p + dx.
 
-    FLUX, QwenImage and Flux2 have p = 2; LTX has p = 1 and T frames, of which ``size`` leaves the number.
+    FLUX, QwenImage and Flux2 have p = 2 and one image (T = 1); LTX has p = 1 and ``frames``, as many as
+    ``size`` leaves.
     """
 
     patch: int
+    frames: bool = False
 
     def channels(self, shape: tuple[int, ...]) -> int:
         return shape[-1] // self.patch**2
@@ -85,17 +87,17 @@ class Packed(Layout):
 
     def _tokens(self, count: int, size: Size | None) -> Size:
         p = self.patch
+        way_out = "say what they are with scheduler.set_latent_size(height, width) or dywspan.bind(pipe)."
         if size is None:
             side = math.isqrt(count)
-            if side * side != count:
-                raise ValueError(
-                    f"{count} tokens are not a square: say what they are with scheduler.set_latent_size(height, width) "
-                    "or dywspan.bind(pipe)."
-                )
+            if self.frames or side * side != count:
+                what = "are frames of an unknown size" if self.frames else "are not a square"
+                raise ValueError(f"{count} tokens {what}: {way_out}")
             return side, side
         h, w = size[0] // p, size[1] // p
-        if size[0] % p or size[1] % p or h * w == 0 or count % (h * w):
-            raise ValueError(f"A latent of {size[0]} x {size[1]} does not make {count} tokens of {p} x {p}.")
+        # A single image leaves no rest: more tokens than its size makes are another size, not more images.
+        if size[0] % p or size[1] % p or h * w == 0 or (count % (h * w) if self.frames else count != h * w):
+            raise ValueError(f"A latent of {size[0]} x {size[1]} does not make {count} tokens of {p} x {p}: {way_out}")
         return h, w
 
 
@@ -105,5 +107,5 @@ LAYOUTS: dict[str, Layout] = {
     "video_frames_first": Dense("btchw"),
     "video_channels_last": Dense("bthwc"),
     "packed": Packed(2),
-    "packed_video": Packed(1),
+    "packed_video": Packed(1, frames=True),
 }

@@ -7,12 +7,14 @@ Source: SpanLift (arXiv 2606.08672) eqs. (14)-(15). Architecture from the paper'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.autocast_mode import is_autocast_available
 from torch.nn.functional import silu
 
 
@@ -113,7 +115,8 @@ def residual(operator: ResidualOperator, state: Tensor, history: Sequence[Tensor
     known = history[: operator.order]
     missing = [torch.zeros_like(state)] * (operator.order - len(known))
     images = torch.cat([state, *known, *missing], 1).to(operator.stem.weight.dtype)
-    with torch.autocast(state.device.type, enabled=False):
+    device = state.device.type  # some know no autocast, and may not even be told to leave it off
+    with torch.autocast(device, enabled=False) if is_autocast_available(device) else contextlib.nullcontext():
         return operator(images.contiguous(memory_format=torch.channels_last), condition[None]).to(state.dtype)
 
 
@@ -124,6 +127,7 @@ class Lift:
     Attributes:
         alpha, beta: (N,) factors of the base step and of the residual.
         operator: name of the operator it uses; several step counts may share one.
+        provenance: where it comes from: free JSON.
 
     Raises:
         ValueError: different lengths, or numbers that are not finite.
@@ -132,6 +136,7 @@ class Lift:
     alpha: Tensor
     beta: Tensor
     operator: str = "shared"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):

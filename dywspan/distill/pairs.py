@@ -47,6 +47,12 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def choose(self, indices: Sequence[int]) -> Pairs:
+        """These pairs, in this order."""
+        return Pairs(
+            [self.prompts[i] for i in indices], [self.seeds[i] for i in indices], self.endpoints[list(indices)]
+        )
+
     def __getitem__(self, index: slice) -> Pairs:
         return Pairs(self.prompts[index], self.seeds[index], self.endpoints[index])
 

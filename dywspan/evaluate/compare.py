@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
+from ..distill.losses import decode, encoder, feature_distance
 from ..distill.pairs import Pairs
 from ..distill.rollout import generators, rollout
 from ..schedulers.dyweight import DyWeightScheduler
@@ -33,6 +34,7 @@ class Result:
     Attributes:
         nfe: network evaluations (calls of the guided denoiser).
         latent_mse: mean squared error of the endpoints to the reference's, over all samples.
+        feature_distance: of the decoded images to the reference's, see :func:`dywspan.distill.losses.encoder`.
         seconds_per_image: wall time of the whole pipeline call, decoding included.
         images: decoded images, PIL.
     """
@@ -41,6 +43,7 @@ class Result:
     num_inference_steps: int
     nfe: int
     latent_mse: float
+    feature_distance: float
     seconds_per_image: float
     images: Sequence[Image.Image]
 
@@ -59,12 +62,13 @@ def compare(
     batch_size: int = 16,
 ) -> list[Result]:
     """Every solver at every number of steps on the prompts and noise of ``reference``."""
-    results = []
+    results, features = [], encoder(pipe)
     for n in steps:
         for name, scheduler in tqdm(solvers.items(), desc=f"{n} steps"):
-            error, images, started = 0.0, [], time.perf_counter()
+            error, distances, seconds, images = 0.0, [], 0.0, []
             for start in range(0, len(reference), batch_size):
                 part = reference[start : start + batch_size]
+                started = time.perf_counter()
                 endpoint, output = rollout(
                     pipe,
                     scheduler,
@@ -74,11 +78,14 @@ def compare(
                     num_inference_steps=n,
                     **call,
                 )
-                error += float((endpoint.float().cpu() - part.endpoints).square().sum())
+                seconds += time.perf_counter() - started
                 images += output.images
-            seconds = (time.perf_counter() - started) / len(reference)
+                target = part.endpoints.to(endpoint.device)
+                error += float((endpoint.float() - target).square().sum())
+                distances.append(feature_distance(features, *(decode(pipe, z) for z in (endpoint.float(), target))))
+            mse, distance = error / reference.endpoints.numel(), float(torch.cat(distances).mean())
             nfe = len(scheduler.timesteps)
-            results.append(Result(name, n, nfe, error / reference.endpoints.numel(), seconds, images))
+            results.append(Result(name, n, nfe, mse, distance, seconds / len(reference), images))
     return results
 
 

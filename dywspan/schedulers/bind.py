@@ -30,12 +30,12 @@ def bind(pipe: Any) -> Any:
     @functools.wraps(prepare)
     def prepare_latents(*args: Any, **kwargs: Any) -> Any:
         scheduler = pipe.scheduler
-        if isinstance(scheduler, SpanLiftScheduler):
-            given = signature.bind(*args, **kwargs).arguments
-            layout = LAYOUTS[scheduler.config["layout"]]
-            patch = layout.patch if isinstance(layout, Packed) else 1
-            scale = getattr(pipe, "vae_spatial_compression_ratio", None) or pipe.vae_scale_factor
-            height, width = (int(given[side]) // (scale * patch) * patch for side in ("height", "width"))
+        layout = LAYOUTS[scheduler.config["layout"]] if isinstance(scheduler, SpanLiftScheduler) else None
+        if isinstance(layout, Packed):
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            multiple = layout.patch * (getattr(pipe, "vae_spatial_compression_ratio", None) or pipe.vae_scale_factor)
+            height, width = (int(given.arguments[side]) // multiple * layout.patch for side in ("height", "width"))
             scheduler.set_latent_size(height, width)
         return prepare(*args, **kwargs)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from .dyweight import DyWeightScheduler
 logger = logging.get_logger(__name__)
 
 _DOWNLOAD = ("cache_dir", "token", "revision", "local_files_only", "force_download")
+_NOT_THE_BASE = ("self", "__class__", "layout", "operator", "lifts", "weights_sha256")
 
 
 class SpanLiftScheduler(DyWeightScheduler):
@@ -48,6 +51,7 @@ class SpanLiftScheduler(DyWeightScheduler):
         layout: how the latent is laid out, one of ``LAYOUTS``.
         operator: size of R_phi: the arguments of :class:`ResidualOperator`.
         lifts: ``{num_inference_steps: {"alpha": [...], "beta": [...], "operator": name}}``.
+        weights_sha256: of the weights file, written when saving: they only mean something together.
 
     Raises:
         ValueError: as the base, an unknown layout, an operator that cannot be built, or a damaged entry.
@@ -79,11 +83,12 @@ class SpanLiftScheduler(DyWeightScheduler):
         layout: str = "image",
         operator: dict[str, Any] | None = None,
         lifts: dict[str, Any] | None = None,
+        weights_sha256: str | None = None,
         dywspan_version: str = __version__,
     ) -> None:
         if layout not in LAYOUTS:
             raise ValueError(f"Unknown layout {layout!r}: use one of {sorted(LAYOUTS)}.")
-        base = {k: v for k, v in locals().items() if k not in ("self", "__class__", "layout", "operator", "lifts")}
+        base = {k: v for k, v in locals().items() if k not in _NOT_THE_BASE}
         DyWeightScheduler.__init__.__wrapped__(self, **base)  # type: ignore[attr-defined]
         self.lifts: dict[int, Lift] = read_lifts(lifts)
         if self.lifts and not operator:
@@ -130,6 +135,12 @@ class SpanLiftScheduler(DyWeightScheduler):
                 )
             if not bool(value.isfinite().all()):
                 raise ValueError(f"{file}: {name} holds numbers that are not finite. Download or distil it again.")
+        expected_digest = self.config["weights_sha256"]
+        if expected_digest is not None and expected_digest != _sha256(file):
+            raise ValueError(
+                f"{file} is not the file this configuration was saved with (weights_sha256 differs): it is damaged, or "
+                "from another save. Download or copy both again."
+            )
         for name, operator in self.operators.items():
             operator.load_state_dict(
                 {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
@@ -203,6 +214,11 @@ class SpanLiftScheduler(DyWeightScheduler):
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write the operator's weights, then the configuration (and upload both, with ``push_to_hub``)."""
         folder = Path(save_directory)
+        if self.lifts and not self.operators:
+            raise ValueError(
+                "This solver's operator was never loaded, so there is only half of it to save: load it with "
+                "from_pretrained, or set lifts=None."
+            )
         if folder.name == "scheduler" and self.operators:
             logger.warning(
                 "A SpanLift solver inside a pipeline's folder works from a local directory only: uploaded to the Hub "
@@ -213,11 +229,13 @@ class SpanLiftScheduler(DyWeightScheduler):
         if self.operators:
             partial = folder / f"{self.weights_name}.{os.getpid()}.tmp"
             try:
-                save_file({k: v.detach().cpu().contiguous() for k, v in self._state().items()}, partial)
+                save_file({k: v.detach().float().cpu().contiguous() for k, v in self._state().items()}, partial)
+                digest = _sha256(partial)
                 os.replace(partial, folder / self.weights_name)
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     partial.unlink()
+            self.register_to_config(weights_sha256=digest)
         # What was learned since this object was made belongs to its configuration.
         self.register_to_config(lifts={str(n): lift_to_json(lift) for n, lift in sorted(self.lifts.items())} or None)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -270,7 +288,8 @@ class SpanLiftScheduler(DyWeightScheduler):
         queries, levels = schedule.queries.detach(), schedule.levels[:-1].detach()
         times = prediction.timestep(queries)
         times = times if isinstance(prediction, EDM) else times / self.config["num_train_timesteps"]
-        log_snr = prediction.signal(levels).log() - levels.log()
+        # A level that time shifting takes past flow's sigma = 1 holds no signal either.
+        log_snr = prediction.signal(levels).clamp(min=0).log() - levels.log()
         self._conditions = conditioning(times, log_snr, schedule.sizes.detach()).float()
         self._sizes = schedule.sizes.detach().tolist()
         self._lift, self._alpha, self._beta = lift, scalars(lift.alpha), scalars(lift.beta)
@@ -302,12 +321,19 @@ class SpanLiftScheduler(DyWeightScheduler):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        state["lifts"] = {n: Lift(v.alpha.detach(), v.beta.detach(), v.operator) for n, v in self.lifts.items()}
+        state["lifts"] = {n: _detached(lift) for n, lift in self.lifts.items()}
         if "_lift" in state:
-            state["_lift"] = Lift(self._lift.alpha.detach(), self._lift.beta.detach(), self._lift.operator)
-            for name in ("_alpha", "_beta"):
-                state[name] = [float(v) for v in getattr(self, name)]
+            lift = _detached(self._lift)
+            state.update(_lift=lift, _alpha=lift.alpha.tolist(), _beta=lift.beta.tolist())
         return state
+
+
+def _detached(lift: Lift) -> Lift:
+    return replace(lift, alpha=lift.alpha.detach(), beta=lift.beta.detach())
+
+
+def _sha256(file: str | os.PathLike[str]) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 SpanLiftScheduler.__module__ = "dywspan"  # see DyWeightScheduler

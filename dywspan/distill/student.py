@@ -1,0 +1,114 @@
+"""What is learned: the numbers of a solver, inside a scheduler that samples with them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.layout import LAYOUTS
+from ..core.operator import Lift
+from ..core.table import SolverTable
+from ..schedulers.dyweight import DyWeightScheduler
+from ..schedulers.spanlift import SpanLiftScheduler
+
+
+class Student(ABC):
+    """A scheduler with parameters.
+
+    Attributes:
+        scheduler: samples with what :meth:`apply` put in last.
+    """
+
+    scheduler: DyWeightScheduler
+
+    @abstractmethod
+    def parameters(self) -> list[Tensor]:
+        """What the optimiser moves."""
+
+    @abstractmethod
+    def apply(self) -> None:
+        """Put the parameters, with their graph, into the scheduler."""
+
+    def snapshot(self) -> list[Tensor]:
+        """A copy of the parameters' values."""
+        return [p.detach().clone() for p in self.parameters()]
+
+    @torch.no_grad()
+    def restore(self, state: Sequence[Tensor]) -> None:
+        """Go back to a snapshot."""
+        for parameter, value in zip(self.parameters(), state):
+            parameter.copy_(value)
+
+
+class TableStudent(Student):
+    """A DyWeight table: the weights that exist, and the time scale.
+
+    Args:
+        scheduler: of the pipeline.
+        initial: where to start.
+        bounded: s = 0.5 + sigmoid(phi), the paper's choice for FLUX; else s is free.
+    """
+
+    def __init__(self, scheduler: DyWeightScheduler, initial: SolverTable, bounded: bool = False) -> None:
+        self.scheduler, self.initial, self.bounded = scheduler, initial, bounded
+        s = initial.time_scale.double()
+        self.weights = initial.weights.double().clone().requires_grad_()
+        self.phi = (torch.logit(s - 0.5) if bounded else s.clone()).requires_grad_()
+
+    def table(self) -> SolverTable:
+        """The table these numbers make now, with gradients."""
+        scale = 0.5 + torch.sigmoid(self.phi) if self.bounded else self.phi
+        return replace(self.initial, weights=self.weights.tril(), time_scale=scale)
+
+    def parameters(self) -> list[Tensor]:
+        return [self.weights, self.phi]
+
+    def apply(self) -> None:
+        self.scheduler.tables = {self.initial.num_inference_steps: self.table()}
+
+
+class LiftStudent(Student):
+    """SpanLift on a frozen base: one operator shared by all ``steps``, alpha and beta of each.
+
+    Args:
+        base: the base solver, tables included.
+        steps: numbers of steps to learn for.
+        sample_shape: of a latent, without the batch.
+        order: K, derivatives the operator reads.
+        layout: see ``LAYOUTS``.
+        operator: further arguments of :class:`ResidualOperator` (width, blocks, kernel, ...).
+        name: of the operator in the artefact.
+    """
+
+    def __init__(
+        self,
+        base: DyWeightScheduler,
+        steps: Sequence[int],
+        sample_shape: Sequence[int],
+        *,
+        order: int = 2,
+        layout: str = "image",
+        operator: Mapping[str, Any] | None = None,
+        name: str = "shared",
+    ) -> None:
+        channels = LAYOUTS[layout].channels((1, *sample_shape))
+        size = {"channels": channels, "order": order, **(operator or {})}
+        scheduler = SpanLiftScheduler.from_config(base.config, layout=layout, operator=size)
+        for n in steps:
+            base.set_timesteps(n)
+            ones = torch.ones(len(base.timesteps) + (n in base.tables and base.tables[n].afs))
+            # beta = 1 and a zero head: the gradient reaches the head at once, and the start is the base.
+            scheduler.lifts[n] = Lift(ones.clone().requires_grad_(), ones.clone().requires_grad_(), name)
+        self.scheduler = self.lifted = scheduler.initialize()
+
+    def parameters(self) -> list[Tensor]:
+        scalars = [v for lift in self.lifted.lifts.values() for v in (lift.alpha, lift.beta)]
+        return scalars + [p for operator in self.lifted.operators.values() for p in operator.parameters()]
+
+    def apply(self) -> None:
+        """Nothing to do: the scheduler computes with the parameters themselves."""
