@@ -114,9 +114,9 @@ def residual(operator: ResidualOperator, state: Tensor, history: Sequence[Tensor
     """
     known = history[: operator.order]
     missing = [torch.zeros_like(state)] * (operator.order - len(known))
-    images = torch.cat([state, *known, *missing], 1).to(operator.stem.weight.dtype)
     device = state.device.type  # some know no autocast, and may not even be told to leave it off
     with torch.autocast(device, enabled=False) if is_autocast_available(device) else contextlib.nullcontext():
+        images = torch.cat([state, *known, *missing], 1).to(operator.stem.weight.dtype)
         return operator(images.contiguous(memory_format=torch.channels_last), condition[None]).to(state.dtype)
 
 

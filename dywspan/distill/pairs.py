@@ -31,7 +31,13 @@ class Teacher:
     scheduler: Any
     num_inference_steps: int
 
+    def summary(self) -> dict[str, Any]:
+        """What a reader wants to know of it."""
+        known = {k: self.scheduler.config[k] for k in ("solver", "order", "grid") if k in self.scheduler.config}
+        return {"scheduler": type(self.scheduler).__name__, "steps": self.num_inference_steps, **known}
+
     def describe(self) -> dict[str, Any]:
+        """All that determines its endpoints."""
         config = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
         return {"class": type(self.scheduler).__name__, "steps": self.num_inference_steps, "config": config}
 

@@ -258,7 +258,7 @@ def _provenance(
         "pipeline": type(pipe).__name__,
         "call": {k: v for k, v in call.items() if isinstance(v, (int, float, str, bool))},
         "latent_shape": list(train.endpoints.shape[1:]),
-        "teacher": teacher.describe(),
+        "teacher": teacher.summary(),
         "loss": "latent mse",
         "optimizer": {"name": "adam", **asdict(config)},
         "pairs": {"train": len(train), "held_out": len(held_out)},

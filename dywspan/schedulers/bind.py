@@ -18,14 +18,15 @@ def bind(pipe: Any) -> Any:
         pipe = dywspan.bind(pipe)
 
     Raises:
-        TypeError: the pipeline's ``prepare_latents`` does not take height and width.
+        TypeError: the pipeline has no ``prepare_latents`` that takes height and width.
     """
-    prepare = pipe.prepare_latents
-    signature = inspect.signature(prepare)
-    if not {"height", "width"} <= signature.parameters.keys():
+    prepare = getattr(pipe, "prepare_latents", None)
+    if prepare is None or not {"height", "width"} <= inspect.signature(prepare).parameters.keys():
         raise TypeError(
-            f"{type(pipe).__name__}.prepare_latents takes no height and width: use scheduler.set_latent_size instead."
+            f"{type(pipe).__name__} has no prepare_latents that takes height and width: use "
+            "scheduler.set_latent_size(height, width) if its tokens are packed."
         )
+    signature = inspect.signature(prepare)
 
     @functools.wraps(prepare)
     def prepare_latents(*args: Any, **kwargs: Any) -> Any:
