@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -25,7 +26,8 @@ import transformers
 from torch import Tensor
 
 import dywspan
-from dywspan import DyWeightScheduler, SolverTable
+from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
+from dywspan.core.layout import LAYOUTS
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "results" / "pipelines.json"
@@ -48,8 +50,26 @@ def dyweight(config: Any, steps: int, flow: bool) -> DyWeightScheduler:
     return DyWeightScheduler.from_config(config).with_tables([random_table(steps, flow)])
 
 
-# A learned scheduler each: from a pipeline's scheduler.config, the number of steps and whether the model is a flow.
-SCHEDULERS: list[tuple[str, Callable[[Any, int, bool], Any]]] = [("DyWeightScheduler", dyweight)]
+def spanlift(tiny: tp.Tiny, **changes: Any) -> SpanLiftScheduler:
+    """The same table, lifted by a random operator that looks further back (K = 3) than the table does (K = 2)."""
+    base = dyweight(tiny.pipe.scheduler.config, tiny.steps, tiny.flow)
+    scalars = torch.linspace(0.8, 1.2, tiny.steps, dtype=torch.float64)
+    lift = {"alpha": scalars.flip(0).tolist(), "beta": (0.5 * scalars).tolist(), **changes}
+    operator = {"channels": tiny.channels, "order": 3, "width": 8}
+    scheduler = SpanLiftScheduler.from_config(
+        base.config, layout=tiny.layout, operator=operator, lifts={str(tiny.steps): lift}
+    ).initialize()
+    generator = torch.Generator().manual_seed(4)
+    for parameter in scheduler.operators["shared"].requires_grad_(False).parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(1, parameter[0].numel()) ** 0.5)
+    return scheduler
+
+
+# A learned scheduler each.
+SCHEDULERS: list[tuple[str, Callable[[tp.Tiny], Any]]] = [
+    ("DyWeightScheduler", lambda tiny: dyweight(tiny.pipe.scheduler.config, tiny.steps, tiny.flow)),
+    ("SpanLiftScheduler", spanlift),
+]
 
 rows = pytest.mark.parametrize(
     "name",
@@ -74,7 +94,7 @@ def sampled(name: str, scheduler: str, indices: tuple[int, ...]) -> tp.Trace:
     tiny = tp.build(name)
     config = tiny.pipe.scheduler.config
     if scheduler in dict(SCHEDULERS):
-        return tp.run(tiny, dict(SCHEDULERS)[scheduler](config, tiny.steps, tiny.flow), indices)
+        return tp.run(tiny, dict(SCHEDULERS)[scheduler](tiny), indices)
     solver, order = scheduler.split("-")
     return tp.run(tiny, DyWeightScheduler.from_config(config, solver=solver, order=int(order)), indices)
 
@@ -113,6 +133,9 @@ def test_swap(name: str, scheduler: str) -> None:
         learned, dpmpp, ipndm = (result(sampled(name, solver, (0, 1)), 2)[1] for solver in solvers)
         assert distance(learned, dpmpp) > 1e-2, "the learned table changed nothing"
         assert distance(dpmpp, ipndm) > 5e-4, "the solver changed nothing"
+        if scheduler != "DyWeightScheduler":
+            base = result(sampled(name, "DyWeightScheduler", (0, 1)), 2)[1]
+            assert 1e-2 < distance(learned, base) < 10, "the operator changed nothing, or all"
 
 
 @rows
@@ -120,7 +143,7 @@ def test_swap(name: str, scheduler: str) -> None:
 def test_second_call_equals_the_first(name: str, scheduler: str) -> None:
     """Nothing of a run is left in the scheduler."""
     tiny = tp.build(name)
-    learned = dict(SCHEDULERS)[scheduler](tiny.pipe.scheduler.config, tiny.steps, tiny.flow)
+    learned = dict(SCHEDULERS)[scheduler](tiny)
     first, second = tp.run(tiny, learned, [0]), tp.run(tiny, learned, [0])
     assert torch.equal(first.output, second.output)
     assert torch.equal(first.output, sampled(name, scheduler, (0,)).output)
@@ -161,16 +184,80 @@ def test_equals_diffusers_solver(name: str, solver: dict[str, Any], twin: Any) -
 
 
 @rows
-def test_learned_by_hand(name: str) -> None:
+@schedulers
+def test_learned_by_hand(name: str, scheduler: str) -> None:
     """Every step and every time of a learned table, from the equations written out in plain numbers.
 
-    DyWeight eqs. (5), (9); missing history (img2img) gives its weight to the oldest derivative.
+    DyWeight eqs. (5), (9); missing history (img2img) gives its weight to the oldest derivative. SpanLift eq. (15).
     """
-    with outcome("by hand", name):
-        learned_by_hand(tp.build(name), sampled(name, "DyWeightScheduler", (0, 1)))
+    tiny = tp.build(name)
+    with outcome("by hand", name, scheduler):
+        lifted = spanlift(tiny) if scheduler == "SpanLiftScheduler" else None
+        if lifted is not None:
+            tp.run(tiny, lifted, [0])  # tells it the latent's size where the pipeline is bound
+        learned_by_hand(tiny, sampled(name, scheduler, (0, 1)), lifted)
 
 
-def learned_by_hand(tiny: tp.Tiny, trace: tp.Trace) -> None:
+@rows
+def test_no_lift_is_the_base(name: str) -> None:
+    """With beta = 0 and alpha = 1 whatever the operator says, a pipeline returns what its base does, bit for bit."""
+    tiny = tp.build(name)
+    idle = spanlift(tiny, alpha=[1.0] * tiny.steps, beta=[0.0] * tiny.steps)
+    assert torch.equal(tp.run(tiny, idle, [0]).output, sampled(name, "DyWeightScheduler", (0,)).output)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        # The third of each is rounded down by the pipeline; {} is its default size.
+        ("FluxPipeline", [{"height": 24, "width": 40}, {"height": 40, "width": 24}, {"height": 27, "width": 38}, {}]),
+        ("ChromaPipeline", [{"height": 24, "width": 40}, {"height": 40, "width": 24}, {"height": 27, "width": 38}, {}]),
+        (
+            "QwenImagePipeline",
+            [{"height": 64, "width": 96}, {"height": 96, "width": 32}, {"height": 70, "width": 95}, {}],
+        ),
+        ("LTXPipeline", [{"height": 64, "width": 96}, {"height": 96, "width": 32}, {}]),
+    ],
+)
+def test_bind_tells_the_true_grid(name: str, sizes: list[dict[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Height and width of the latent that the pipeline packs, at every call anew."""
+    tiny = tp.build(name)
+    pipe = copy.copy(tiny.pipe)
+    monkeypatch.setattr(pipe, "default_sample_size", 12, raising=False)
+    pack, packed = pipe._pack_latents, []
+
+    def watch(latents: Tensor, *args: Any) -> Tensor:
+        packed.append(tuple(latents.shape[-2:]))
+        return pack(latents, *args)
+
+    monkeypatch.setattr(type(pipe), "_pack_latents", staticmethod(watch))
+    bound = dataclasses.replace(tiny, pipe=dywspan.bind(pipe))
+    scheduler = spanlift(tiny)
+    for size in sizes:
+        inputs = {k: v for k, v in tiny.inputs([0]).items() if k not in ("height", "width")}
+        tp.run(dataclasses.replace(bound, inputs=lambda _, given=inputs | size: given), scheduler, [0])
+        assert scheduler.latent_size == packed[-1]
+    assert len(set(packed)) == len(packed) == len(sizes)
+
+
+def test_bind_knows_a_pipelines_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LTX's ``prepare_latents`` need not be told 512 x 704."""
+    tiny = tp.build("LTXPipeline")
+    scheduler = spanlift(tiny)
+    monkeypatch.setattr(tiny.pipe, "scheduler", scheduler)
+    tokens = tiny.pipe.prepare_latents(num_channels_latents=8, num_frames=1, dtype=torch.float32)
+    assert scheduler.latent_size == (16, 22) and tokens.shape[1] == 16 * 22
+
+
+def test_tokens_of_an_unknown_size_are_refused() -> None:
+    tiny = tp.build("FluxPipeline")
+    with pytest.raises(ValueError, match=r"60 tokens are not a square: .*dywspan\.bind\(pipe\)"):
+        tp.run(tiny, spanlift(tiny), [0], height=24, width=40)
+    with pytest.raises(TypeError, match=r"DDPMPipeline has no prepare_latents .*set_latent_size"):
+        dywspan.bind(tp.build("DDPMPipeline").pipe)
+
+
+def learned_by_hand(tiny: tp.Tiny, trace: tp.Trace, lifted: SpanLiftScheduler | None) -> None:
     n, table = tiny.steps, random_table(tiny.steps, tiny.flow)
     if tiny.flow:  # sigma = 2t / (1 + t)
         grid = [2 * t / (1 + t) for t in (1 - i / n for i in range(n + 1))]
@@ -189,16 +276,37 @@ def learned_by_hand(tiny: tp.Tiny, trace: tp.Trace) -> None:
         i = trace.timesteps.tolist().index(time)
         alpha = 1 - levels[i] if tiny.flow else 1
         assert distance(noisy.double(), frame[i] * (alpha * clean.double() + levels[i] * noise.double())) < 1e-6
-    past = None
+    lift = lifted.lifts[n] if lifted else None
+    past: list[Tensor] = []  # newest first
     for i, (output, sample, prev_sample) in enumerate(trace.steps, start=begin):
         x, output = sample.double() / frame[i], output.double()
         if tiny.raw_noise and i == 0:
             x = sample.double() * grid[0]
         d = derivative(tiny, x, output, levels[i], taus[i])
         newest, older = table.weights[i].tolist()
-        x = x + (grid[i + 1] - levels[i]) * (newest * d + older * (d if past is None else past))
+        h, state, past = grid[i + 1] - levels[i], x * frame[i], [d, *past]
+        change = h * (newest * d + older * past[min(1, len(past) - 1)])
+        if lifted is not None and lift is not None:
+            alpha = 1 - levels[i] if tiny.flow else 1.0
+            log_snr = math.log(alpha / levels[i]) if alpha > 0 else -math.inf
+            time = model_times(tiny, taus[i : i + 1]).item() / (1 if edm(tiny) else 1000)
+            condition = [2 * time - 1, math.tanh(log_snr / 4), math.tanh(math.log(abs(h)) / 4)]
+            change = lift.alpha[i] * change + h * lift.beta[i] * operate(lifted, [state, *past[:3]], condition)
+        x = x + change
         assert distance(prev_sample.double(), x * frame[i + 1]) < tiny.tolerance
-        past = d
+
+
+def operate(lifted: SpanLiftScheduler, values: list[Tensor], condition: list[float]) -> Tensor:
+    """R_phi(x, d_i, ...; xi), missing derivatives as zeros. (Layouts are proved in test_layout.py.)"""
+    layout, size, operator = LAYOUTS[lifted.config["layout"]], lifted.latent_size, lifted.operators["shared"]
+    images = torch.cat([layout.to_grid(v, size).float() for v in values], 1)
+    missing = (1 + operator.order) * operator.channels - images.shape[1]
+    images = torch.nn.functional.pad(images, (0, 0, 0, 0, 0, missing))
+    return layout.from_grid(operator(images, torch.tensor([condition])).double(), values[0], size)
+
+
+def edm(tiny: tp.Tiny) -> bool:
+    return tiny.pipe.scheduler.config.get("timestep_type") == "continuous"
 
 
 def model_times(tiny: tp.Tiny, taus: list[float]) -> Tensor:
@@ -206,7 +314,7 @@ def model_times(tiny: tp.Tiny, taus: list[float]) -> Tensor:
     scheduler, tau = tiny.pipe.scheduler, torch.tensor(taus, dtype=torch.float64)
     if tiny.flow:
         return 1000 * (1 - tau) if scheduler.config.get("invert_sigmas") else 1000 * tau
-    if scheduler.config.get("timestep_type") == "continuous":
+    if edm(tiny):
         return tau.log() / 4
     nodes = -scheduler.alphas_cumprod.double().clamp(min=2**-24).log() / 2
     values = np.interp(torch.log1p(tau**2) / 2, [0.0, *nodes.tolist()], np.arange(-1, len(nodes)))
@@ -315,7 +423,8 @@ def write_docs() -> None:
     """Raises KeyError unless every test of every row ran, in this process and with a diffusers that has all classes."""
     ok = {
         (name, scheduler): OUTCOMES["swap", name, scheduler]
-        and all(OUTCOMES[test, name, "DyWeightScheduler"] for test in ("exact", "by hand"))
+        and OUTCOMES["by hand", name, scheduler]
+        and OUTCOMES["exact", name, "DyWeightScheduler"]
         for name in tp.PIPELINES
         for scheduler, _ in SCHEDULERS
     }
@@ -337,12 +446,13 @@ def write_docs() -> None:
         "pipe.scheduler = DyWeightScheduler.from_config(pipe.scheduler.config, ...)",
         "```",
         "",
-        "the pipeline runs unchanged with a learned table (order 2, time shifting and time scaling) and with the",
-        "classical solvers `dpmpp` and `ipndm`, and that",
+        "the pipeline runs unchanged with a learned table (order 2, time shifting and time scaling), with the same",
+        "table lifted by a SpanLift operator, and with the classical solvers `dpmpp` and `ipndm`, and that",
         "",
         "- a batch equals its samples one by one, and dtypes stay;",
         "- the network is told exactly `scheduler.timesteps`, once per step and guidance branch;",
-        "- every step of the learned table equals the paper's equations evaluated by hand;",
+        "- every step of the learned table and of the lifted one equals the papers' equations evaluated by hand;",
+        "- a lift of zero is its base, bit for bit;",
         "- the classical solver in the third column gives the same result as the scheduler the pipeline came with.",
         "",
         f"| pipeline | what this row adds | equals own scheduler | {' | '.join(names)} |",
@@ -357,6 +467,10 @@ def write_docs() -> None:
         "",
         "Good to know:",
         "",
+        "- Packed tokens (FLUX, Chroma, QwenImage) do not tell SpanLift their height and width. A square is inferred;",
+        "  for any other size, and for packed video (LTX), call `pipe = dywspan.bind(pipe)` once, or",
+        "  `scheduler.set_latent_size(height, width)`. Without it most sizes are an error, but one whose sides are as",
+        "  1 to 4 has as many tokens as a square and is taken for it. A DyWeight scheduler needs neither.",
         "- SDXL base and refiner pass latents on in the middle of a run (`denoising_end`, `denoising_start`): give",
         "  both pipelines the same solver. Its latents are scaled as the network wants them, like DDIM's and unlike",
         "  EulerDiscreteScheduler's.",

@@ -17,6 +17,8 @@ import diffusers as d
 import torch
 from torch import Tensor, nn
 
+import dywspan
+
 Indices = Sequence[int]
 
 
@@ -35,6 +37,7 @@ class Tiny:
         exact: the classical solver that equals the pipeline's own scheduler.
         twin: stand-in for the own scheduler, where that one adds noise or cuts times to integers.
         raw_noise: the pipeline never multiplies its noise by ``init_noise_sigma``.
+        layout: of the sample in ``step``, and channels: of its latent; see ``dywspan.core.layout``.
         tolerance: how far two float32 ways to the same result may be apart, in units of the result's largest value.
     """
 
@@ -49,6 +52,8 @@ class Tiny:
     exact: dict[str, Any] = field(default_factory=lambda: {"solver": "euler"})
     twin: type | None = None
     raw_noise: bool = False
+    layout: str = "image"
+    channels: int = 4
     tolerance: float = 1e-4
 
     @property
@@ -394,7 +399,8 @@ def svd() -> Tiny:
     # One generator draws the augmentation noise of the whole batch, so the image is not augmented here.
     inputs = lambda i: {**LATENT, "image": images(i), "height": 32, "width": 32, "noise_aug_strength": 0.0}
     # It integrates from sigma = 700 to data of size 1: float32 keeps three digits less.
-    return Tiny(pipe, inputs, "continuous log-sigma times, frames before channels", "unet", tolerance=1e-3)
+    exercises = "continuous log-sigma times, frames before channels"
+    return Tiny(pipe, inputs, exercises, "unet", layout="video_frames_first", tolerance=1e-3)
 
 
 # -------------------------------------------------------------------------------------------------- flow, images
@@ -458,27 +464,37 @@ def flux_inputs(i: Indices) -> dict[str, Any]:
 @row("FluxPipeline")
 def flux_text() -> Tiny:
     exercises = "packed tokens, resolution-dependent shift, times divided by 1000"
-    return Tiny(flux(d.FluxPipeline), flux_inputs, exercises, told=per_mille)
+    return Tiny(flux(d.FluxPipeline), flux_inputs, exercises, told=per_mille, layout="packed")
+
+
+@row("FluxPipeline (not square)")
+def flux_not_square() -> Tiny:
+    pipe = dywspan.bind(flux(d.FluxPipeline))
+    inputs = lambda i: {**flux_inputs(i), "height": 24, "width": 40}
+    return Tiny(pipe, inputs, "dywspan.bind tells SpanLift what tokens are", told=per_mille, layout="packed")
 
 
 @row("FluxImg2ImgPipeline")
 def flux_img2img() -> Tiny:
     inputs = lambda i: {**flux_inputs(i), "image": images(i), "strength": 0.5}
     pipe = flux(d.FluxImg2ImgPipeline)
-    return Tiny(pipe, inputs, "packed img2img, scale_noise", steps=4, seen=lambda t: t[2:], told=per_mille)
+    exercises = "packed img2img, scale_noise"
+    return Tiny(pipe, inputs, exercises, steps=4, seen=lambda t: t[2:], told=per_mille, layout="packed")
 
 
 @row("FluxKontextPipeline")
 def flux_kontext() -> Tiny:
     inputs = lambda i: {**flux_inputs(i), "image": images(i), "max_area": 32 * 32, "_auto_resize": False}
-    return Tiny(flux(d.FluxKontextPipeline), inputs, "reference tokens cut off before step", told=per_mille)
+    exercises = "reference tokens cut off before step"
+    return Tiny(flux(d.FluxKontextPipeline), inputs, exercises, told=per_mille, layout="packed")
 
 
 @row("FluxFillPipeline")
 def flux_fill() -> Tiny:
     inputs = lambda i: {**flux_inputs(i), "image": images(i), "mask_image": masks(i)}
     pipe = flux(d.FluxFillPipeline, in_channels=16 + 16 + 4 * 2 * 2)  # latents, masked image, folded mask
-    return Tiny(pipe, inputs, "network input has more channels than the sample", told=per_mille)
+    exercises = "network input has more channels than the sample"
+    return Tiny(pipe, inputs, exercises, told=per_mille, layout="packed")
 
 
 @row("Flux2Pipeline")
@@ -494,7 +510,8 @@ def flux2() -> Tiny:
     scheduler = flow_euler(use_dynamic_shifting=True, shift=3.0)
     pipe = d.Flux2Pipeline(scheduler=scheduler, vae=small, transformer=transformer, **NO_TEXT)
     inputs = lambda i: {"prompt_embeds": normal(i, 8, 16), **LATENT, "height": 32, "width": 32}
-    return Tiny(pipe, inputs, "packed tokens of a patchified latent, empirical mu", told=per_mille)
+    exercises = "packed tokens of a patchified latent, empirical mu"
+    return Tiny(pipe, inputs, exercises, told=per_mille, layout="packed")
 
 
 @row("ChromaPipeline")
@@ -511,7 +528,8 @@ def chroma() -> Tiny:
         floats = {k: v.float() for k, v in arguments.items()}  # its attention takes masks as numbers
         return {**floats, **LATENT, "height": 32, "width": 32}
 
-    return Tiny(pipe, inputs, "Flux layout with true guidance in two calls", branches=2, told=per_mille)
+    exercises = "Flux layout with true guidance in two calls"
+    return Tiny(pipe, inputs, exercises, branches=2, told=per_mille, layout="packed")
 
 
 class UncutDPMSolver(d.DPMSolverMultistepScheduler):
@@ -592,8 +610,7 @@ def lumina2() -> Tiny:
     return Tiny(pipe, inputs, "time runs the other way, output negated by the pipeline", branches=2, told=told)
 
 
-@row("QwenImagePipeline")
-def qwen() -> Tiny:
+def qwen_image(height: int, width: int) -> Any:
     transformer = d.QwenImageTransformer2DModel(
         in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
@@ -604,9 +621,21 @@ def qwen() -> Tiny:
     def inputs(i: Indices) -> dict[str, Any]:
         mask = torch.ones(len(i), 8, dtype=torch.long)
         masks = {"prompt_embeds_mask": mask, "negative_prompt_embeds_mask": mask}
-        return {**text(i, 8, 16), **masks, **LATENT, "height": 64, "width": 64, "true_cfg_scale": 4.0}
+        return {**text(i, 8, 16), **masks, **LATENT, "height": height, "width": width, "true_cfg_scale": 4.0}
 
-    return Tiny(pipe, inputs, "packed tokens, true guidance rescaled per token", branches=2, told=per_mille)
+    return functools.partial(Tiny, pipe, inputs, branches=2, told=per_mille, layout="packed")
+
+
+@row("QwenImagePipeline")
+def qwen() -> Tiny:
+    return qwen_image(64, 64)("packed tokens, true guidance rescaled per token")
+
+
+@row("QwenImagePipeline (not square)")
+def qwen_not_square() -> Tiny:
+    tiny = qwen_image(96, 64)("dywspan.bind tells SpanLift what tokens are")
+    dywspan.bind(tiny.pipe)
+    return tiny
 
 
 @row("ZImagePipeline")
@@ -647,7 +676,8 @@ def kandinsky5() -> Tiny:
         lengths = {"prompt_cu_seqlens": lengths, "negative_prompt_cu_seqlens": lengths}
         return {**embeds, **lengths, **LATENT, "height": 64, "width": 64}
 
-    return Tiny(pipe, inputs, "channels last, the sample is a slice of a larger tensor", branches=2)
+    exercises = "channels last, the sample is a slice of a larger tensor"
+    return Tiny(pipe, inputs, exercises, branches=2, layout="video_channels_last")
 
 
 # ------------------------------------------------------------------------------------------------------ flow, video
@@ -664,7 +694,8 @@ def wan() -> Tiny:
     transformer = d.WanTransformer3DModel(**WAN)
     pipe = d.WanPipeline(vae=None, scheduler=flow_euler(shift=5.0), transformer=transformer, **NO_TEXT)
     inputs = lambda i: {**text(i, 8, 16), **LATENT, "height": 32, "width": 32, "num_frames": 5}
-    return Tiny(pipe, inputs, "video, reads scheduler.sigmas, guidance in two calls", branches=2)
+    exercises = "video, reads scheduler.sigmas, guidance in two calls"
+    return Tiny(pipe, inputs, exercises, branches=2, layout="video", channels=16)
 
 
 @row("WanVideoToVideoPipeline")
@@ -680,8 +711,9 @@ def wan_video2video() -> Tiny:
         return {**text(i, 8, 16), **LATENT, "height": 32, "width": 32, "video": video, "strength": 0.5}
 
     return Tiny(
-        pipe, inputs, "slices timesteps and never sets a begin index", steps=4, seen=lambda t: t[2:], branches=2
-    )
+        pipe, inputs, "slices timesteps and never sets a begin index", steps=4, seen=lambda t: t[2:], branches=2,
+        layout="video", channels=16,
+    )  # fmt: skip
 
 
 LTX: dict[str, Any] = {
@@ -705,13 +737,17 @@ def ltx_inputs(i: Indices) -> dict[str, Any]:
 
 @row("LTXPipeline")
 def ltx_text() -> Tiny:
-    return Tiny(ltx(d.LTXPipeline), ltx_inputs, "packed video tokens, stretched shift (shift_terminal)")
+    pipe = dywspan.bind(ltx(d.LTXPipeline))
+    inputs = lambda i: {**ltx_inputs(i), "width": 96}
+    exercises = "packed video tokens, stretched shift (shift_terminal), dywspan.bind"
+    return Tiny(pipe, inputs, exercises, layout="packed_video", channels=8)
 
 
 @row("LTXImageToVideoPipeline")
 def ltx_image() -> Tiny:
     inputs = lambda i: {**ltx_inputs(i), "image": images(i, 64)}
-    return Tiny(ltx(d.LTXImageToVideoPipeline), inputs, "first frame kept: step sees the other frames only")
+    exercises = "first frame kept: step sees the other frames only"
+    return Tiny(ltx(d.LTXImageToVideoPipeline), inputs, exercises, layout="video", channels=8)
 
 
 @row("MochiPipeline")
@@ -730,7 +766,7 @@ def mochi() -> Tiny:
         "num_frames": 7,
         "max_sequence_length": 8,
     }
-    return Tiny(pipe, inputs, "inverted flow: time runs from data to noise", steps=4)
+    return Tiny(pipe, inputs, "inverted flow: time runs from data to noise", steps=4, layout="video")
 
 
 @row("HunyuanVideoPipeline")
@@ -745,7 +781,7 @@ def hunyuan_video() -> Tiny:
         arguments = positive(text(i, 8, 16, pooled=8, mask=True))
         return {**arguments, **LATENT, "height": 32, "width": 32, "num_frames": 5}
 
-    return Tiny(pipe, inputs, "video with embedded guidance")
+    return Tiny(pipe, inputs, "video with embedded guidance", layout="video")
 
 
 # ------------------------------------------------------------------------------------- variance preserving, others
@@ -771,7 +807,8 @@ def cogvideox() -> Tiny:
         "max_sequence_length": 8,
     }
     # DDIM starts at an infinite sigma, a table at 2^12, the floor of diffusers' DPM-Solver.
-    return Tiny(pipe, inputs, "v-prediction at zero terminal SNR, frames before channels", tolerance=1e-3)
+    exercises = "v-prediction at zero terminal SNR, frames before channels"
+    return Tiny(pipe, inputs, exercises, layout="video_frames_first", tolerance=1e-3)
 
 
 @row("HunyuanDiTPipeline")
@@ -813,6 +850,7 @@ def ddpm() -> Tiny:
         "unet",
         twin=d.DDIMScheduler,
         raw_noise=True,
+        channels=3,
     )
 
 
@@ -820,7 +858,8 @@ def ddpm() -> Tiny:
 def ddim_pixels() -> Tiny:
     pipe = d.DDIMPipeline(unet=pixel_unet(), scheduler=ddim())
     inputs = lambda i: {"batch_size": len(i), "output_type": "np"}
-    return Tiny(pipe, inputs, "pixels, passes eta and use_clipped_model_output to step", "unet", raw_noise=True)
+    exercises = "pixels, passes eta and use_clipped_model_output to step"
+    return Tiny(pipe, inputs, exercises, "unet", raw_noise=True, channels=3)
 
 
 @row("DiTPipeline")

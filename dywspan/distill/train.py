@@ -135,8 +135,8 @@ def fit(
             return {n: endpoint_error(pipe, student.scheduler, n, held_out, call, loss=loss) for n in steps}
 
     before = errors(False)
-    start = errors(True) if config.bf16 else before
-    best, best_error = student.snapshot(), 1.0
+    start = {n: error or 1.0 for n, error in (errors(True) if config.bf16 else before).items()}
+    best, best_error, shown = student.snapshot(), 1.0, "start"
     progress = tqdm(range(config.updates), desc=f"{', '.join(map(str, steps))} steps")
     order: list[int] = []
     with frozen(pipe, config.recompute):
@@ -156,7 +156,7 @@ def fit(
                     f"lower lr={config.lr}, or start from another base than init={config.init!r}."
                 )
             optimizer.zero_grad()
-            value.backward()
+            (value / start[n]).backward()  # step counts weigh alike, though few steps err more
             torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * learning_rate(update, config.updates)
@@ -164,9 +164,11 @@ def fit(
             if (update + 1) % config.evaluate_every == 0 or update + 1 == config.updates:
                 now = errors(config.bf16)
                 mean = sum(now[n] / start[n] for n in steps) / len(steps)
+                shown = " ".join(f"{now[n]:.4f}" for n in steps)
                 if mean < best_error:
                     best, best_error = student.snapshot(), mean
-            progress.set_postfix(loss=f"{float(value.detach()):.4f}", held_out=f"{best_error:.3f}x")
+            loss_now = float(value.detach())
+            progress.set_postfix(loss=f"{loss_now:.4f}", held_out=shown, best=f"{best_error:.3f} of the start")
     student.restore(best)
     after = errors(False)
     return {n: {"before": before[n], "after": after[n]} for n in steps}

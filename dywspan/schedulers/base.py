@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -69,18 +69,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         **kwargs: Any,
     ) -> Any:
         """As diffusers', and a connection that breaks is an ``OSError`` that names the repository, like its others."""
-        try:
+        with broken_downloads_named(pretrained_model_name_or_path):
             return super().load_config(
                 pretrained_model_name_or_path, return_unused_kwargs, return_commit_hash=return_commit_hash, **kwargs
             )
-        except Exception as error:
-            # huggingface_hub lets its HTTP library's errors through, and has changed libraries.
-            if not type(error).__module__.startswith("httpx"):
-                raise
-            raise OSError(
-                f"The download of {pretrained_model_name_or_path} broke off ({error}). Try again, or use what is "
-                "in the cache: local_files_only=True."
-            ) from error
 
     def to_json_string(self) -> str:
         return compact(super().to_json_string())
@@ -306,6 +298,20 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             state["_afs_factor"] = None if self._afs_factor is None else _number(self._afs_factor)
             state["_start"] = _number(self._start)
         return state
+
+
+@contextlib.contextmanager
+def broken_downloads_named(source: Any) -> Iterator[None]:
+    """huggingface_hub lets its HTTP library's errors through, and has changed libraries."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("httpx"):
+            raise
+        raise OSError(
+            f"The download of {source} broke off ({error}). Try again, or use what is in the cache: "
+            "local_files_only=True."
+        ) from error
 
 
 def scalars(values: Tensor) -> list[Any]:

@@ -25,7 +25,7 @@ from ..core.operator import Lift, ResidualOperator, conditioning, residual
 from ..core.prediction import EDM
 from ..core.step import step
 from ..version import __version__
-from .base import scalars
+from .base import broken_downloads_named, scalars
 from .dyweight import DyWeightScheduler
 
 logger = logging.get_logger(__name__)
@@ -199,12 +199,13 @@ class SpanLiftScheduler(DyWeightScheduler):
                 raise OSError(f"{file} is not there: a SpanLift solver is a configuration and this file, copy both.")
             return file
         try:
-            return hf_hub_download(
-                str(source),
-                cls.weights_name,
-                subfolder=subfolder,
-                **{**download, "revision": commit or download.get("revision")},
-            )
+            with broken_downloads_named(source):
+                return hf_hub_download(
+                    str(source),
+                    cls.weights_name,
+                    subfolder=subfolder,
+                    **{**download, "revision": commit or download.get("revision")},
+                )
         except EntryNotFoundError as error:
             raise OSError(
                 f"{source} has a SpanLift configuration but no {cls.weights_name} beside it "
