@@ -13,10 +13,12 @@ test: .venv/installed-dev
 lint: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
-# How examples/emoji-sd-solvers was made.
+# How examples/emoji-sd-solvers and examples/emoji-sd-spanlift were made.
+LEARN := HF_HUB_OFFLINE=1 $(BIN)/dywspan distill --model examples/emoji-sd --prompts examples/prompts/emoji-train.txt \
+	--cache build/pairs --steps 3 5 7 --guidance-scale 4 --updates 300 --no-recompute --bf16
 solvers: .venv/installed-train
-	HF_HUB_OFFLINE=1 $(BIN)/dywspan distill --model examples/emoji-sd --prompts examples/prompts/emoji-train.txt \
-		--output build/emoji-sd-solvers --steps 3 5 7 --guidance-scale 4 --init euler --no-recompute --bf16
+	$(LEARN) --output build/emoji-sd-solvers --init euler
+	$(LEARN) --output build/emoji-sd-spanlift --solver spanlift --base build/emoji-sd-solvers --evaluate-every 30
 
 .venv/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

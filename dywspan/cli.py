@@ -1,4 +1,4 @@
-"""Command line: ``dywspan demo | distill | convert | inspect``."""
+"""Command line: ``dywspan demo | distill | convert | inspect | bench``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def demo(args: argparse.Namespace) -> None:
 
     from .distill.pairs import Teacher, make_pairs
     from .distill.rollout import generators, load_pipeline, rollout
-    from .evaluate.compare import BASELINES, compare, picture
+    from .evaluate.compare import BASELINES, compare, picture, summary
 
     for path in (args.model, args.solvers):
         if not Path(path).exists():
@@ -67,18 +67,20 @@ def demo(args: argparse.Namespace) -> None:
             num_inference_steps=50,
             **call,
         )
-    rows = [("reference, 50 steps", output.images)]
+    sheet = [("reference, 50 steps", output.images)]
     for n in args.steps:
-        rows.append(("", []))
-        rows += [(f"{r.solver}, {n}", r.images[shown]) for r in results if r.num_inference_steps == n]
+        sheet.append(("", []))
+        sheet += [(f"{r.solver}, {n}", r.images[shown]) for r in results if r.num_inference_steps == n]
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    picture(rows, prompts[shown]).save(args.output)
+    picture(sheet, prompts[shown]).save(args.output)
 
-    print(f"\nErrors to the 50-step reference (iPNDM) over {len(prompts)} prompts, every solver on the same noise:\n")
-    print(_markdown([r.row() for r in results]))
+    rows = [r.row() for r in results]
+    print(f"\nDistance to the 50-step reference (iPNDM), {len(prompts)} prompts, every solver on the same noise:")
+    print("latent MSE / 1000 x feature distance / seconds per image\n")
+    print(markdown(summary(rows)))
     print(f"\nPicture: {args.output}")
     if args.json:
-        _write_results(args.json, [r.row() for r in results])
+        _write_results(args.json, rows)
 
 
 def distill(args: argparse.Namespace) -> None:
@@ -107,12 +109,17 @@ def distill(args: argparse.Namespace) -> None:
     if args.solver == "spanlift":
         base = _base(args.base, pipe)
         lift: dict[str, Any] = {"layout": args.layout, "operator": args.operator}
-        scheduler = distill_lift(pipe, teacher, train, held_out, base, args.steps, **learning, **lift)
-        scheduler.save_pretrained(args.output)
-        for n in args.steps:
-            _report(n, scheduler.lifts[n].provenance["held_out_error"], args.output)
-        if args.push_to_hub:
-            scheduler.push_to_hub(args.push_to_hub)
+        exists = (Path(args.output) / SpanLiftScheduler.config_name).exists()
+        lifted = SpanLiftScheduler.from_pretrained(args.output) if exists else None
+        for steps in [args.steps] if args.shared else [[n] for n in args.steps]:
+            name = "shared" if args.shared else str(steps[0])
+            new = distill_lift(pipe, teacher, train, held_out, base, steps, name=name, **learning, **lift)
+            lifted = lifted.with_lifts(new) if lifted else new
+            lifted.save_pretrained(args.output)
+            for n in steps:
+                _report(n, new.lifts[n].provenance["held_out_error"], args.output)
+        if args.push_to_hub and lifted:
+            lifted.push_to_hub(args.push_to_hub)
         return
     has_artefact = (Path(args.output) / DyWeightScheduler.config_name).exists()
     scheduler: Any = DyWeightScheduler.from_config(pipe.scheduler.config)
@@ -150,11 +157,14 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Print the tables of an artefact: weights, row sums, time scale, calibrated levels, timesteps."""
-    scheduler: Any = DyWeightScheduler.from_pretrained(args.artefact)
+    """Print an artefact: weights, row sums, time scale, calibrated levels, timesteps; SpanLift's scalars and size."""
+    config = DyWeightScheduler.load_config(args.artefact)
+    lifted = config.get("_class_name") == SpanLiftScheduler.__name__
+    scheduler: Any = (SpanLiftScheduler if lifted else DyWeightScheduler).from_pretrained(args.artefact)
     for n, table in sorted(scheduler.tables.items()):
-        scheduler.set_timesteps(n)
         schedule = table.schedule(scheduler.host.prediction)
+        timesteps = scheduler.host.prediction.timestep(schedule.queries)
+        lift = scheduler.lifts.get(n) if lifted else None
         print(f"{n} steps, grid {dict(table.grid)}{', AFS' if table.afs else ''}")
         columns = [f"w[i-{j}]" if j else "w[i]" for j in range(table.weights.shape[1])]
         rows = []
@@ -165,12 +175,28 @@ def inspect(args: argparse.Namespace) -> None:
                 "sum": float(weights.sum()),
             }
             row |= {"s": float(s), "sigma~": float(schedule.levels[i]), "tau": float(schedule.queries[i])}
-            row["timestep"] = float(scheduler.timesteps[i - table.afs]) if i >= table.afs else float("nan")
+            row["timestep"] = float(timesteps[i]) if i >= table.afs else float("nan")
+            if lift is not None:
+                row |= {"alpha": float(lift.alpha[i]), "beta": float(lift.beta[i])}
             rows.append(row)
-        print(_markdown(rows))
-        if error := table.provenance.get("held_out_error"):
-            print(f"held-out error {error['before']:.5f} -> {error['after']:.5f}")
+        print(markdown(rows))
+        for part in (table, lift):
+            if part is not None and (error := part.provenance.get("held_out_error")):
+                print(f"{type(part).__name__}: held-out error {error['before']:.5f} -> {error['after']:.5f}")
         print()
+    for name, operator in (scheduler.operators if lifted else {}).items():
+        count = sum(p.numel() for p in operator.parameters())
+        print(f"operator {name!r}: {count:,} parameters, {operator.flops(64, 64) / 1e9:.3f} GFLOPs a step at 64 x 64")
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Time one step of each solver beside the network's (SD1.5's UNet, random weights), as ratios."""
+    from .evaluate.overhead import overhead
+
+    rows = overhead()
+    print(markdown(rows))
+    if args.json:
+        _write_results(args.json, rows)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -206,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--base", default="euler", help="of SpanLift: a DyWeight artefact or a classical solver")
     sub.add_argument("--layout", choices=sorted(LAYOUTS), default="image", help="of the latents, for SpanLift")
     sub.add_argument("--operator", type=json.loads, default={}, help='SpanLift operator, e.g. {"width": 32}')
+    sub.add_argument("--shared", action="store_true", help="one SpanLift operator for all --steps, not one for each")
     sub.add_argument("--features", help="add a loss on features of the decoded images: dinov2 or encoder")
     sub.add_argument("--steps", type=int, nargs="+", default=[5], help="numbers of steps to learn for")
     sub.add_argument("--guidance-scale", type=float)
@@ -227,6 +254,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--sigma-min", type=float, help="overrides the file's range")
     sub.add_argument("--sigma-max", type=float)
     sub.set_defaults(run=lambda a: convert(_with_overrides(a)))
+
+    sub = command("bench", bench)
+    sub.add_argument("what", choices=["overhead"])
+    sub.add_argument("--json", help="also write the table here")
 
     sub = command("inspect", inspect)
     sub.add_argument("artefact", help="a directory or a Hub id")
@@ -257,7 +288,8 @@ def _lines(path: str | os.PathLike[str], count: int) -> list[str]:
     return lines[:count]
 
 
-def _markdown(rows: Sequence[dict[str, Any]]) -> str:
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A table of rows with the same keys."""
     table = [list(rows[0]), *([f"{v:.4f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows)]
     widths = [max(len(line[j]) for line in table) for j in range(len(table[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in table]

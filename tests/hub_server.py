@@ -78,7 +78,9 @@ class _Handler(BaseHTTPRequestHandler):
                 name = f"{data['organization']}/{data['name']}" if data.get("organization") else f"me/{data['name']}"
                 exists = name in self.server.repos
                 if not exists:
-                    self.server.repos[name] = Repo(private=data.get("visibility") == "private")
+                    self.server.repos[name] = Repo(
+                        private=data.get("visibility") == "private" or data.get("private") is True
+                    )
                     self.server.repos[name].commit()
                 self._json({"url": f"{self.server.url}/{name}", "name": name}, status=409 if exists else 200)
             case ["api", "models", org, name, "preupload", _]:

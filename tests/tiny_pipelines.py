@@ -87,8 +87,11 @@ def row(name: str) -> Callable[[Callable[[], Tiny]], Callable[[], Tiny]]:
 
 
 def available(name: str) -> bool:
-    """Whether the installed diffusers has the class already."""
-    return hasattr(d, name.split()[0])
+    """Whether the installed diffusers has the class already, and transformers what it needs."""
+    try:
+        return hasattr(d, name.split()[0])
+    except RuntimeError:
+        return False
 
 
 @functools.cache

@@ -59,8 +59,9 @@ class VariancePreserving(Prediction):
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
-        # A zero terminal SNR has no finite sigma; 2^-24 is the floor diffusers uses for it.
-        alphas_cumprod = alphas_cumprod.detach().double().cpu().clamp(min=2**-24)
+        alphas_cumprod = alphas_cumprod.detach().double().cpu().clone()
+        if alphas_cumprod[-1] <= 0:  # zero terminal SNR has no finite sigma; 2^-24 is what diffusers takes for it
+            alphas_cumprod[-1] = min(2**-24, float(alphas_cumprod[-2]) / 2)
         if not bool((alphas_cumprod.diff() < 0).all()):
             raise ValueError("alphas_cumprod must decrease: every timestep needs a noise level of its own.")
         self.log_alphas = torch.cat([torch.zeros(1, dtype=torch.float64), alphas_cumprod.log() / 2])

@@ -142,8 +142,8 @@ def dpm2(sigmas: Tensor) -> Schedule:
 
 def _two_stage(levels: list[float], rows: list[list[float]], sigmas: Tensor) -> Schedule:
     queries, increments = torch.tensor(levels, dtype=torch.float64), torch.tensor(rows, dtype=torch.float64)
-    # A stage's size is what it moves the state by where the derivative is constant; Heun's second moves it by nothing,
-    # so it gets the size of the step it corrects.
+    # A stage's size is what it moves the state by where the derivative is constant. Heun's second, h/2 (d_2 - d_1),
+    # moves it by nothing there: its size is that of its newest derivative's part, h/2.
     sizes = torch.where(increments.sum(1) != 0, increments.sum(1), increments[:, 0])
     return Schedule(torch.cat([queries, sigmas[-1:].double()]), queries, increments, sizes)
 

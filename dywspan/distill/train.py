@@ -222,6 +222,7 @@ def distill_lift(
     config: AdamConfig,
     layout: str = "image",
     operator: Mapping[str, Any] | None = None,
+    name: str = "shared",
     loss: Loss = latent_mse,
 ) -> SpanLiftScheduler:
     """Learn a SpanLift operator on a frozen base, shared by all ``steps``.
@@ -230,11 +231,12 @@ def distill_lift(
         base: tables or a classical solver for every one of ``steps``.
         layout: of the latents.
         operator: size of the operator, see :class:`ResidualOperator`.
+        name: of the operator in the artefact.
 
     """
     torch.manual_seed(config.seed)
     shape = train.endpoints.shape[1:]
-    student = LiftStudent(base, steps, shape, order=config.order, layout=layout, operator=operator)
+    student = LiftStudent(base, steps, shape, order=config.order, layout=layout, operator=operator, name=name)
     errors = fit(pipe, student, steps, train, held_out, call=call, config=config, loss=loss)
     scheduler = student.lifted
     for network in scheduler.operators.values():

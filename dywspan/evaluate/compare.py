@@ -89,6 +89,16 @@ def compare(
     return results
 
 
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """One line a solver, one column a number of steps: latent MSE / feature distance / seconds per image."""
+    lines: dict[str, dict[str, str]] = {}
+    for r in rows:
+        line = lines.setdefault(r["solver"], {"solver": r["solver"]})
+        cell = f"{r['latent_mse']:.3f} / {1e3 * r['feature_distance']:.2f} / {r['seconds_per_image']:.2f} s"
+        line[f"{r['num_inference_steps']} steps"] = cell
+    return list(lines.values())
+
+
 def picture(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str], size: int = 96) -> Image.Image:
     """A labelled grid: one solver a row, one prompt (same noise) a column.
 

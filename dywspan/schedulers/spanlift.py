@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import os
 from collections.abc import Sequence
@@ -150,6 +151,21 @@ class SpanLiftScheduler(DyWeightScheduler):
 
     def _state(self) -> dict[str, Tensor]:
         return {f"{n}.{k}": v for n, operator in self.operators.items() for k, v in operator.state_dict().items()}
+
+    def with_lifts(self, other: SpanLiftScheduler) -> SpanLiftScheduler:
+        """A copy that holds the lifts and operators of ``other`` besides its own (same name or step count: replaced).
+
+        Raises:
+            ValueError: their bases, layouts or operator sizes differ.
+        """
+        if different := [
+            k for k in ("tables", "solver", "order", "grid", "layout", "operator") if self.config[k] != other.config[k]
+        ]:
+            raise ValueError(f"These SpanLift solvers differ in {different}: they cannot share one artefact.")
+        merged = copy.deepcopy(self)
+        merged.lifts |= copy.deepcopy(other).lifts
+        merged.operators |= copy.deepcopy(other.operators)
+        return merged
 
     def set_latent_size(self, height: int, width: int) -> None:
         """Say what packed tokens are: height and width of the unpacked latent. Not needed for square ones."""

@@ -1,0 +1,55 @@
+"""What the documents say is what was measured, and what they point to exists."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dywspan import DyWeightScheduler, SpanLiftScheduler
+from dywspan.cli import markdown
+from dywspan.evaluate.compare import summary
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+
+
+def test_the_readmes_table_is_the_recorded_measurement() -> None:
+    rows = json.loads((ROOT / "docs" / "results" / "demo.json").read_text())["rows"]
+    assert markdown(summary(rows)) in (ROOT / "README.md").read_text()
+
+
+def test_learned_solvers_come_first_at_every_number_of_steps() -> None:
+    """The order the README claims: SpanLift < DyWeight < the best classical solver, in both distances."""
+    rows = json.loads((ROOT / "docs" / "results" / "demo.json").read_text())["rows"]
+    for n in (3, 5, 7):
+        for distance in ("latent_mse", "feature_distance"):
+            by_solver = {r["solver"]: r[distance] for r in rows if r["num_inference_steps"] == n}
+            spanlift, dyweight = by_solver.pop("SpanLift (learned)"), by_solver.pop("DyWeight (learned)")
+            assert spanlift < dyweight < min(by_solver.values())
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
+        if not target.startswith("http"):
+            assert (document.parent / target).exists(), f"{document.name} points to {target}"
+
+
+def test_the_readmes_example_of_an_artefact_is_the_shipped_one() -> None:
+    text = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"```json\n(.*?)```", text, re.S)
+    shown = json.loads("{" + block + "}")["tables"]["3"]
+    shipped = DyWeightScheduler.from_pretrained(ROOT / "examples" / "emoji-sd-solvers").tables[3]
+    for i, row in enumerate(shown["weights"]):
+        assert row == [round(float(w), 4) for w in shipped.weights[i, : len(row)]]
+    assert shown["time_scale"] == [round(float(s), 4) for s in shipped.time_scale]
+
+
+def test_both_shipped_artefacts_share_their_tables() -> None:
+    base = DyWeightScheduler.from_pretrained(ROOT / "examples" / "emoji-sd-solvers")
+    lifted = SpanLiftScheduler.from_pretrained(ROOT / "examples" / "emoji-sd-spanlift")
+    assert sorted(lifted.lifts) == sorted(base.tables) == [3, 5, 7]
+    assert all((lifted.tables[n].weights == base.tables[n].weights).all() for n in base.tables)
