@@ -306,7 +306,7 @@ def broken_downloads_named(source: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not type(error).__module__.startswith("httpx"):
+        if not type(error).__module__.startswith(("httpx", "requests")):
             raise
         raise OSError(
             f"The download of {source} broke off ({error}). Try again, or use what is in the cache: "
