@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import os
@@ -154,6 +155,8 @@ def test_equals_own_scheduler(name: str) -> None:
     """The classical form reproduces the scheduler the pipeline came with."""
     tiny = tp.build(name)
     own = tiny.pipe.scheduler
+    if "scheduler.sigma_min = " in inspect.getsource(type(tiny.pipe).__call__):
+        pytest.skip("older Z-Image pipelines change their own scheduler before they use it")
     with outcome("exact", name):
         reference = tp.run(tiny, (tiny.twin or type(own)).from_config(own.config), [0, 1])
         ours = tp.run(tiny, DyWeightScheduler.from_config(own.config, **tiny.exact), [0, 1])
