@@ -187,6 +187,10 @@ def inspect(args: argparse.Namespace) -> None:
     for name, operator in (scheduler.operators if lifted else {}).items():
         count = sum(p.numel() for p in operator.parameters())
         print(f"operator {name!r}: {count:,} parameters, {operator.flops(64, 64) / 1e9:.3f} GFLOPs a step at 64 x 64")
+    if args.plot:
+        from .evaluate.plot import plot_tables
+
+        plot_tables(scheduler, args.plot)
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -261,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("inspect", inspect)
     sub.add_argument("artefact", help="a directory or a Hub id")
+    sub.add_argument("--plot", help="also draw it here (PNG, SVG or PDF)")
     return parser
 
 

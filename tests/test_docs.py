@@ -21,14 +21,15 @@ def test_the_readmes_table_is_the_recorded_measurement() -> None:
     assert markdown(summary(rows)) in (ROOT / "README.md").read_text()
 
 
-def test_learned_solvers_come_first_at_every_number_of_steps() -> None:
-    """The order the README claims: SpanLift < DyWeight < the best classical solver, in both distances."""
+def test_learned_solvers_come_first_as_the_readme_says() -> None:
+    """DyWeight before the best classical solver at every number of steps, SpanLift before DyWeight at 3 and 5."""
     rows = json.loads((ROOT / "docs" / "results" / "demo.json").read_text())["rows"]
     for n in (3, 5, 7):
         for distance in ("latent_mse", "feature_distance"):
             by_solver = {r["solver"]: r[distance] for r in rows if r["num_inference_steps"] == n}
             spanlift, dyweight = by_solver.pop("SpanLift (learned)"), by_solver.pop("DyWeight (learned)")
-            assert spanlift < dyweight < min(by_solver.values())
+            assert dyweight < min(by_solver.values())
+            assert n == 7 or spanlift < dyweight
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)

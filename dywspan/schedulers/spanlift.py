@@ -17,7 +17,7 @@ from diffusers.utils import logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..artifact import lift_to_json, read_lifts
@@ -246,7 +246,8 @@ class SpanLiftScheduler(DyWeightScheduler):
         if self.operators:
             partial = folder / f"{self.weights_name}.{os.getpid()}.tmp"
             try:
-                save_file({k: v.detach().float().cpu().contiguous() for k, v in self._state().items()}, partial)
+                # Through bytes: safetensors' own save_file leaves a file that only its owner can read.
+                partial.write_bytes(save({k: v.detach().float().cpu().contiguous() for k, v in self._state().items()}))
                 digest = _sha256(partial)
                 os.replace(partial, folder / self.weights_name)
             finally:
