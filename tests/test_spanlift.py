@@ -25,7 +25,6 @@ from dywspan.core.grid import make_grid
 from dywspan.core.operator import Lift
 from dywspan.core.prediction import EDM
 from dywspan.core.step import TWO_STAGE
-from dywspan.schedulers import spanlift
 
 CONFIG, WEIGHTS = "scheduler_config.json", "spanlift.safetensors"
 SIZE = {"channels": 4, "order": 3, "width": 8}
@@ -448,13 +447,14 @@ def test_a_failed_write_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest
     lifted().save_pretrained(tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
 
-    def full(*args: Any) -> None:
+    def full(target: Any, *args: Any) -> None:
         if broken == "writing":
-            Path(args[1]).write_bytes(b"half")
+            with open(target, "wb") as file:
+                file.write(b"half")
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((spanlift, "save_file") if broken == "writing" else (os, "replace")), full)
+        patch.setattr(*((Path, "write_bytes") if broken == "writing" else (os, "replace")), full)
         with pytest.raises(OSError, match="No space left"):
             lifted(seed=1).save_pretrained(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
