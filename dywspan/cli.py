@@ -94,9 +94,11 @@ def distill(args: argparse.Namespace) -> None:
     prompts = _lines(args.prompts, needed)
     held_out_prompts = _lines(args.held_out_prompts, args.held_out) if args.held_out_prompts else prompts[args.pairs :]
     pipe = load_pipeline(args.model)
+    base = _base(args.base, pipe) if args.solver == "spanlift" else None
+    lifted = _extended(args.output, base, args.steps) if base is not None else None
     call = {**args.call, **({} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale})}
     given = {f.name: getattr(args, f.name) for f in fields(AdamConfig) if hasattr(args, f.name)}
-    config = replace(AdamConfig(lr=1e-3, updates=600) if args.solver == "spanlift" else AdamConfig(), **given)
+    config = replace(AdamConfig(lr=1e-3) if args.solver == "spanlift" else AdamConfig(), **given)
     classical = {"solver": args.teacher, "order": args.teacher_order}
     teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, **classical), args.teacher_steps)
     made = {"call": call, "cache": args.cache or Path(args.output) / "cache"}
@@ -106,11 +108,8 @@ def distill(args: argparse.Namespace) -> None:
 
     loss = latent_and_features(FEATURES[args.features](pipe), args.layout) if args.features else latent_mse
     learning: dict[str, Any] = {"call": call, "config": config, "loss": loss}
-    if args.solver == "spanlift":
-        base = _base(args.base, pipe)
+    if base is not None:
         lift: dict[str, Any] = {"layout": args.layout, "operator": args.operator}
-        exists = (Path(args.output) / SpanLiftScheduler.config_name).exists()
-        lifted = SpanLiftScheduler.from_pretrained(args.output) if exists else None
         for steps in [args.steps] if args.shared else [[n] for n in args.steps]:
             name = "shared" if args.shared else str(steps[0])
             new = distill_lift(pipe, teacher, train, held_out, base, steps, name=name, **learning, **lift)
@@ -142,6 +141,18 @@ def _base(name: str, pipe: Any) -> Any:
     if name in BASES or name in TWO_STAGE:
         return DyWeightScheduler.from_config(pipe.scheduler.config, solver=name)
     return DyWeightScheduler.from_pretrained(name)
+
+
+def _extended(output: str, base: DyWeightScheduler, steps: Sequence[int]) -> SpanLiftScheduler | None:
+    """The artefact a SpanLift run adds to, if there is one; mistakes are found before anything is computed."""
+    for n in steps:
+        base.set_timesteps(n)
+    if not (Path(output) / SpanLiftScheduler.config_name).exists():
+        return None
+    existing = SpanLiftScheduler.from_pretrained(output)
+    if existing.config["tables"] != base.config["tables"] or existing.config["solver"] != base.config["solver"]:
+        raise ValueError(f"{output} holds operators for another base: choose another --output.")
+    return existing
 
 
 def _report(steps: int, error: dict[str, float], output: str) -> None:
@@ -237,7 +248,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--layout", choices=sorted(LAYOUTS), default="image", help="of the latents, for SpanLift")
     sub.add_argument("--operator", type=json.loads, default={}, help='SpanLift operator, e.g. {"width": 32}')
     sub.add_argument("--shared", action="store_true", help="one SpanLift operator for all --steps, not one for each")
-    sub.add_argument("--features", help="add a loss on features of the decoded images: dinov2 or encoder")
+    sub.add_argument(
+        "--features",
+        choices=["dinov2", "encoder"],
+        help="add a loss on features of the decoded images: dinov2 or encoder",
+    )
     sub.add_argument("--steps", type=int, nargs="+", default=[5], help="numbers of steps to learn for")
     sub.add_argument("--guidance-scale", type=float)
     sub.add_argument("--call", type=json.loads, default={}, help="further arguments of the pipeline's call, as JSON")

@@ -7,12 +7,8 @@ nothing in it is imported or called. :func:`neuralsolver_tables` are NeuralSolve
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import math
 import os
-import pickle
-import zipfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
@@ -25,6 +21,7 @@ from torch import Tensor
 from .artifact import table_to_json
 from .core.bases import from_data_prediction
 from .core.table import SolverTable
+from .inert_pickle import Inert, read_pickle
 from .schedulers.dyweight import DyWeightScheduler
 
 PathLike = str | os.PathLike[str]
@@ -132,7 +129,7 @@ def read_published(
     path = Path(path)
     content = path.read_bytes()
     try:
-        fields = _collect(_load(content))
+        fields = _collect(read_pickle(content))
     except Exception as error:  # a damaged pickle can fail in any way
         raise ValueError(f"{path} is not a readable DyWeight file ({type(error).__name__}: {error}).") from error
     try:
@@ -292,131 +289,8 @@ def _collect(root: Any) -> dict[str, Any]:
                 if key in _FIELDS and key not in fields and isinstance(value, (bool, int, float, str, Tensor)):
                     fields[key] = value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
             queue.extend(node.values())
-        if isinstance(node, _Inert):
+        if isinstance(node, Inert):
             queue.extend(vars(node).values())
         elif isinstance(node, (list, tuple)):
             queue.extend(node)
     return fields
-
-
-# ---------------------------------------------------------------------- pickles, read as data
-
-
-class _Inert(dict):
-    """Stands for any object of a pickle: keeps what it was made of and does nothing."""
-
-    args: tuple[Any, ...]
-    state: list[Any]
-    __hash__ = object.__hash__  # type: ignore[assignment]  # it may be a key of a dictionary
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
-        self = super().__new__(cls)
-        self.args, self.state = (args, kwargs), []
-        return self
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """The arguments are not items."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.state.append(state)
-
-    def extend(self, values: Sequence[Any]) -> None:
-        self.state.extend(values)
-
-    def append(self, value: Any) -> None:
-        self.state.append(value)
-
-    add = append
-
-
-class _Reader(pickle.Unpickler):
-    """Unpickler that makes tensors and plain containers. No name in the file is ever imported or called.
-
-    Args:
-        storage: the bytes of a tensor storage, by its key, where the file keeps them beside the pickle.
-        strict: refuse objects instead of standing inert ones in for them.
-    """
-
-    def __init__(self, file: io.BytesIO, storage: Callable[[str], bytes] | None = None, strict: bool = False) -> None:
-        super().__init__(file)
-        self.storage, self.strict = storage, strict
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _REBUILT:
-            return _REBUILT[module, name]
-        if self.strict and not (module in ("torch", "collections") and name in {*_DTYPES, "OrderedDict"}):
-            raise pickle.UnpicklingError(f"it holds an object, {module}.{name}, where numbers are expected")
-        return type(name, (_Inert,), {})
-
-    def persistent_load(self, pid: Any) -> Tensor:
-        """A storage: ("storage", type, key, device, number of elements, ...)."""
-        _, kind, key, _, size, *_ = pid
-        dtype = _DTYPES[kind.__name__]
-        return _values(self.storage(key), dtype, size) if self.storage else _Pending(dtype, size)  # type: ignore[return-value]
-
-
-class _Pending:
-    """A storage whose values come later in the file."""
-
-    def __init__(self, dtype: torch.dtype, size: int) -> None:
-        self.dtype, self.size = dtype, size
-
-
-_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-
-
-def _values(raw: bytes, dtype: torch.dtype, size: int) -> Tensor:
-    return torch.frombuffer(bytearray(raw), dtype=dtype, count=size) if size else torch.zeros(0, dtype=dtype)
-
-
-def _storage(content: bytes) -> Tensor:
-    """A storage saved inside a pickle: magic number, version, platform, storage, keys, size (8 bytes), values."""
-    file = io.BytesIO(content)
-    parts = [_Reader(file, strict=True).load() for _ in range(5)]
-    pending = parts[3]
-    if not isinstance(pending, _Pending):
-        raise pickle.UnpicklingError("a tensor storage holds something else")
-    return _values(file.read()[8:], pending.dtype, pending.size)
-
-
-def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    if not isinstance(storage, Tensor) or math.prod(size) > storage.numel():
-        raise pickle.UnpicklingError(f"a tensor of shape {size} does not fit its storage")
-    return storage.as_strided(size, stride, offset)
-
-
-def _parameter(data: Tensor, *_: Any) -> Tensor:
-    return data
-
-
-def _bytes(text: str, *_: Any) -> bytes:
-    """Pickle protocols before 3 write bytes as latin-1 text."""
-    return text.encode("latin1")
-
-
-_REBUILT: dict[tuple[str, str], Callable[..., Any]] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch.storage", "_load_from_bytes"): _storage,
-    ("_codecs", "encode"): _bytes,
-}
-
-
-def _load(content: bytes) -> Any:
-    """A ``torch.save`` archive (plain values and tensors only) or a bare pickle (objects become inert)."""
-    file = io.BytesIO(content)
-    if not zipfile.is_zipfile(file):
-        return _Reader(io.BytesIO(content)).load()
-    with zipfile.ZipFile(file) as archive:
-        (name,) = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-        folder = name.removesuffix("data.pkl") + "data/"
-        return _Reader(io.BytesIO(archive.read(name)), lambda key: archive.read(folder + key), strict=True).load()

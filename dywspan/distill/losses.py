@@ -38,6 +38,7 @@ def latent_and_features(features: Features, layout: str = "image", weight: float
         student = features(decode(pipe, endpoint, layout))
         return weight * mse_loss(endpoint, target) + _distance(student, reference)
 
+    loss.__name__ = f"{weight}_latent_mse_and_features"  # what the provenance says
     return loss
 
 

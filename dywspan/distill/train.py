@@ -206,7 +206,7 @@ def distill(
         table = student.table()
     detached = {"weights": table.weights.detach(), "time_scale": table.time_scale.detach().clone()}
     return replace(
-        table, **detached, provenance=_provenance(pipe, teacher, train, held_out, call, config, errors[steps])
+        table, **detached, provenance=_provenance(pipe, teacher, train, held_out, call, config, loss, errors[steps])
     )
 
 
@@ -242,7 +242,7 @@ def distill_lift(
     for network in scheduler.operators.values():
         network.requires_grad_(False)
     for n, lift in scheduler.lifts.items():
-        provenance = _provenance(pipe, teacher, train, held_out, call, config, errors[n])
+        provenance = _provenance(pipe, teacher, train, held_out, call, config, loss, errors[n])
         learned = {"alpha": lift.alpha.detach(), "beta": lift.beta.detach()}
         scheduler.lifts[n] = replace(lift, **learned, provenance=provenance)
     return scheduler
@@ -255,6 +255,7 @@ def _provenance(
     held_out: Pairs,
     call: Mapping[str, Any],
     config: AdamConfig,
+    loss: Loss,
     errors: Mapping[str, Any],
 ) -> dict[str, Any]:
     return {
@@ -263,7 +264,7 @@ def _provenance(
         "call": {k: v for k, v in call.items() if isinstance(v, (int, float, str, bool))},
         "latent_shape": list(train.endpoints.shape[1:]),
         "teacher": teacher.summary(),
-        "loss": "latent mse",
+        "loss": getattr(loss, "__name__", type(loss).__name__),
         "optimizer": {"name": "adam", **asdict(config)},
         "pairs": {"train": len(train), "held_out": len(held_out)},
         "held_out_error": dict(errors),
