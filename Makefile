@@ -15,10 +15,12 @@ lint: .venv/installed-dev
 
 # How examples/emoji-sd-solvers and examples/emoji-sd-spanlift were made.
 LEARN := HF_HUB_OFFLINE=1 $(BIN)/dywspan distill --model examples/emoji-sd --prompts examples/prompts/emoji-train.txt \
-	--cache build/pairs --steps 3 5 7 --guidance-scale 4 --no-recompute --bf16
+	--cache build/pairs --guidance-scale 4 --no-recompute --bf16
+LIFT := $(LEARN) --output build/emoji-sd-spanlift --solver spanlift --base build/emoji-sd-solvers --evaluate-every 30
 solvers: .venv/installed-train
-	$(LEARN) --output build/emoji-sd-solvers --init euler
-	$(LEARN) --output build/emoji-sd-spanlift --solver spanlift --base build/emoji-sd-solvers --evaluate-every 30
+	$(LEARN) --output build/emoji-sd-solvers --init euler --steps 3 5 7
+	$(LIFT) --steps 3 5
+	$(LIFT) --steps 7 --lr 3e-4 --updates 240
 
 .venv/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -14,6 +14,7 @@ from PIL import Image
 from dywspan import DyWeightScheduler, SolverTable
 from dywspan.artifact import table_to_json
 from dywspan.cli import main
+from dywspan.evaluate import overhead
 
 ROOT = Path(__file__).parent.parent
 GRID = {"name": "flow", "shift": 3.0}
@@ -101,6 +102,15 @@ def test_the_example_script_draws_an_image(tmp_path: Path) -> None:
 def test_import_needs_no_extra() -> None:
     extras = ["transformers", "accelerate", "matplotlib"]
     _python("-c", f"import sys; sys.modules.update(dict.fromkeys({extras})); import dywspan, dywspan.cli")
+
+
+def test_bench_overhead_counts_no_host_reads_in_our_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overhead, "_denoiser_seconds", lambda x, device: 1.0)
+    assert main(["bench", "overhead", "--json", str(tmp_path / "o.json")]) == 0
+    rows = {r["scheduler"].split(",")[0]: r for r in json.loads((tmp_path / "o.json").read_text())["rows"]}
+    assert rows["DyWeight"]["syncs"] == rows["SpanLift"]["syncs"] == 0 < rows["DPM-Solver++(2M)"]["syncs"]
+    for row in rows.values():
+        assert row["percent_of_denoiser"] == pytest.approx(row["us_per_step"] / 1e4)
 
 
 def _run(*arguments: object) -> str:

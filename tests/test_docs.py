@@ -32,6 +32,13 @@ def test_learned_solvers_come_first_as_the_readme_says() -> None:
             assert n == 7 or spanlift < dyweight
 
 
+def test_the_readmes_overhead_is_the_recorded_measurement() -> None:
+    rows = json.loads((ROOT / "docs" / "results" / "overhead.json").read_text())["rows"]
+    shares = {r["scheduler"].split(",")[0]: r["percent_of_denoiser"] for r in rows}
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"a DyWeight step takes {shares['DyWeight']:.3f} % and a SpanLift step {shares['SpanLift']:.2f} %" in text
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
