@@ -72,18 +72,12 @@ def dpmpp(sigmas: Tensor, alphas: Tensor, order: int = 2, lower_order_final: boo
     Re-expressed over derivatives a data-prediction solver needs the whole history: K = N. The published 3M weighs the
     second difference with half its Taylor coefficient, so it converges with order 2; it is kept as everyone runs it.
     """
-    lambdas, n = _log_snr(sigmas, alphas), len(sigmas) - 1
 
-    def combine(i: int) -> list[float]:
-        k = min(order, i + 1, n - i if lower_order_final else n)
-        if k == 1 or sigmas[i + 1] == 0:
-            return [1.0]
-        h = lambdas[i + 1] - lambdas[i]
-        phi = -math.expm1(-h)
-        r0 = (lambdas[i] - lambdas[i - 1]) / h
-        if k == 2:
+    def combine(h: float, gaps: list[float]) -> list[float]:
+        phi, r0 = -math.expm1(-h), gaps[0]
+        if len(gaps) == 1:
             return [1 + 0.5 / r0, -0.5 / r0]
-        r1 = (lambdas[i - 1] - lambdas[i - 2]) / h
+        r1 = gaps[1]
         new, old = [1 / r0, -1 / r0, 0.0], [0.0, 1 / r1, -1 / r1]  # divided differences over D_i, D_{i-1}, D_{i-2}
         first, second = 1 - phi / h, (h - phi) / h**2 - 0.5
         bend = [a - b for a, b in zip(new, old)]
@@ -93,25 +87,20 @@ def dpmpp(sigmas: Tensor, alphas: Tensor, order: int = 2, lower_order_final: boo
             for start, s, b in zip([1.0, 0.0, 0.0], slope, bend)
         ]
 
-    return from_data_prediction(sigmas, combine)
+    return _in_log_snr(sigmas, alphas, order, lower_order_final, combine)
 
 
 def unipc(sigmas: Tensor, alphas: Tensor, order: int = 2, lower_order_final: bool = False) -> Tensor:
     """UniPC's predictor (UniP, B(h) = e^h - 1, data prediction). Source: Zhao et al. 2023, algorithm 2. K = N."""
-    lambdas, n = _log_snr(sigmas, alphas), len(sigmas) - 1
 
-    def combine(i: int) -> list[float]:
-        k = min(order, i + 1, n - i if lower_order_final else n)
-        if k == 1 or sigmas[i + 1] == 0:
-            return [1.0]
-        h = lambdas[i + 1] - lambdas[i]
+    def combine(h: float, gaps: list[float]) -> list[float]:
         phi_1 = math.expm1(-h)
-        ratios = [(lambdas[i - j] - lambdas[i]) / h for j in range(1, k)]
-        if k == 2:
+        ratios = [-sum(gaps[: j + 1]) for j in range(len(gaps))]
+        if len(gaps) == 1:
             rho = [0.5]
         else:
             phi, targets = phi_1 / -h - 1, []
-            for m in range(1, k):
+            for m in range(1, len(gaps) + 1):
                 targets.append(phi * math.factorial(m) / phi_1)
                 phi = phi / -h - 1 / math.factorial(m + 1)
             # An infinitely far point (flow, sigma_0 = 1) has a zero divided difference and no equation.
@@ -122,7 +111,7 @@ def unipc(sigmas: Tensor, alphas: Tensor, order: int = 2, lower_order_final: boo
         slopes = [p / r for p, r in zip(rho, ratios)]
         return [1 - sum(slopes), *slopes]
 
-    return from_data_prediction(sigmas, combine)
+    return _in_log_snr(sigmas, alphas, order, lower_order_final, combine)
 
 
 BASES: dict[str, Callable[..., Tensor]] = {
@@ -156,9 +145,31 @@ def _interpolatory(nodes: Sequence[float], moments: Sequence[float]) -> list[flo
     return torch.linalg.solve(powers, torch.tensor(moments[: len(theta)], dtype=torch.float64)).tolist()
 
 
-def _log_snr(sigmas: Tensor, alphas: Tensor) -> list[float]:
-    """lambda = log(alpha / sigma) (half the log SNR); -inf at flow's sigma = 1, +inf at sigma = 0."""
-    return (alphas.double().log() - sigmas.double().log()).tolist()
+def _in_log_snr(
+    sigmas: Tensor,
+    alphas: Tensor,
+    order: int,
+    lower_order_final: bool,
+    combine: Callable[[float, list[float]], Sequence[float]],
+) -> Tensor:
+    """Table of a data-prediction solver in lambda = log(alpha / sigma), half the log SNR.
+
+    lambda is -inf at flow's sigma = 1 and +inf at sigma = 0, which is stepped into with order 1.
+
+    Args:
+        combine: (h, gaps) -> coefficients of D_i, D_{i-1}, ...; h is the step in lambda, gaps[j] = (lambda_{i-j} -
+            lambda_{i-j-1}) / h, one for each past D in use.
+    """
+    lambdas, n = (alphas.double().log() - sigmas.double().log()).tolist(), len(sigmas) - 1
+
+    def row(i: int) -> Sequence[float]:
+        k = min(order, i + 1, n - i if lower_order_final else n)
+        if k == 1 or sigmas[i + 1] == 0:
+            return [1.0]
+        h = lambdas[i + 1] - lambdas[i]
+        return combine(h, [(lambdas[i - j] - lambdas[i - j - 1]) / h for j in range(k - 1)])
+
+    return from_data_prediction(sigmas, row)
 
 
 def from_data_prediction(sigmas: Tensor, combine: Callable[[int], Sequence[float]]) -> Tensor:
