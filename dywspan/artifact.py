@@ -9,9 +9,11 @@ Keyed by ``num_inference_steps``. Row i of ``weights`` lists min(i + 1, K) numbe
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,6 +104,16 @@ def read_lifts(lifts: Mapping[str, Any] | None) -> dict[int, Lift]:
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f'Damaged SpanLift entry "{key}": {error!r}. Download or distil it again.') from error
     return result
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """A reader sees the old file or the new one, never half of it."""
+    partial = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def warn_if_newer(version: str | None) -> None:

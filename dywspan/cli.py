@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from .artifact import write_atomically
 from .core.layout import LAYOUTS
 from .schedulers.dyweight import DyWeightScheduler
 from .schedulers.spanlift import SpanLiftScheduler
@@ -38,7 +39,7 @@ def demo(args: argparse.Namespace) -> None:
     import torch
 
     from .distill.pairs import Teacher, make_pairs
-    from .distill.rollout import generators, load_pipeline, rollout
+    from .distill.rollout import load_pipeline, sample
     from .evaluate.compare import BASELINES, compare, picture, summary
 
     for path in (args.model, args.solvers):
@@ -58,15 +59,7 @@ def demo(args: argparse.Namespace) -> None:
 
     shown = slice(0, args.columns)
     with torch.no_grad():
-        _, output = rollout(
-            pipe,
-            teacher.scheduler,
-            decode=True,
-            prompt=prompts[shown],
-            generator=generators(seeds[shown]),
-            num_inference_steps=50,
-            **call,
-        )
+        _, output = sample(pipe, teacher.scheduler, 50, prompts[shown], seeds[shown], call, decode=True)
     sheet = [("reference, 50 steps", output.images)]
     for n in args.steps:
         sheet.append(("", []))
@@ -163,7 +156,8 @@ def convert(args: argparse.Namespace) -> None:
     """Turn published solvers into an artefact, without executing anything they hold."""
     from .published import convert
 
-    scheduler = convert(args.source, args.destination, **{k: v for k, v in args.overrides.items() if v is not None})
+    ends = {"sigma_min": args.sigma_min, "sigma_max": args.sigma_max}
+    scheduler = convert(args.source, args.destination, grid=args.grid, **ends)
     print(f"{args.destination}: solvers for {sorted(scheduler.tables)} steps")
 
 
@@ -272,7 +266,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--grid", type=json.loads, help="overrides the file's grid, as JSON")
     sub.add_argument("--sigma-min", type=float, help="overrides the file's range")
     sub.add_argument("--sigma-max", type=float)
-    sub.set_defaults(run=lambda a: convert(_with_overrides(a)))
 
     sub = command("bench", bench)
     sub.add_argument("what", choices=["overhead"])
@@ -294,11 +287,6 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         )
         name = "--" + field.name.replace("_", "-")
         parser.add_argument(name, default=argparse.SUPPRESS, help=f"default: {field.default}", **kind)
-
-
-def _with_overrides(args: argparse.Namespace) -> argparse.Namespace:
-    args.overrides = {"grid": args.grid, "sigma_min": args.sigma_min, "sigma_max": args.sigma_max}
-    return args
 
 
 def _lines(path: str | os.PathLike[str], count: int) -> list[str]:
@@ -326,10 +314,8 @@ def _write_results(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)"
     command = "dywspan " + " ".join(sys.argv[1:])
     data = {"command": command, "versions": versions, "device": f"{device}, {platform.machine()}", "rows": list(rows)}
-    partial = Path(f"{path}.tmp")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(data, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

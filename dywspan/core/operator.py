@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -137,6 +137,10 @@ class Lift:
     beta: Tensor
     operator: str = "shared"
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def detach(self) -> Lift:
+        """The same numbers, without their graph."""
+        return replace(self, alpha=self.alpha.detach(), beta=self.beta.detach())
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):

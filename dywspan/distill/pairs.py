@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .rollout import generators, rollout
+from ..artifact import write_atomically
+from .rollout import sample
 
 
 @dataclass(frozen=True)
@@ -98,19 +99,10 @@ def make_pairs(
     batches = []
     for start in tqdm(range(0, len(prompts), batch_size), desc=f"teacher, {teacher.num_inference_steps} steps"):
         part = slice(start, start + batch_size)
-        endpoint, _ = rollout(
-            pipe,
-            teacher.scheduler,
-            prompt=list(prompts[part]),
-            generator=generators(seeds[part]),
-            num_inference_steps=teacher.num_inference_steps,
-            **call,
-        )
+        endpoint, _ = sample(pipe, teacher.scheduler, teacher.num_inference_steps, prompts[part], seeds[part], call)
         batches.append(endpoint.float().cpu())
     endpoints = torch.cat(batches)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"endpoints": endpoints}, partial, metadata={"key": digest})
-        os.replace(partial, path)
+        write_atomically(path, save({"endpoints": endpoints}, metadata={"key": digest}))
     return Pairs(prompts, seeds, endpoints)

@@ -6,7 +6,7 @@ Training and inference are so the same code path: guidance, rounding of timestep
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,6 +81,21 @@ def rollout(pipe: Any, scheduler: Any, *, decode: bool = False, **call: Any) -> 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """One CPU generator a sample: noise does not depend on the batch it is drawn in, nor on the device."""
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+def sample(
+    pipe: Any,
+    scheduler: Any,
+    steps: int,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    call: Mapping[str, Any],
+    *,
+    decode: bool = False,
+) -> tuple[Tensor, Any]:
+    """:func:`rollout` of prompts, each from the noise of its own seed."""
+    arguments = {"prompt": list(prompts), "generator": generators(seeds), "num_inference_steps": steps, **call}
+    return rollout(pipe, scheduler, decode=decode, **arguments)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from ..schedulers.spanlift import SpanLiftScheduler
 from ..version import __version__
 from .losses import Loss, latent_mse
 from .pairs import Pairs, Teacher
-from .rollout import frozen, generators, rollout
+from .rollout import frozen, sample
 from .student import LiftStudent, Student, TableStudent
 
 
@@ -232,7 +232,6 @@ def distill_lift(
         layout: of the latents.
         operator: size of the operator, see :class:`ResidualOperator`.
         name: of the operator in the artefact.
-
     """
     torch.manual_seed(config.seed)
     shape = train.endpoints.shape[1:]
@@ -243,8 +242,7 @@ def distill_lift(
         network.requires_grad_(False)
     for n, lift in scheduler.lifts.items():
         provenance = _provenance(pipe, teacher, train, held_out, call, config, loss, errors[n])
-        learned = {"alpha": lift.alpha.detach(), "beta": lift.beta.detach()}
-        scheduler.lifts[n] = replace(lift, **learned, provenance=provenance)
+        scheduler.lifts[n] = replace(lift.detach(), provenance=provenance)
     return scheduler
 
 
@@ -273,8 +271,7 @@ def _provenance(
 
 
 def _endpoint(pipe: Any, scheduler: Any, steps: int, pairs: Pairs, call: Mapping[str, Any]) -> Tensor:
-    prompts, seeds = list(pairs.prompts), generators(pairs.seeds)
-    endpoint, _ = rollout(pipe, scheduler, prompt=prompts, generator=seeds, num_inference_steps=steps, **call)
+    endpoint, _ = sample(pipe, scheduler, steps, pairs.prompts, pairs.seeds, call)
     return endpoint.float().to(pairs.endpoints.device)
 
 

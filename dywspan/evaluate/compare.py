@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..distill.losses import decode, encoder, feature_distance
 from ..distill.pairs import Pairs
-from ..distill.rollout import generators, rollout
+from ..distill.rollout import sample
 from ..schedulers.dyweight import DyWeightScheduler
 
 # What a user would otherwise reach for, from the pipeline's own scheduler configuration.
@@ -69,15 +69,7 @@ def compare(
             for start in range(0, len(reference), batch_size):
                 part = reference[start : start + batch_size]
                 started = time.perf_counter()
-                endpoint, output = rollout(
-                    pipe,
-                    scheduler,
-                    decode=True,
-                    prompt=list(part.prompts),
-                    generator=generators(part.seeds),
-                    num_inference_steps=n,
-                    **call,
-                )
+                endpoint, output = sample(pipe, scheduler, n, part.prompts, part.seeds, call, decode=True)
                 seconds += time.perf_counter() - started
                 images += output.images
                 target = part.endpoints.to(endpoint.device)

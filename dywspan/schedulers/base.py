@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from ..artifact import compact
+from ..artifact import compact, write_atomically
 from ..core.prediction import Flow, VariancePreserving
 from ..core.step import History, Schedule, analytical_derivative, step
 from ._host import Host, host_class_name
@@ -78,16 +78,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         return compact(super().to_json_string())
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Atomic: a reader sees the old file or the new one, never half of it."""
-        partial = f"{os.fspath(json_file_path)}.{os.getpid()}.tmp"
-        try:
-            with open(partial, "w", encoding="utf-8") as file:
-                file.write(self.to_json_string())
-            os.replace(partial, json_file_path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(partial)
-            raise
+        """Atomic, see :func:`dywspan.artifact.write_atomically`."""
+        write_atomically(json_file_path, self.to_json_string().encode())
 
     @property
     def host(self) -> Host:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..artifact import lift_to_json, read_lifts
+from ..artifact import lift_to_json, read_lifts, write_atomically
 from ..core.layout import LAYOUTS, Size
 from ..core.operator import Lift, ResidualOperator, conditioning, residual
 from ..core.prediction import EDM
@@ -244,16 +242,10 @@ class SpanLiftScheduler(DyWeightScheduler):
             )
         folder.mkdir(parents=True, exist_ok=True)
         if self.operators:
-            partial = folder / f"{self.weights_name}.{os.getpid()}.tmp"
-            try:
-                # Through bytes: safetensors' own save_file leaves a file that only its owner can read.
-                partial.write_bytes(save({k: v.detach().float().cpu().contiguous() for k, v in self._state().items()}))
-                digest = _sha256(partial)
-                os.replace(partial, folder / self.weights_name)
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    partial.unlink()
-            self.register_to_config(weights_sha256=digest)
+            # Through bytes: safetensors' own save_file leaves a file that only its owner can read.
+            data = save({k: v.detach().float().cpu().contiguous() for k, v in self._state().items()})
+            write_atomically(folder / self.weights_name, data)
+            self.register_to_config(weights_sha256=hashlib.sha256(data).hexdigest())
         # What was learned since this object was made belongs to its configuration.
         self.register_to_config(lifts={str(n): lift_to_json(lift) for n, lift in sorted(self.lifts.items())} or None)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -339,15 +331,11 @@ class SpanLiftScheduler(DyWeightScheduler):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        state["lifts"] = {n: _detached(lift) for n, lift in self.lifts.items()}
+        state["lifts"] = {n: lift.detach() for n, lift in self.lifts.items()}
         if "_lift" in state:
-            lift = _detached(self._lift)
+            lift = self._lift.detach()
             state.update(_lift=lift, _alpha=lift.alpha.tolist(), _beta=lift.beta.tolist())
         return state
-
-
-def _detached(lift: Lift) -> Lift:
-    return replace(lift, alpha=lift.alpha.detach(), beta=lift.beta.detach())
 
 
 def _sha256(file: str | os.PathLike[str]) -> str:
