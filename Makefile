@@ -15,7 +15,7 @@ lint: .venv/installed-dev
 
 # How examples/emoji-sd-solvers and examples/emoji-sd-spanlift were made.
 LEARN := HF_HUB_OFFLINE=1 $(BIN)/dywspan distill --model examples/emoji-sd --prompts examples/prompts/emoji-train.txt \
-	--cache build/pairs --guidance-scale 4 --no-recompute --bf16
+	--cache build/pairs --guidance-scale 4 --no-recompute --mixed-precision bf16
 LIFT := $(LEARN) --output build/emoji-sd-spanlift --solver spanlift --base build/emoji-sd-solvers --evaluate-every 30
 solvers: .venv/installed-train
 	$(LEARN) --output build/emoji-sd-solvers --init euler --steps 3 5 7

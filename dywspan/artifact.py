@@ -12,7 +12,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from .core.operator import Lift
 from .core.table import SolverTable
 from .version import __version__
 
-_KEYS = {"weights", "time_scale", "grid", "afs", "provenance"}
+_OPTIONAL = {"time_scale", "afs", "time_shifting", "provenance"}
+_KEYS = {"weights", "grid"} | _OPTIONAL
 
 
 def table_to_json(table: SolverTable) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def table_to_json(table: SolverTable) -> dict[str, Any]:
         "time_scale": table.time_scale.detach().double().tolist(),
         "grid": dict(table.grid),
         "afs": table.afs,
+        **({} if table.time_shifting else {"time_shifting": False}),
         "provenance": dict(table.provenance),
     }
 
@@ -44,7 +46,7 @@ def table_from_json(data: Mapping[str, Any]) -> SolverTable:
         ValueError: missing keys, ragged in another way than row i having min(i + 1, K) numbers, or anything that
             :class:`SolverTable` refuses.
     """
-    if not isinstance(data, Mapping) or not _KEYS - {"afs", "provenance", "time_scale"} <= data.keys():
+    if not isinstance(data, Mapping) or not data.keys() >= _KEYS - _OPTIONAL:
         raise ValueError("a table is a mapping with at least 'weights' and 'grid'")
     if unknown := sorted(data.keys() - _KEYS):
         warnings.warn(
@@ -62,9 +64,11 @@ def table_from_json(data: Mapping[str, Any]) -> SolverTable:
             raise ValueError(f"weights row {i} must have {min(i + 1, order)} numbers (K = {order}); it has {len(row)}")
         weights[i, : len(row)] = _numbers(row, f"weights row {i}")
     scale = _numbers(data.get("time_scale", [1.0] * len(rows)), "time_scale")
-    if not isinstance(afs := data.get("afs", False), bool):
-        raise ValueError(f"afs must be true or false; got {afs!r}")
-    return SolverTable(weights, scale, data["grid"], afs, data.get("provenance") or {})
+    flags = {"afs": data.get("afs", False), "time_shifting": data.get("time_shifting", True)}
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false; got {value!r}")
+    return SolverTable(weights, scale, data["grid"], **flags, provenance=data.get("provenance") or {})
 
 
 def read_tables(tables: Mapping[str, Any] | None) -> dict[int, SolverTable]:
@@ -141,3 +145,11 @@ def _numbers(values: Any, name: str) -> torch.Tensor:
 def release(version: str) -> tuple[int, ...]:
     """(major, minor, patch) of a version string."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A table of rows with the same keys."""
+    table = [list(rows[0]), *([f"{v:.4f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows)]
+    widths = [max(len(line[j]) for line in table) for j in range(len(table[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in table]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

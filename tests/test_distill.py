@@ -10,20 +10,21 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
-from safetensors.torch import load_file, save_file
 from tiny_pipelines import build
 
 from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
 from dywspan.core.prediction import Flow
+from dywspan.distill.config import LearningConfig
 from dywspan.distill.losses import dinov2, encoder, feature_distance, latent_and_features
 from dywspan.distill.pairs import Pairs, Teacher, make_pairs
 from dywspan.distill.rollout import frozen, generators, load_pipeline, rollout
 from dywspan.distill.student import LiftStudent, TableStudent
-from dywspan.distill.train import AdamConfig, default_grid, distill, distill_lift, endpoint_error, learning_rate
+from dywspan.distill.train import default_grid, distill, distill_lift, endpoint_error, learning_rate
 
 EMOJI = Path(__file__).parent.parent / "examples" / "emoji-sd"
 CALL = {"guidance_scale": 4.0}
 PROMPTS = ["red heart, noto", "grinning face, twemoji", "soccer ball, noto", "hash key, noto"]
+INPUTS = [{"prompt": prompt} for prompt in PROMPTS]
 
 
 @pytest.fixture(scope="module")
@@ -128,41 +129,61 @@ def test_recomputing_changes_memory_not_gradients(pipe: Any) -> None:
 
 def _pairs(pipe: Any, cache: Path | None, seeds: range = range(2), steps: int = 4, **call: Any) -> Pairs:
     teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, solver="ipndm"), steps)
-    return make_pairs(pipe, teacher, PROMPTS[: len(seeds)], seeds, call=CALL | call, cache=cache, batch_size=1)
+    return make_pairs(pipe, teacher, INPUTS[: len(seeds)], seeds, call=CALL | call, cache=cache, batch_size=1)
 
 
-def test_pairs_come_from_the_cache_only_when_all_that_matters_is_the_same(pipe: Any, tmp_path: Path) -> None:
-    first = _pairs(pipe, tmp_path)
-    (file,) = tmp_path.iterdir()
-    marked = load_file(file)["endpoints"] + 1
-    metadata = {"key": _key(file)}
-    save_file({"endpoints": marked}, file, metadata=metadata)
-    assert torch.equal(_pairs(pipe, tmp_path).endpoints, marked), "the same request must be answered from the file"
+def test_pairs_come_from_the_cache_only_when_all_that_matters_is_the_same(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _pairs(pipe, tmp_path).endpoints
+    computed: list[Any] = []
+    own = Teacher.endpoints
+
+    def counted(self: Teacher, pipe: Any, inputs: Any, seeds: Any, call: Any) -> torch.Tensor:
+        computed.extend(seeds)
+        return own(self, pipe, inputs, seeds, call)
+
+    monkeypatch.setattr(Teacher, "endpoints", counted)
+    assert torch.equal(_pairs(pipe, tmp_path).endpoints, first) and computed == []
+    _pairs(pipe, tmp_path, seeds=range(3))
+    assert computed == [2], "a longer list reuses what a shorter one made"
     for change in ({"seeds": range(1, 3)}, {"steps": 5}, {"guidance_scale": 2.0}):
-        assert not torch.equal(_pairs(pipe, tmp_path, **change).endpoints, marked)
-    save_file({"endpoints": marked}, file, metadata={"key": "another"})
-    assert torch.equal(_pairs(pipe, tmp_path).endpoints, first.endpoints), "a file of another key must not be believed"
+        computed.clear()
+        assert not torch.equal(_pairs(pipe, tmp_path, **change).endpoints, first) and computed
+    with torch.no_grad():
+        computed.clear()
+        weight = pipe.unet.conv_in.weight
+        weight += 1e-3
+        _pairs(pipe, tmp_path)
+        weight -= 1e-3
+    assert computed == [0, 1], "other weights, other endpoints, whatever the name"
 
 
-def _key(file: Path) -> str:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        return opened.metadata()["key"]
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_a_damaged_file_of_the_cache_is_made_again_and_said_so(
+    pipe: Any, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = _pairs(pipe, tmp_path).endpoints
+    file = min(tmp_path.glob("*/*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 64
+    file.write_bytes({"truncated": data[:-100], "flipped": data, "empty": b""}[damage])
+    assert torch.equal(_pairs(pipe, tmp_path).endpoints, first)
+    assert f"{file} is damaged: it is made again" in capsys.readouterr().out
 
 
 def test_noise_does_not_depend_on_the_batch(pipe: Any) -> None:
     one_by_one = _pairs(pipe, None)
     teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, solver="ipndm"), 4)
-    together = make_pairs(pipe, teacher, PROMPTS[:2], range(2), call=CALL, batch_size=2)
+    together = make_pairs(pipe, teacher, INPUTS[:2], range(2), call=CALL, batch_size=2)
     torch.testing.assert_close(one_by_one.endpoints, together.endpoints, rtol=1e-4, atol=1e-4)
 
 
 def test_distilling_lowers_the_held_out_error_and_the_artefact_keeps_it(pipe: Any, tmp_path: Path) -> None:
     teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, solver="ipndm"), 12)
-    train = make_pairs(pipe, teacher, PROMPTS, range(4), call=CALL)
-    held_out = make_pairs(pipe, teacher, PROMPTS, range(10, 14), call=CALL)
-    config = AdamConfig(updates=12, batch_size=4, lr=3e-2, init="euler", evaluate_every=4, recompute=False)
+    train = make_pairs(pipe, teacher, INPUTS, range(4), call=CALL)
+    held_out = make_pairs(pipe, teacher, INPUTS, range(10, 14), call=CALL)
+    config = LearningConfig(updates=12, batch_size=4, lr=3e-2, init="euler", evaluate_every=4, recompute=False)
     table = distill(pipe, teacher, train, held_out, 2, call=CALL, config=config)
     error = table.provenance["held_out_error"]
     assert error["after"] < 0.97 * error["before"]
@@ -171,11 +192,24 @@ def test_distilling_lowers_the_held_out_error_and_the_artefact_keeps_it(pipe: An
     assert endpoint_error(pipe, loaded, 2, held_out, CALL) == pytest.approx(error["after"], rel=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_and_says_where(pipe: Any) -> None:
-    broken = Pairs(PROMPTS[:2], range(2), torch.full((2, 4, 16, 16), torch.nan))
-    teacher = Teacher(pipe.scheduler, 50)
-    with pytest.raises(FloatingPointError, match=r"update 0 of the 2-step solver .* lower lr"):
-        distill(pipe, teacher, broken, broken, 2, call=CALL, config=AdamConfig(updates=1, batch_size=2))
+def test_a_loss_that_is_not_finite_stops_and_says_where(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Pairs(INPUTS[:2], range(7, 9), torch.full((2, 4, 16, 16), torch.nan))
+    teacher, config = Teacher(pipe.scheduler, 50), LearningConfig(updates=1, batch_size=2, init="euler")
+    with pytest.raises(FloatingPointError, match=r"update 0 of the 2-step solver.*teacher's endpoints.*seeds \[7, 8\]"):
+        distill(pipe, teacher, broken, broken, 2, call=CALL, config=config)
+    whole = Pairs(INPUTS[:2], range(7, 9), torch.zeros(2, 4, 16, 16))
+    forward, calls = pipe.unet.forward, 0
+
+    def overflowing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        output = forward(*args, **kwargs)
+        return (output[0] / 0,) if calls % 2 == 0 else output
+
+    monkeypatch.setattr(pipe.unet, "forward", overflowing)
+    level = float(_table(pipe).schedule(DyWeightScheduler.from_config(pipe.scheduler.config).host.prediction).levels[1])
+    with pytest.raises(FloatingPointError, match=rf"from sampling step 1 \(sigma {level:.4g}\) on.*Lower lr"):
+        distill(pipe, teacher, whole, whole, 2, call=CALL, config=replace(config, recompute=False))
 
 
 def test_bounded_time_scale_starts_at_the_table_and_stays_between_a_half_and_three_halves(pipe: Any) -> None:
@@ -213,10 +247,10 @@ def test_spanlift_lowers_the_held_out_error_of_its_frozen_base_and_the_artefact_
     pipe: Any, tmp_path: Path
 ) -> None:
     teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, solver="ipndm"), 12)
-    train = make_pairs(pipe, teacher, PROMPTS, range(4), call=CALL)
-    held_out = make_pairs(pipe, teacher, PROMPTS, range(10, 14), call=CALL)
+    train = make_pairs(pipe, teacher, INPUTS, range(4), call=CALL)
+    held_out = make_pairs(pipe, teacher, INPUTS, range(10, 14), call=CALL)
     base = DyWeightScheduler.from_config(pipe.scheduler.config).with_tables([_table(pipe, 2), _table(pipe, 3)])
-    config = AdamConfig(updates=16, batch_size=4, lr=3e-3, evaluate_every=4, recompute=False)
+    config = LearningConfig(updates=16, batch_size=4, lr=3e-3, evaluate_every=4, recompute=False)
     lifted = distill_lift(pipe, teacher, train, held_out, base, [2, 3], call=CALL, config=config)
     lifted.save_pretrained(tmp_path)
     loaded = SpanLiftScheduler.from_pretrained(tmp_path)

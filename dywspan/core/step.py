@@ -38,7 +38,12 @@ class Schedule:
 
     @classmethod
     def from_weights(
-        cls, sigmas: Tensor, weights: Tensor, time_scale: Tensor | None = None, afs: bool = False
+        cls,
+        sigmas: Tensor,
+        weights: Tensor,
+        time_scale: Tensor | None = None,
+        afs: bool = False,
+        time_shifting: bool = True,
     ) -> Schedule:
         """Calibrate a weight table on a nominal grid.
 
@@ -49,13 +54,14 @@ class Schedule:
             sigmas: (N+1,) nominal grid.
             weights: (N, K), zero where no derivative exists yet.
             time_scale: (N,) s, ones by default.
+            time_shifting: without it sigma~ is the nominal grid, whatever the weights sum to (DyWeight's ablation).
         """
         level, levels, sizes = sigmas[0], [], []
         for i, total in enumerate(weights.sum(1)):
             size = sigmas[i + 1] - level
             levels.append(level)
             sizes.append(size)
-            level = level + total * size
+            level = level + total * size if time_shifting else sigmas[i + 1]
         state = torch.stack(levels)
         queries = state if time_scale is None else time_scale * state
         h = torch.stack(sizes)

@@ -28,6 +28,7 @@ class SolverTable:
         grid: the nominal grid, see :func:`dywspan.core.grid.make_grid`.
         afs: the first step needs no network call, so N steps cost N - 1 evaluations.
         provenance: where it comes from (base model, guidance scale, teacher, loss, errors, version): free JSON.
+        time_shifting: levels follow the weights' sums, DyWeight eq. (9); without it they are the nominal grid's.
 
     Raises:
         ValueError: wrong shapes, non-finite numbers, weights on derivatives that do not exist, no such grid.
@@ -38,6 +39,7 @@ class SolverTable:
     grid: Mapping[str, Any]
     afs: bool = False
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    time_shifting: bool = True
 
     def __post_init__(self) -> None:
         if self.weights.ndim != 2 or 0 in self.weights.shape:
@@ -71,6 +73,7 @@ class SolverTable:
         *,
         base: str = "ipndm",
         afs: bool = False,
+        time_shifting: bool = True,
         mu: float | None = None,
     ) -> SolverTable:
         """An untrained table: the base solver's weights on the grid, s = 1."""
@@ -84,7 +87,7 @@ class SolverTable:
         weights[:, :columns] = rows[:, :columns]
         # A base that looks back further than K: the rest goes to the oldest derivative, so that rows keep their sum.
         weights[:, columns - 1] += rows[:, columns:].sum(1)
-        return cls(weights, torch.ones(n, dtype=torch.float64), dict(grid), afs)
+        return cls(weights, torch.ones(n, dtype=torch.float64), dict(grid), afs, time_shifting=time_shifting)
 
     def schedule(self, prediction: Prediction, mu: float | None = None) -> Schedule:
         """The table on its grid.
@@ -93,7 +96,8 @@ class SolverTable:
             ValueError: the learned numbers lead to a level at which a network cannot be asked.
         """
         sigmas = make_grid(self.grid, len(self.weights), prediction, mu)
-        schedule = Schedule.from_weights(sigmas, self.weights.double(), self.time_scale.double(), self.afs)
+        numbers = self.weights.double(), self.time_scale.double()
+        schedule = Schedule.from_weights(sigmas, *numbers, self.afs, self.time_shifting)
         if not bool((schedule.queries.detach() > 0).all()):
             raise ValueError(
                 f"The table for num_inference_steps={self.num_inference_steps} asks the network at noise levels "

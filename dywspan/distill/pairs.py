@@ -1,23 +1,25 @@
-"""Teacher pairs: prompts and seeds with the endpoints a slow, accurate solver reaches from them."""
+"""Teacher pairs: inputs and seeds with the endpoints a slow, accurate solver reaches from them."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..artifact import write_atomically
-from .rollout import sample
+from .processes import in_turn, is_main, wait
+from .rollout import Inputs, sample
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,12 @@ class Teacher:
     Attributes:
         scheduler: any diffusers or dywspan scheduler that integrates the ODE.
         num_inference_steps: M, much more than any student's.
+        substeps: also keep the state after every so many steps, for path supervision; 0: the end only.
     """
 
     scheduler: Any
     num_inference_steps: int
+    substeps: int = 0
 
     def summary(self) -> dict[str, Any]:
         """What a reader wants to know of it."""
@@ -39,70 +43,201 @@ class Teacher:
 
     def describe(self) -> dict[str, Any]:
         """All that determines its endpoints."""
-        config = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
-        return {"class": type(self.scheduler).__name__, "steps": self.num_inference_steps, "config": config}
+        config = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_") and k != "dywspan_version"}
+        name, steps = type(self.scheduler).__name__, self.num_inference_steps
+        return {"class": name, "steps": steps, "substeps": self.substeps, "config": config}
+
+    @torch.no_grad()
+    def endpoints(self, pipe: Any, inputs: Inputs, seeds: Sequence[int], call: Mapping[str, Any]) -> Tensor:
+        """(B, ...) float32 on the CPU; with ``substeps`` (B, N, ...), the states of a path in the solver frame."""
+        path: list[Tensor] = []
+
+        def watch(i: int, prev_sample: Tensor) -> None:
+            if self.substeps and (i + 1) % self.substeps == 0:
+                path.append(self.scheduler.state(i, prev_sample).float().cpu())
+
+        end, _ = sample(pipe, self.scheduler, self.num_inference_steps, inputs, seeds, call, watch=watch)
+        return torch.stack([*path[:-1], end.float().cpu()], 1) if path else end.float().cpu()
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """P samples: a prompt, the seed of its noise, and the teacher's endpoint, (P, ...) float32."""
+    """P samples: inputs, the seeds of their noise, and the teacher's endpoints.
 
-    prompts: Sequence[str]
+    Attributes:
+        inputs: each sample's own arguments of the pipeline's call.
+        targets: (P, ...) float32, in memory or read from files when asked for.
+        is_path: targets are (P, N, ...): the states of a path, the endpoint last.
+    """
+
+    inputs: Inputs
     seeds: Sequence[int]
-    endpoints: Tensor
+    targets: Tensor | Rows
+    is_path: bool = False
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.seeds)
+
+    @property
+    def endpoints(self) -> Tensor:
+        """(P, ...) float32."""
+        targets = self.targets if isinstance(self.targets, Tensor) else self.targets[range(len(self))]
+        return targets[:, -1] if self.is_path else targets
 
     def choose(self, indices: Sequence[int]) -> Pairs:
-        """These pairs, in this order."""
-        return Pairs(
-            [self.prompts[i] for i in indices], [self.seeds[i] for i in indices], self.endpoints[list(indices)]
-        )
+        """These pairs, in this order, in memory."""
+        inputs, seeds = [self.inputs[i] for i in indices], [self.seeds[i] for i in indices]
+        targets = self.targets[list(indices)]
+        return Pairs(inputs, seeds, targets, self.is_path)
 
-    def __getitem__(self, index: slice) -> Pairs:
-        return Pairs(self.prompts[index], self.seeds[index], self.endpoints[index])
+    def __getitem__(self, part: slice) -> Pairs:
+        return self.choose(range(*part.indices(len(self))))
 
 
-@torch.no_grad()
+Source = Callable[[Sequence[int]], Pairs]  # positions in an endless stream of samples -> these
+
+
+def shuffled(pairs: Pairs, seed: int) -> Source:
+    """The pairs in an order of their own each time through. A position's pair depends on nothing else."""
+
+    def choose(positions: Sequence[int]) -> Pairs:
+        orders: dict[int, list[int]] = {}
+        for epoch in {p // len(pairs) for p in positions}:
+            draw = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(len(pairs), generator=draw).tolist()
+        return pairs.choose([orders[p // len(pairs)][p % len(pairs)] for p in positions])
+
+    return choose
+
+
+def fresh(pipe: Any, teacher: Teacher, inputs: Inputs, first_seed: int, call: Mapping[str, Any]) -> Source:
+    """New noise for every position, and the teacher's endpoint computed when it is asked for."""
+
+    def make(positions: Sequence[int]) -> Pairs:
+        own, seeds = [inputs[p % len(inputs)] for p in positions], [first_seed + p for p in positions]
+        return Pairs(own, seeds, teacher.endpoints(pipe, own, seeds, call))
+
+    return make
+
+
+class Rows:
+    """Rows of tensors that lie in files of ``size`` rows each, read when asked for."""
+
+    def __init__(self, files: Sequence[Path], size: int) -> None:
+        self.files, self.size = files, size
+
+    def __getitem__(self, indices: Sequence[int]) -> Tensor:
+        rows = []
+        for i in indices:
+            with safe_open(self.files[i // self.size], "pt") as file:
+                rows.append(file.get_slice("targets")[i % self.size])
+        return torch.stack(rows)
+
+
 def make_pairs(
     pipe: Any,
     teacher: Teacher,
-    prompts: Sequence[str],
+    inputs: Inputs,
     seeds: Sequence[int],
     *,
     call: Mapping[str, Any],
     batch_size: int = 16,
     cache: str | os.PathLike[str] | None = None,
+    model: str | None = None,
 ) -> Pairs:
-    """The teacher's endpoints, from ``cache`` if the same were made before.
+    """The teacher's endpoints, from ``cache`` where the same were made before, shared out over the processes.
 
-    The file's name is a hash of all that matters: model, call arguments, teacher, prompts and seeds.
+    The cache has one folder for each (model, call, teacher) and in it one file a batch, named by a hash of the batch's
+    inputs and seeds: a run that was stopped goes on where it was, and a longer list reuses what a shorter one made. A
+    file that cannot be read, or whose contents are not what was written, is made again.
 
     Args:
         call: arguments of the pipeline's call (guidance_scale, height, width, ...), the same for teacher and student.
+        model: what stands for the pipeline in the hash; :func:`fingerprint` of its weights by default.
+
+    Raises:
+        OSError: the cache cannot be written; what is finished stays.
     """
-    key = {
-        "model": str(getattr(pipe, "name_or_path", "") or pipe.config.get("_name_or_path")),
-        "pipeline": type(pipe).__name__,
-        "teacher": teacher.describe(),
-        "call": dict(call),
-        "prompts": list(prompts),
-        "seeds": list(seeds),
-    }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-    path = Path(cache) / f"pairs-{digest[:16]}.safetensors" if cache is not None else None
-    if path is not None and path.exists():
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("key") == digest:
-                return Pairs(prompts, seeds, file.get_tensor("endpoints"))
-    batches = []
-    for start in tqdm(range(0, len(prompts), batch_size), desc=f"teacher, {teacher.num_inference_steps} steps"):
-        part = slice(start, start + batch_size)
-        endpoint, _ = sample(pipe, teacher.scheduler, teacher.num_inference_steps, prompts[part], seeds[part], call)
-        batches.append(endpoint.float().cpu())
-    endpoints = torch.cat(batches)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save({"endpoints": endpoints}, metadata={"key": digest}))
-    return Pairs(prompts, seeds, endpoints)
+    batches = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
+    title, is_path = f"teacher, {teacher.num_inference_steps} steps", bool(teacher.substeps)
+    if cache is None:
+        made = [
+            teacher.endpoints(pipe, inputs[part], seeds[part], call)
+            for part in tqdm(batches, title, disable=not is_main())
+        ]
+        return Pairs(inputs, seeds, torch.cat(made), is_path)
+
+    key = {"model": model or fingerprint(pipe), "pipeline": type(pipe).__name__, "call": dict(call)}
+    key |= {"teacher": teacher.describe()}
+    folder = Path(cache) / digest(key)
+    digests = [digest([list(inputs[part]), list(seeds[part])]) for part in batches]
+    files = [folder / f"{digest}.safetensors" for digest in digests]
+    missing = [j for j, file in enumerate(files) if not _is_whole(file)]
+    wait()  # before anybody writes: all processes must find the same files missing
+    try:
+        if is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "key.json", (json.dumps(key, indent=1, default=str) + "\n").encode())
+        wait()
+        done = len(files) - len(missing)
+        progress = tqdm(total=len(files), initial=done, desc=title, disable=not missing or not is_main())
+        for turn, is_mine in in_turn(len(missing)):
+            j = missing[turn]
+            targets = teacher.endpoints(pipe, inputs[batches[j]], seeds[batches[j]], call).contiguous()
+            if is_mine:
+                write_atomically(files[j], save({"targets": targets}, metadata={"sha256": _checksum(targets)}))
+            progress.update(min(len(missing), turn + 1) + done - progress.n)
+        progress.close()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        kept = sum(file.exists() for file in files)
+        raise OSError(
+            f"The teacher cache {folder} cannot be written ({error.strerror}): {kept} of {len(files)} files are kept. "
+            "Make room, or choose another cache directory, and run the same command again."
+        ) from error
+    wait()
+    if lost := [file for file in files if not file.exists()]:
+        raise OSError(
+            f"{lost[0]} was made by another process but is not here: the cache must be on a file system that all "
+            "machines share. Choose another cache directory."
+        )
+    return Pairs(inputs, seeds, Rows(files, batch_size), is_path)
+
+
+def fingerprint(pipe: Any) -> str:
+    """A hash of the pipeline's networks: names, shapes, types and the first numbers of every tensor.
+
+    Unlike a path or a name it changes when the weights do, and only then.
+    """
+    digest = hashlib.sha256()
+    for name, module in sorted(pipe.components.items()):
+        for key, value in module.state_dict().items() if isinstance(module, nn.Module) else ():
+            digest.update(f"{name}.{key} {tuple(value.shape)} {value.dtype}".encode())
+            if value.device.type != "meta" and value.numel():
+                digest.update(value.detach().flatten()[:8].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file of the cache holds what was written; says so if it is there and does not."""
+    if not file.exists():
+        return False
+    try:
+        with safe_open(file, "pt") as opened:
+            if (opened.metadata() or {}).get("sha256") == _checksum(opened.get_tensor("targets")):
+                return True
+    except (SafetensorError, OSError, KeyError):
+        pass
+    if is_main():
+        print(f"{file} is damaged: it is made again.")
+    return False
+
+
+def _checksum(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def digest(key: Any) -> str:
+    """A short hash of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -6,33 +6,50 @@ Training and inference are so the same code path: guidance, rounding of timestep
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..artifact import release
 
-DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
 
-
-def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str | None = None) -> Any:
+def load_pipeline(
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> Any:
     """A pipeline, all parts in one dtype, on the accelerator if there is one, without a progress bar per call."""
     name = "dtype" if release(diffusers.__version__) >= (0, 42) else "torch_dtype"
-    pipe = diffusers.DiffusionPipeline.from_pretrained(model, **{name: dtype})
+    pipe = diffusers.DiffusionPipeline.from_pretrained(model, revision=revision, **{name: dtype})
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """What a pipeline asks at every step: its diffusers models that are no autoencoders."""
+    return {k: m for k, m in pipe.components.items() if isinstance(m, ModelMixin) and not hasattr(m, "decode")}
 
 
 class _LastStep(Exception):
     """Not an error: how a rollout leaves the pipeline."""
 
 
-def rollout(pipe: Any, scheduler: Any, *, decode: bool = False, **call: Any) -> tuple[Tensor, Any]:
+def rollout(
+    pipe: Any,
+    scheduler: Any,
+    *,
+    decode: bool = False,
+    watch: Callable[[int, Tensor], None] | None = None,
+    **call: Any,
+) -> tuple[Tensor, Any]:
     """Sample with ``scheduler`` in place of the pipeline's own.
 
     The undecorated ``__call__`` runs, so gradients flow where they are enabled. Without ``decode`` it is left by an
@@ -42,6 +59,7 @@ def rollout(pipe: Any, scheduler: Any, *, decode: bool = False, **call: Any) -> 
         pipe: a diffusers pipeline.
         scheduler: any diffusers or dywspan scheduler.
         decode: run the pipeline to its end.
+        watch: gets the number of every step, from 0, and the sample it returned.
         call: its arguments (prompt, num_inference_steps, generator, guidance_scale, ...).
 
     Returns:
@@ -54,6 +72,8 @@ def rollout(pipe: Any, scheduler: Any, *, decode: bool = False, **call: Any) -> 
     def watched(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls, last
         result = step(*args, **kwargs)
+        if watch is not None:
+            watch(calls, result[0])
         calls += 1
         if calls == len(scheduler.timesteps):
             last = result[0]
@@ -83,43 +103,49 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
+Inputs = Sequence[Mapping[str, Any]]  # of each sample, its own arguments of the call: [{"prompt": "a cat"}, ...]
+
+
 def sample(
     pipe: Any,
     scheduler: Any,
     steps: int,
-    prompts: Sequence[str],
+    inputs: Inputs,
     seeds: Sequence[int],
     call: Mapping[str, Any],
     *,
     decode: bool = False,
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, Any]:
-    """:func:`rollout` of prompts, each from the noise of its own seed."""
-    arguments = {"prompt": list(prompts), "generator": generators(seeds), "num_inference_steps": steps, **call}
-    return rollout(pipe, scheduler, decode=decode, **arguments)
+    """:func:`rollout` of a batch, each sample with its own inputs and from the noise of its own seed."""
+    columns: dict[str, Any] = {name: [own[name] for own in inputs] for name in inputs[0]}
+    if not columns and "batch_size" in inspect.signature(type(pipe).__call__).parameters:
+        columns["batch_size"] = len(inputs)  # unconditional pipelines cannot tell it from their inputs
+    arguments = {**columns, "generator": generators(seeds), "num_inference_steps": steps, **call}
+    return rollout(pipe, scheduler, decode=decode, watch=watch, **arguments)
 
 
 @contextmanager
-def frozen(pipe: Any, recompute: bool = False) -> Iterator[None]:
-    """No gradients for the pipeline's weights; with ``recompute``, only one denoiser call's activations are held.
+def frozen(pipe: Any, recompute: bool = False, learned: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """No gradients for the pipeline's weights; with ``recompute``, only one call's activations are held at a time.
 
     Args:
         recompute: checkpoint each denoiser call: memory flat in the number of steps, one more forward pass each.
+        learned: networks of the solver, checkpointed too.
     """
-    modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
-    learned = [p for m in modules for p in m.parameters() if p.requires_grad]
-    wrapped = [m for name in DENOISERS if isinstance(m := getattr(pipe, name, None), torch.nn.Module)]
-    for parameter in learned:
+    modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
+    moving = [p for m in modules for p in m.parameters() if p.requires_grad]
+    wrapped = [*denoisers(pipe).values(), *learned] if recompute else []
+    for parameter in moving:
         parameter.requires_grad_(False)
-    if recompute:
-        for module in wrapped:
-            module.forward = _recomputed(module.forward)
+    for module in wrapped:
+        module.forward = _recomputed(module.forward)
     try:
         yield
     finally:
-        if recompute:
-            for module in wrapped:
-                del module.forward
-        for parameter in learned:
+        for module in wrapped:
+            del module.forward
+        for parameter in moving:
             parameter.requires_grad_(True)
 
 

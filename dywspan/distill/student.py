@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.layout import LAYOUTS
 from ..core.operator import Lift
@@ -22,9 +22,13 @@ class Student(ABC):
 
     Attributes:
         scheduler: samples with what :meth:`apply` put in last.
+        lr: the peak learning rate that suits it.
+        networks: of its own, whose activations may be recomputed.
     """
 
     scheduler: DyWeightScheduler
+    lr: float
+    networks: Sequence[nn.Module] = ()
 
     @abstractmethod
     def parameters(self) -> list[Tensor]:
@@ -52,13 +56,18 @@ class TableStudent(Student):
         scheduler: of the pipeline.
         initial: where to start.
         bounded: s = 0.5 + sigmoid(phi), the paper's choice for FLUX; else s is free.
+        time_scaling: learn s; else it stays what it is in ``initial``.
     """
 
-    def __init__(self, scheduler: DyWeightScheduler, initial: SolverTable, bounded: bool = False) -> None:
-        self.scheduler, self.initial, self.bounded = scheduler, initial, bounded
+    lr = 1e-2
+
+    def __init__(
+        self, scheduler: DyWeightScheduler, initial: SolverTable, bounded: bool = False, time_scaling: bool = True
+    ) -> None:
+        self.scheduler, self.initial, self.bounded, self.time_scaling = scheduler, initial, bounded, time_scaling
         s = initial.time_scale.double()
         self.weights = initial.weights.double().clone().requires_grad_()
-        self.phi = (torch.logit(s - 0.5) if bounded else s.clone()).requires_grad_()
+        self.phi = (torch.logit(s - 0.5) if bounded else s.clone()).requires_grad_(time_scaling)
 
     def table(self) -> SolverTable:
         """The table these numbers make now, with gradients."""
@@ -66,7 +75,7 @@ class TableStudent(Student):
         return replace(self.initial, weights=self.weights.tril(), time_scale=scale)
 
     def parameters(self) -> list[Tensor]:
-        return [self.weights, self.phi]
+        return [self.weights, self.phi] if self.time_scaling else [self.weights]
 
     def apply(self) -> None:
         self.scheduler.tables = {self.initial.num_inference_steps: self.table()}
@@ -84,6 +93,8 @@ class LiftStudent(Student):
         operator: further arguments of :class:`ResidualOperator` (width, blocks, kernel, ...).
         name: of the operator in the artefact.
     """
+
+    lr = 1e-3
 
     def __init__(
         self,
@@ -105,6 +116,7 @@ class LiftStudent(Student):
             # beta = 1 and a zero head: the gradient reaches the head at once, and the start is the base.
             scheduler.lifts[n] = Lift(ones.clone().requires_grad_(), ones.clone().requires_grad_(), name)
         self.scheduler = self.lifted = scheduler.initialize()
+        self.networks = list(scheduler.operators.values())
 
     def parameters(self) -> list[Tensor]:
         scalars = [v for lift in self.lifted.lifts.values() for v in (lift.alpha, lift.beta)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ..distill.losses import decode, encoder, feature_distance
@@ -69,7 +69,7 @@ def compare(
             for start in range(0, len(reference), batch_size):
                 part = reference[start : start + batch_size]
                 started = time.perf_counter()
-                endpoint, output = sample(pipe, scheduler, n, part.prompts, part.seeds, call, decode=True)
+                endpoint, output = sample(pipe, scheduler, n, part.inputs, part.seeds, call, decode=True)
                 seconds += time.perf_counter() - started
                 images += output.images
                 target = part.endpoints.to(endpoint.device)
@@ -89,39 +89,3 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         cell = f"{r['latent_mse']:.3f} / {1e3 * r['feature_distance']:.2f} / {r['seconds_per_image']:.2f} s"
         line[f"{r['num_inference_steps']} steps"] = cell
     return list(lines.values())
-
-
-def picture(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str], size: int = 96) -> Image.Image:
-    """A labelled grid: one solver a row, one prompt (same noise) a column.
-
-    Args:
-        rows: (label, images); a label that is empty leaves a gap.
-        columns: prompts, wrapped above the images.
-        size: of one image, in pixels.
-    """
-    font = ImageFont.load_default(15)
-    small = ImageFont.load_default(11)
-    left, top, gap = 190, 44, 10
-    height = top + sum(size + 2 if images else gap for _, images in rows)
-    sheet = Image.new("RGB", (left + len(columns) * (size + 2), height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for j, prompt in enumerate(columns):
-        draw.multiline_text((left + j * (size + 2) + 2, 3), _wrapped(prompt, small, size), "black", small, spacing=1)
-    y = top
-    for label, images in rows:
-        draw.text((8, y + size // 2 - 9), label, "black", font)
-        for j, image in enumerate(images):
-            sheet.paste(image.resize((size, size), Image.Resampling.BICUBIC), (left + j * (size + 2), y))
-        y += size + 2 if images else gap
-    return sheet
-
-
-def _wrapped(text: str, font: Any, width: int, lines: int = 3) -> str:
-    result = [""]
-    for word in text.split():
-        longer = f"{result[-1]} {word}".strip()
-        if font.getlength(longer) > width - 4 and result[-1]:
-            result.append(word)
-        else:
-            result[-1] = longer
-    return "\n".join(result[:lines])

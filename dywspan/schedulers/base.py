@@ -228,6 +228,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         prev_sample = (x * self._scales[row + 1]).to(sample.dtype)
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
+    def state(self, i: int, prev_sample: Tensor) -> Tensor:
+        """x_{i+1} in the solver frame, of what the i-th ``step`` returned."""
+        return prev_sample / self._scales[i + self._skipped + 1]
+
     def _advance(self, row: int, x: Tensor, d: Tensor) -> Tensor:
         """x_{i+1} from the state and the newest derivative, in the solver frame; keeps the history."""
         x, self._history = step(self._rows[row], x, d, self._history)

@@ -1,13 +1,15 @@
-"""Pictures of solvers: the numbers of a table, drawn."""
+"""Pictures: the numbers of a solver, and what it samples beside others."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib import pyplot
+from PIL import Image, ImageDraw, ImageFont
 
-from ..core.grid import make_grid
+from .core.grid import make_grid
 
 
 def plot_tables(scheduler: Any, path: str | os.PathLike[str]) -> None:
@@ -49,3 +51,39 @@ def plot_tables(scheduler: Any, path: str | os.PathLike[str]) -> None:
         panel.set_xlabel("step i")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def picture(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str], size: int = 96) -> Image.Image:
+    """A labelled grid: one solver a row, one prompt (same noise) a column.
+
+    Args:
+        rows: (label, images); a label that is empty leaves a gap.
+        columns: prompts, wrapped above the images.
+        size: of one image, in pixels.
+    """
+    font = ImageFont.load_default(15)
+    small = ImageFont.load_default(11)
+    left, top, gap = 190, 44, 10
+    height = top + sum(size + 2 if images else gap for _, images in rows)
+    sheet = Image.new("RGB", (left + len(columns) * (size + 2), height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for j, prompt in enumerate(columns):
+        draw.multiline_text((left + j * (size + 2) + 2, 3), _wrapped(prompt, small, size), "black", small, spacing=1)
+    y = top
+    for label, images in rows:
+        draw.text((8, y + size // 2 - 9), label, "black", font)
+        for j, image in enumerate(images):
+            sheet.paste(image.resize((size, size), Image.Resampling.BICUBIC), (left + j * (size + 2), y))
+        y += size + 2 if images else gap
+    return sheet
+
+
+def _wrapped(text: str, font: Any, width: int, lines: int = 3) -> str:
+    result = [""]
+    for word in text.split():
+        longer = f"{result[-1]} {word}".strip()
+        if font.getlength(longer) > width - 4 and result[-1]:
+            result.append(word)
+        else:
+            result[-1] = longer
+    return "\n".join(result[:lines])

@@ -1,0 +1,103 @@
+"""What a reader of the artefact sees: its model card, the plot of its numbers, and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..artifact import markdown, write_atomically
+from .processes import is_main
+from .rollout import Inputs, sample
+
+
+def draw_samples(
+    pipe: Any,
+    solvers: Mapping[str, tuple[Any, int]],
+    inputs: Inputs,
+    seeds: Sequence[int],
+    call: Mapping[str, Any],
+    path: Path,
+) -> None:
+    """One solver a row, one sample a column, on the same noise; nothing for pipelines that make no images.
+
+    All processes sample, as a sharded network needs; the main one writes.
+    """
+    from PIL import Image
+
+    from ..plot import picture
+
+    rows = []
+    for name, (scheduler, steps) in solvers.items() if inputs else ():
+        with torch.no_grad():
+            _, output = sample(pipe, scheduler, steps, inputs, seeds, call, decode=True)
+        images = getattr(output, "images", None)
+        if not isinstance(images, list) or not all(isinstance(image, Image.Image) for image in images):
+            return
+        rows.append((f"{name}, {steps} steps", images))
+    if rows and is_main():
+        picture(rows, [str(own.get("prompt", "")) for own in inputs]).save(path)
+
+
+_USE = """```python
+from diffusers import DiffusionPipeline
+from dywspan import {kind}
+
+pipe = DiffusionPipeline.from_pretrained("{model}")
+pipe.scheduler = {kind}.from_pretrained("{where}")
+result = pipe({arguments}num_inference_steps={steps})
+```"""
+
+
+def write_card(scheduler: Any, folder: Path, settings: Mapping[str, Any]) -> None:
+    """README.md of an artefact: what it is for, how to use it, its numbers drawn, its errors, how it was made."""
+    import yaml
+    from huggingface_hub import ModelCard, ModelCardData
+
+    kind = type(scheduler).__name__
+    parts = scheduler.lifts if kind == "SpanLiftScheduler" else scheduler.tables
+    made = {n: dict(part.provenance) for n, part in sorted(parts.items())}
+    model = str(settings["model"])
+    rows = [
+        {
+            "steps": n,
+            "held-out error before": f"{p['held_out_error']['before']:.5g}",
+            "after": f"{p['held_out_error']['after']:.5g}",
+            "loss": p.get("loss", ""),
+            "pairs": p.get("pairs", {}).get("train", ""),
+        }
+        for n, p in made.items()
+        if "held_out_error" in p
+    ]
+    given = ['prompt="...", '] if settings["prompts"] is not None else []
+    given += [f"{k}={v!r}, " for k, v in settings["call"].items()]
+    use = {"kind": kind, "model": model, "where": settings["push_to_hub"] or folder.name, "steps": max(made)}
+    text = [
+        f"# Few-step solvers for {Path(model).name if Path(model).exists() else model}",
+        f"Learned with dywspan (`pip install dywspan`): `{kind}` for {', '.join(map(str, made))} steps. "
+        "The network is unchanged; only the solver is learned.",
+        _USE.format(**use, arguments="".join(given)),
+        "Error of the endpoint to the teacher's, from the same noise, on pairs never learned from:",
+        markdown(rows) if rows else "",
+    ]
+    for n in made:
+        if (folder / f"samples-{n}.png").exists():
+            text.append(f"![Teacher, base and learned solver at {n} steps](samples-{n}.png)")
+    if scheduler.tables:
+        from ..plot import plot_tables
+
+        plot_tables(scheduler, folder / "solver.png")
+        text.append("![The learned numbers](solver.png)")
+    shown = {k: v for k, v in settings.items() if v not in (None, [], {}) and k not in ("output", "cache")}
+    text += [
+        "<details><summary>Settings of the last run</summary>",
+        f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```",
+    ]
+    text += ["</details>"]
+    data = ModelCardData(library_name="diffusers", tags=["dywspan", "diffusers", "few-step"])
+    if not Path(model).exists():
+        data.base_model = model
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in text if part) + "\n")
+    write_atomically(folder / "README.md", str(card).encode())

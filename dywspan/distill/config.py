@@ -1,0 +1,253 @@
+"""What a distillation is told: one flat list of settings, from a YAML file, the command line, or Python."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+from ..core.bases import BASES
+from ..core.layout import LAYOUTS
+from .losses import FEATURES, LATENT
+
+
+def option(default: Any, help: str) -> Any:
+    """A field with its line of help; lists and mappings get a copy each."""
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+@dataclass(frozen=True)
+class LearningConfig:
+    """How a solver is learned from pairs. The defaults are DyWeight's where they do not depend on the model.
+
+    Source: DyWeight appendix D.2.
+    """
+
+    optimizer: Literal["adam", "adamw"] = option("adamw", "first-order optimiser")
+    updates: int = option(300, "optimiser steps for each solver")
+    batch_size: int = option(8, "pairs an update sees, over all processes: results do not depend on their number")
+    micro_batch_size: int | None = option(None, "pairs a process computes at a time; by default all of its share")
+    lr: float | None = option(None, "peak rate, after warm-up and before cosine decay; default 1e-2, SpanLift 1e-3")
+    weight_decay: float = option(0.0, "of the optimiser")
+    clip: float = option(1.0, "gradient norm")
+    order: int = option(2, "K, derivatives a step may use")
+    init: str = option("ipndm", "base solver a table starts from: ipndm, euler, uniform, adams, ...")
+    afs: bool = option(False, "analytical first step: one network evaluation less, for VE and VP models")
+    bounded: bool = option(False, "s = 0.5 + sigmoid(phi), the paper's choice for FLUX; else s is free")
+    time_shifting: bool = option(True, "levels follow the weights' sums (DyWeight eq. 9); off for the ablation")
+    time_scaling: bool = option(True, "learn s; off for the ablation")
+    path_substeps: int = option(0, "substeps of a teacher for every step (DyWeight eq. A.15); 0: endpoint only")
+    evaluate_every: int = option(25, "updates between held-out evaluations; the best solver is kept")
+    patience: int = option(0, "stop after this many evaluations without a better one; 0: never")
+    recompute: bool = option(True, "one denoiser call's activations at a time in memory: flat in the number of steps")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "while learning; default: the launcher's")
+    seed: int = option(0, "of the order of the pairs and of the operator's initial weights")
+
+    @property
+    def learning(self) -> dict[str, Any]:
+        """What a provenance records of the learning."""
+        return {f.name: getattr(self, f.name) for f in fields(LearningConfig)}
+
+
+@dataclass(frozen=True)
+class DistillConfig(LearningConfig):
+    """A whole run; every field is explained by ``dywspan distill --help``."""
+
+    model: str = option("", "pipeline: a directory or a Hub id")
+    revision: str | None = option(None, "of the model on the Hub")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of the pipeline's weights")
+    fsdp: bool = option(False, "shard the denoiser over the processes: for backbones that do not fit on one")
+    call: dict[str, Any] = option({}, 'arguments of the pipeline\'s call, e.g. {"height": 512, "guidance_scale": 4.5}')
+    guidance_scale: float | None = option(None, "short for call.guidance_scale")
+
+    prompts: Any = option(None, "file (.txt, .jsonl, .csv), a dataset's name, or a list; none for unconditional models")
+    prompt_column: str | None = option(None, "of a dataset or file; default 'prompt'")
+    prompt_split: str = option("train", "split of the dataset")
+    held_out_prompts: Any = option(None, "for held-out pairs; default: the lines after")
+    release_text_encoders: bool = option(False, "drop the text encoders once every prompt is encoded")
+
+    teacher: str = option("ipndm", "base solver, or a diffusers scheduler's class name")
+    teacher_steps: int = option(50, "network evaluations of the teacher")
+    teacher_order: int = option(2, "of a base solver as teacher")
+    teacher_grid: dict[str, Any] | None = option(None, "of a base solver as teacher; the pipeline's own by default")
+    teacher_batch_size: int = option(16, "teacher samples in memory at a time, and in one file of the cache")
+    pairs: int = option(256, "teacher pairs to learn from")
+    held_out: int = option(64, "teacher pairs to choose the best solver by")
+    on_the_fly: bool = option(False, "fresh training pairs for each update, not kept")
+    cache: str | None = option(None, "directory of teacher pairs, to share between runs; by default in output")
+
+    solver: Literal["dyweight", "spanlift"] = option("dyweight", "what is learned")
+    steps: list[int] = option([5], "numbers of steps to learn for")
+    grid: dict[str, Any] | None = option(None, 'nominal grid of tables, e.g. {"name": "flow", "shift": 3}')
+    base: str = option("euler", "of SpanLift: a DyWeight artefact or a base solver")
+    layout: str = option("image", f"of the latents, for SpanLift and decoding: {', '.join(sorted(LAYOUTS))}")
+    operator: dict[str, Any] = option({}, 'SpanLift operator, e.g. {"width": 32}')
+    shared: bool = option(False, "one SpanLift operator for all steps, not one for each")
+
+    loss: str = option("mse", f"on latents: {', '.join(LATENT)}")
+    features: str | None = option(None, f"of decoded images, for the loss: {', '.join(FEATURES)}, timm:NAME, ...")
+    latent_weight: float | None = option(None, "c of c * latent loss + feature loss; default 0.1, 0 for pixels")
+
+    output: str = option("", "directory of the artefact; the same command continues a run that was stopped")
+    checkpoint_every: int = option(25, "updates between checkpoints")
+    keep_checkpoints: int = option(2, "checkpoints kept of each solver")
+    trackers: list[str] = option([], "of Accelerate: tensorboard, trackio, wandb, ...")
+    pictures: int = option(4, "held-out samples drawn for each solver: teacher, base and student")
+    push_to_hub: str | None = option(None, "upload the artefact to this Hub repository")
+    dry_run: bool = option(False, "print the plan with measured estimates of time and memory, and stop")
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in fields(self):
+            if not _fits(getattr(self, f.name), hints[f.name]):
+                raise ValueError(
+                    f"{f.name}={getattr(self, f.name)!r} must be {_name(hints[f.name])}: {f.metadata['help']}."
+                )
+        if self.guidance_scale is not None:
+            object.__setattr__(self, "call", {**self.call, "guidance_scale": self.guidance_scale})
+            object.__setattr__(self, "guidance_scale", None)
+        for name in ("model", "output"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing: {_help(name)}.")
+        for name in _POSITIVE:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1: {_help(name)}.")
+        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
+            raise ValueError(f"steps={self.steps} must name numbers of steps, each at least 1 and once.")
+        if self.teacher_steps < max(self.steps):
+            raise ValueError(
+                f"teacher_steps={self.teacher_steps} is fewer than the student's {max(self.steps)}: a teacher must be "
+                "more accurate than its students; use several times their steps."
+            )
+        choices = {"init": BASES, "layout": LAYOUTS, "loss": LATENT}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"Unknown {name} {getattr(self, name)!r}: use one of {sorted(known)}.")
+        if self.path_substeps and self.solver != "dyweight":
+            raise ValueError("path_substeps supervises tables: leave it at 0 for SpanLift.")
+        if self.path_substeps and self.on_the_fly:
+            raise ValueError("path_substeps needs teacher paths from the cache: set on_the_fly to false.")
+
+    @property
+    def matters(self) -> dict[str, Any]:
+        """Every setting that changes what is learned from given pairs: how a run recognises its own checkpoints."""
+        return {k: v for k, v in asdict(self).items() if k not in _DO_NOT_MATTER}
+
+
+_POSITIVE = (
+    *("updates", "batch_size", "micro_batch_size", "order", "evaluate_every", "pairs", "held_out"),
+    *("teacher_steps", "teacher_order", "teacher_batch_size", "checkpoint_every", "keep_checkpoints"),
+)
+_DO_NOT_MATTER = {
+    *("output", "cache", "checkpoint_every", "keep_checkpoints", "trackers", "pictures", "push_to_hub", "dry_run"),
+    *("steps", "micro_batch_size", "recompute", "fsdp", "release_text_encoders", "guidance_scale"),
+    *("model", "revision", "base", "prompts", "held_out_prompts", "prompt_column", "prompt_split"),  # by their contents
+}
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        ValueError: not a mapping, or a key that does not exist; names the nearest one that does.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}.") from error
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{path} must hold settings, one 'name: value' a line; it holds {data!r}.")
+    known = [f.name for f in fields(DistillConfig)]
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1, 0.5)
+            raise ValueError(f"{path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+    # YAML 1.1 reads 1e-3 as a text.
+    numbers = {f.name for f in fields(DistillConfig) if "float" in str(f.type)}
+    return {k: float(v) if k in numbers and _is_number(v) else v for k, v in data.items()}
+
+
+def make_config(settings: Mapping[str, Any]) -> DistillConfig:
+    """A configuration from a YAML file named by ``config``, overridden by the other settings."""
+    given = dict(settings)
+    path = given.pop("config", None)
+    return DistillConfig(**{**(read_config(path) if path else {}), **given})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option for each setting; those not given leave the file's value, or the default."""
+    parser.add_argument("--config", default=argparse.SUPPRESS, help="YAML file of settings; options override it")
+    for f in fields(DistillConfig):
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+        shown = "" if default in (None, "", [], {}) else f" (default: {default})"
+        text = (f.metadata["help"] + shown).replace("%", "%%")
+        kind = _argument(get_type_hints(DistillConfig)[f.name])
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
+
+
+def _argument(hint: Any) -> dict[str, Any]:
+    """What argparse needs for a type."""
+    options = [a for a in _options(hint) if a is not type(None)]
+    first = options[0]
+    if first is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(first) is list:
+        return {"nargs": "+", "type": get_args(first)[0]}
+    if get_origin(first) is dict:
+        return {"type": json.loads, "metavar": "JSON"}
+    if get_origin(first) is Literal:
+        return {"choices": get_args(first)}
+    return {} if first is Any else {"type": first}
+
+
+def _options(hint: Any) -> Sequence[Any]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    for kind in _options(hint):
+        origin = get_origin(kind)
+        if (
+            kind is Any
+            or (origin is Literal and value in get_args(kind))
+            or (origin is list and isinstance(value, list) and all(_fits(v, get_args(kind)[0]) for v in value))
+            or (origin is dict and isinstance(value, dict))
+            or (kind is float and isinstance(value, (int, float)) and not isinstance(value, bool))
+            or (origin is None and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)))
+        ):
+            return True
+    return False
+
+
+def _name(hint: Any) -> str:
+    return " or ".join(
+        " or ".join(map(repr, get_args(k))) if get_origin(k) is Literal else "null" if k is type(None) else
+        getattr(k, "__name__", str(k)) if get_origin(k) is None else str(k)
+        for k in _options(hint)
+    )  # fmt: skip
+
+
+def _help(name: str) -> str:
+    return next(f.metadata["help"] for f in fields(DistillConfig) if f.name == name)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and float(value) == float(value)
+    except (TypeError, ValueError):
+        return False

@@ -1,0 +1,203 @@
+"""Prompt embeddings, computed once: ``encode_prompt`` with a memory in files, and text encoders that can go."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..artifact import write_atomically
+from .processes import in_turn, is_main, wait
+from .rollout import Inputs, denoisers, sample
+
+
+@contextmanager
+def remembered_prompts(pipe: Any, folder: Path, model: str) -> Iterator[PromptMemory | None]:
+    """Within, ``pipe.encode_prompt`` computes each prompt once and reads it from ``folder`` afterwards.
+
+    Args:
+        model: stands for the pipeline in the files' names, see :func:`dywspan.distill.pairs.fingerprint`.
+    """
+    if not hasattr(pipe, "encode_prompt"):
+        yield None
+        return
+    memory = PromptMemory(pipe, folder, model)
+    pipe.encode_prompt = functools.update_wrapper(memory, memory.encode)
+    try:
+        yield memory
+    finally:
+        del pipe.encode_prompt
+        memory.bring_back()
+
+
+class PromptMemory:
+    """An ``encode_prompt`` that remembers, for any pipeline.
+
+    Pipelines agree neither on what it takes nor on what it returns. So prompts are encoded one at a time, and what is
+    returned is joined along the batch, whatever its structure. The first batch is also encoded as the pipeline does it;
+    where the two differ (embeddings padded to the longest prompt, say) nothing is remembered and all works as before.
+    """
+
+    def __init__(self, pipe: Any, folder: Path, model: str) -> None:
+        self.pipe, self.folder, self.model = pipe, folder, model
+        self.encode = pipe.encode_prompt
+        self.signature = inspect.signature(self.encode)
+        self.works, self.checked = True, False
+        self.released: dict[str, nn.Module] = {}
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        prompts = bound.arguments.get("prompt")
+        if not self.works or not isinstance(prompts, list) or any(_has_tensor(v) for v in bound.arguments.values()):
+            return self._plain(bound)
+        device = bound.arguments.get("device") or self.pipe._execution_device
+        try:
+            joined = _join([self._one(bound, i) for i in range(len(prompts))], device)
+            if not self.checked and len(prompts) > 1:
+                if not _same(joined, self._plain(bound)):
+                    raise _CannotJoin("a batch's embeddings differ from its prompts' own")
+                self.checked = True
+        except _CannotJoin as reason:
+            warnings.warn(
+                f"{type(self.pipe).__name__}'s prompts are encoded anew in every call: {reason}.", stacklevel=2
+            )
+            self.works = False
+            return self._plain(bound)
+        return joined
+
+    def fill(self, inputs: Inputs, call: Mapping[str, Any], batch_size: int) -> None:
+        """Encode all prompts now, the processes in turn, by running the pipeline up to its first denoiser call."""
+
+        def leave(*args: Any) -> None:
+            raise _Encoded
+
+        hooks = [m.register_forward_pre_hook(leave) for m in denoisers(self.pipe).values()]
+        starts = range(0, len(inputs), batch_size)
+        try:
+            for j, _ in tqdm(in_turn(len(starts)), "prompts", disable=not is_main()):
+                if self.works:
+                    own = inputs[starts[j] : starts[j] + batch_size]
+                    with torch.no_grad(), suppress(_Encoded):
+                        sample(self.pipe, self.pipe.scheduler, 1, own, range(len(own)), call)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        wait()
+
+    def release(self) -> None:
+        """Take the text encoders out of the pipeline; a prompt that was never seen brings them back."""
+        if not (self.works and self.checked):
+            return
+        for name, part in self.pipe.components.items():
+            if name.startswith("text_encoder") and isinstance(part, nn.Module):
+                # Not through the pipeline's own __setattr__, which would forget what class belongs here.
+                self.released[name], self.pipe.__dict__[name] = part.to("cpu"), None
+
+    def bring_back(self) -> None:
+        """Undo :meth:`release`."""
+        while self.released:
+            name, part = self.released.popitem()
+            self.pipe.__dict__[name] = part.to(self.pipe.device)
+
+    def _plain(self, bound: inspect.BoundArguments) -> Any:
+        self.bring_back()
+        return self.encode(*bound.args, **bound.kwargs)
+
+    def _one(self, bound: inspect.BoundArguments, i: int) -> Any:
+        """What ``encode_prompt`` returns for the i-th prompt of a call alone."""
+        count = len(bound.arguments["prompt"])
+        own = {k: [v[i]] if isinstance(v, list) and len(v) == count else v for k, v in bound.arguments.items()}
+        key = {k: v for k, v in own.items() if k != "device"}
+        digest = hashlib.sha256(json.dumps([self.model, key], sort_keys=True, default=str).encode()).hexdigest()
+        file = self.folder / f"{digest[:32]}.safetensors"
+        try:
+            with safe_open(file, "pt") as opened:
+                spec = json.loads((opened.metadata() or {})["spec"])
+                return _unpack(spec, [opened.get_tensor(str(j)) for j in range(len(opened.keys()))])
+        except (OSError, SafetensorError, KeyError):
+            pass  # not made yet, or damaged
+        single = inspect.BoundArguments(self.signature, own)  # type: ignore[arg-type]
+        tensors: list[Tensor] = []
+        value = self._plain(single)
+        spec = _pack(value, tensors)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        data = save({str(j): t.cpu().contiguous().clone() for j, t in enumerate(tensors)}, {"spec": json.dumps(spec)})
+        write_atomically(file, data)
+        return _unpack(spec, [t.cpu() for t in tensors])
+
+
+class _CannotJoin(Exception):
+    """Embeddings of single prompts that do not make up a batch's."""
+
+
+class _Encoded(Exception):
+    """Not an error: how a call is left when its prompts are encoded."""
+
+
+def _pack(value: Any, tensors: list[Tensor]) -> Any:
+    """The structure of what was returned, as JSON, its tensors apart."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return {"tensor": len(tensors) - 1}
+    if isinstance(value, (tuple, list)):
+        return {"tuple" if isinstance(value, tuple) else "list": [_pack(v, tensors) for v in value]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    raise _CannotJoin(f"it returns a {type(value).__name__}")
+
+
+def _unpack(spec: Mapping[str, Any], tensors: Sequence[Tensor]) -> Any:
+    ((kind, value),) = spec.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "value":
+        return value
+    return (tuple if kind == "tuple" else list)(_unpack(v, tensors) for v in value)
+
+
+def _join(parts: Sequence[Any], device: Any) -> Any:
+    """One value a prompt to a value for all: batches are concatenated, what no batch has must be the same in all."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        if any(p.shape != first.shape for p in parts):
+            raise _CannotJoin("their lengths differ")
+        if first.shape[:1] == (1,):
+            return torch.cat(list(parts)).to(device)
+        if all(torch.equal(p, first) for p in parts):
+            return first.to(device)
+        raise _CannotJoin("they have no batch dimension")
+    if isinstance(first, tuple):
+        return tuple(_join(column, device) for column in zip(*parts))
+    if isinstance(first, list):
+        return [v.to(device) if isinstance(v, Tensor) else v for part in parts for v in part]
+    if any(p != first for p in parts):
+        raise _CannotJoin(f"they are {parts[:2]}")
+    return first
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal up to the rounding that another batch size brings."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        scale = b.detach().float().abs().max().clamp(min=1e-6) if b.numel() else 1.0
+        return a.shape == b.shape and bool(((a.float() - b.float()).abs() <= 2e-2 * scale).all())
+    if isinstance(a, (tuple, list)):
+        return isinstance(b, type(a)) and len(a) == len(b) and all(map(_same, a, b))
+    return a is b or a == b
+
+
+def _has_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(map(_has_tensor, value)))

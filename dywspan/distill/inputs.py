@@ -1,0 +1,129 @@
+"""What each sample is made from: prompts, or other arguments of the pipeline's call, from files, datasets or a list."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .config import DistillConfig
+from .rollout import Inputs
+
+
+def read_inputs(
+    source: Any, column: str | None = None, split: str = "train", limit: int | None = None
+) -> Inputs | None:
+    """Each sample's own arguments, ``[{"prompt": ...}, ...]``; None where there is no source (unconditional models).
+
+    Args:
+        source: a list; a .txt file (a prompt a line); a .jsonl file (a text, or a mapping of arguments, a line); a .csv
+            file; or what ``datasets.load_dataset`` takes.
+        column: of a mapping, CSV file or dataset, that holds the prompt.
+        split: of a dataset.
+        limit: read no more than these.
+
+    Raises:
+        ValueError: nothing in it, or no such column.
+        OSError: no such file or dataset.
+    """
+    if source is None:
+        return None
+    rows = list(islice(_rows(source, split, column or "prompt"), limit))
+    if not rows:
+        raise ValueError(f"prompts={source!r} holds no prompts.")
+    return [_arguments(row, column, source) for row in rows]
+
+
+def _rows(source: Any, split: str, column: str) -> Iterable[Any]:
+    if not isinstance(source, (str, Path)):
+        return source
+    path = Path(source)
+    if path.is_file():
+        read = _READERS.get(path.suffix, _READERS[".txt"])
+        return read(path.read_text(encoding="utf-8"))
+    if path.suffix in _READERS:
+        raise FileNotFoundError(f"prompts={source!r}: there is no such file.")
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{source!r} is no file, and reading it as a dataset needs one more package"
+        ) from error
+    try:
+        data = datasets.load_dataset(str(source), split=split)
+    except Exception as error:  # of many kinds, none of which names the way out
+        raise OSError(f"prompts={source!r} is neither a file nor a dataset with split {split!r}: {error}") from error
+    names = data.column_names or []
+    if column not in names:
+        raise ValueError(f"Dataset {source!r} has no column {column!r}: set prompt_column to one of {sorted(names)}.")
+    return ({column: value} for value in data[column])  # the other columns, images often, are not even read
+
+
+def _csv(text: str) -> Iterable[Any]:
+    return csv.DictReader(text.splitlines())
+
+
+_READERS: dict[str, Any] = {
+    ".txt": lambda text: (line.strip() for line in text.splitlines() if line.strip()),
+    ".jsonl": lambda text: (json.loads(line) for line in text.splitlines() if line.strip()),
+    ".csv": _csv,
+}
+
+
+def _arguments(row: Any, column: str | None, source: Any) -> Mapping[str, Any]:
+    if isinstance(row, str):
+        return {"prompt": row}
+    if not isinstance(row, Mapping):
+        raise ValueError(f"prompts={source!r} must hold texts or mappings of arguments; got {row!r}.")
+    if column is None:
+        return (
+            row
+            if not isinstance(source, (str, Path)) or str(source).endswith(".jsonl")
+            else {"prompt": row.get("prompt")}
+        )
+    if column not in row:
+        raise ValueError(f"prompts={source!r} has no column {column!r}: set prompt_column to one of {sorted(row)}.")
+    return {"prompt": row[column]}
+
+
+def split_inputs(config: DistillConfig) -> tuple[Inputs, Inputs]:
+    """Training and held-out inputs, which share no line.
+
+    Raises:
+        ValueError, OSError: they cannot be read, or are fewer than are needed.
+    """
+    column, split, apart = config.prompt_column, config.prompt_split, config.held_out_prompts is not None
+    needed = {"prompts": config.pairs + (0 if apart else config.held_out), "held_out_prompts": config.held_out * apart}
+    read: list[Inputs] = []
+    for name, count in needed.items():
+        inputs = read_inputs(getattr(config, name), column, split, count)
+        if inputs is None:
+            inputs = [{}] * count
+        if len(inputs) < count:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} has {len(inputs)} prompts, {count} are needed: add some, or lower "
+                f"pairs={config.pairs} or held_out={config.held_out}."
+            )
+        read.append(inputs)
+    training, held_out = read[0][: config.pairs], read[1] if apart else read[0][config.pairs :]
+    return training, held_out
+
+
+def check_call(pipe: Any, inputs: Inputs, call: Mapping[str, Any]) -> None:
+    """The pipeline takes these arguments.
+
+    Raises:
+        ValueError: it does not; names those it takes.
+    """
+    known = inspect.signature(type(pipe).__call__).parameters
+    taken = {"num_inference_steps", "generator", "output_type", "return_dict"}
+    given: Sequence[str] = sorted({*call, *(inputs[0] if inputs else ())})
+    if unknown := [name for name in given if name not in known or name in taken]:
+        possible = sorted(known.keys() - taken - {"self"})
+        raise ValueError(f"{type(pipe).__name__} cannot be called with {unknown} here: it takes {possible}.")
+    if known.get("prompt") is not None and known["prompt"].default is inspect.Parameter.empty and "prompt" not in given:
+        raise ValueError(f"{type(pipe).__name__} needs prompts: set prompts to a file, a dataset or a list.")

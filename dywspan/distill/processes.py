@@ -1,0 +1,58 @@
+"""One process or many, with the same results: who computes what, and how sums come together.
+
+All processes make the same number of network calls, as a network that is sharded over them needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _state() -> Any:
+    from accelerate import PartialState
+
+    return PartialState()
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes."""
+    return _state().is_main_process
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    _state().wait_for_everyone()
+
+
+def in_turn(count: int) -> list[tuple[int, bool]]:
+    """This process's share of ``count`` tasks, every P-th of them: (task, whether its result counts).
+
+    Where they do not divide, some processes repeat a task whose result another one keeps.
+    """
+    rank, processes = _state().process_index, _state().num_processes
+    return [(task % count, task < count) for task in range(rank, -(-count // processes) * processes, processes)]
+
+
+def share(samples: Sequence[int]) -> Sequence[int]:
+    """This process's part of a batch, as large as every other's.
+
+    Raises:
+        ValueError: the batch does not divide by the number of processes.
+    """
+    rank, processes = _state().process_index, _state().num_processes
+    if len(samples) % processes:
+        raise ValueError(f"batch_size={len(samples)} must be a multiple of the number of processes, {processes}.")
+    return samples[rank::processes]
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum over processes."""
+    from accelerate.utils import reduce
+
+    result = reduce(value, reduction="sum")
+    assert isinstance(result, torch.Tensor)
+    return result

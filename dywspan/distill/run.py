@@ -1,0 +1,326 @@
+"""A whole distillation: pipeline, teacher pairs, learning, artefact, model card. Killed and repeated, it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from ..core.bases import BASES
+from ..core.step import TWO_STAGE
+from ..schedulers.dyweight import DyWeightScheduler
+from ..schedulers.spanlift import SpanLiftScheduler
+from .card import draw_samples, write_card
+from .checkpoints import Checkpoints
+from .config import DistillConfig
+from .embeddings import remembered_prompts
+from .inputs import check_call, split_inputs
+from .losses import Loss, make_loss
+from .pairs import Pairs, Source, Teacher, digest, fingerprint, fresh, make_pairs
+from .plan import print_plan
+from .processes import is_main, share, wait
+from .rollout import Inputs, denoisers, load_pipeline
+from .train import Log, distill, distill_lift, initial_table
+
+# Three ranges of seeds that never meet: a demo's or user's small ones, held-out pairs, training pairs.
+HELD_OUT_SEED, TRAIN_SEED = 10**6, 2 * 10**6
+
+
+@dataclass(frozen=True)
+class Task:
+    """All a run needs, checked, before anything is computed.
+
+    Attributes:
+        existing: what the output folder holds from an earlier run, and is added to.
+        base: of SpanLift; None where tables are learned.
+        model: hash of the pipeline's weights.
+    """
+
+    config: DistillConfig
+    pipe: Any
+    inputs: Inputs
+    held_out_inputs: Inputs
+    teacher: Teacher
+    loss: Loss
+    existing: Any
+    base: DyWeightScheduler | None
+    model: str
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """Step counts that are learned together: all where they share an operator."""
+        config = self.config
+        return [config.steps] if config.solver == "spanlift" and config.shared else [[n] for n in config.steps]
+
+    @property
+    def key(self) -> str:
+        """Hash of everything a result depends on."""
+        base = self.base and {k: self.base.config[k] for k in ("tables", "solver", "order", "grid")}
+        return digest([self.config.matters, self.model, base, self.inputs, self.held_out_inputs])
+
+    def untrained(self, steps: int) -> DyWeightScheduler:
+        """Where learning starts."""
+        if self.base is not None:
+            return self.base
+        scheduler = DyWeightScheduler.from_config(self.pipe.scheduler.config)
+        return scheduler.with_tables([initial_table(scheduler, steps, self.config, self.config.grid)])
+
+
+def prepare(config: DistillConfig, device: torch.device | None = None) -> Task:
+    """Load what ``config`` names and find whatever is wrong with it.
+
+    Raises:
+        ValueError, OSError: settings that cannot work, files that cannot be read.
+    """
+    share(range(config.batch_size))
+    inputs, held_out_inputs = split_inputs(config)
+    existing = _artefact(config)
+    pipe = load_pipeline(config.model, getattr(torch, config.dtype), device, config.revision)
+    check_call(pipe, inputs, config.call)
+    base = _base(config, pipe) if config.solver == "spanlift" else None
+    teacher, model = _teacher(config, pipe), fingerprint(pipe)
+    loss = make_loss(pipe, config.loss, config.features, config.latent_weight, config.layout)
+    task = Task(config, pipe, inputs, held_out_inputs, teacher, loss, existing, base, model)
+    if base is not None:
+        _check_extension(existing, base, config)
+    for n in config.steps:
+        _set_timesteps(task.untrained(n), n)
+    if config.fsdp:
+        _shard(pipe)
+    return task
+
+
+def run(config: DistillConfig) -> DyWeightScheduler | SpanLiftScheduler | None:
+    """Learn what ``config`` says and save it; None after ``dry_run``.
+
+    Every result is written as soon as it is there, and found again when the same command is repeated.
+
+    Raises:
+        ValueError, OSError: settings that cannot work, files that cannot be read or written.
+        FloatingPointError: the loss is not finite.
+    """
+    from accelerate import Accelerator
+
+    trackers: Any = config.trackers or None
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=config.output)
+    task = prepare(replace(config, mixed_precision=accelerator.mixed_precision), accelerator.device)
+    if config.dry_run:
+        print_plan(task)
+        return None
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    with _locked(output), _encoded(task), _tracked(accelerator, config) as log:
+        result = task.existing
+        for group in task.groups:
+            new = _learn(task, group, log)
+            if result is not None:
+                new = result.with_tables([*new.tables.values()]) if task.base is None else result.with_lifts(new)
+            result = new
+            if is_main():
+                result.save_pretrained(output)
+            for n in group:
+                _show(task, result, n)
+        assert result is not None
+        if is_main():
+            write_card(result, output, asdict(config))
+            if config.push_to_hub:
+                _push(config.push_to_hub, output)
+        wait()
+    return result
+
+
+def _learn(task: Task, group: list[int], log: Log | None) -> Any:
+    """One artefact with what one group of step counts learned."""
+    config, name = task.config, "-".join(map(str, group))
+    state = Path(config.output) / "state" / f"{name}-{task.key}"
+    options: dict[str, Any] = {"call": config.call, "config": config, "loss": task.loss, "log": log}
+    options["checkpoints"] = Checkpoints(state, config.checkpoint_every, config.keep_checkpoints)
+    if task.base is not None:
+        label = "shared" if config.shared else name
+        options |= {"layout": config.layout, "operator": config.operator, "name": label}
+        return distill_lift(task.pipe, task.teacher, *_pairs(task, task.teacher), task.base, group, **options)
+    (n,) = group
+    teacher = _path_teacher(task, n) if config.path_substeps else task.teacher
+    table = distill(task.pipe, teacher, *_pairs(task, teacher), n, grid=config.grid, **options)
+    return DyWeightScheduler.from_config(task.pipe.scheduler.config).with_tables([table])
+
+
+def _pairs(task: Task, teacher: Teacher) -> tuple[Pairs | Source, Pairs]:
+    """Training and held-out pairs."""
+    config = task.config
+    made: dict[str, Any] = {"call": config.call, "batch_size": config.teacher_batch_size, "model": task.model}
+    made["cache"] = _cache(config)
+
+    def pairs(inputs: Inputs, first_seed: int) -> Pairs:
+        return make_pairs(task.pipe, teacher, inputs, range(first_seed, first_seed + len(inputs)), **made)
+
+    held_out = pairs(task.held_out_inputs, HELD_OUT_SEED)
+    if config.on_the_fly:
+        return fresh(task.pipe, teacher, task.inputs, TRAIN_SEED, config.call), held_out
+    return pairs(task.inputs, TRAIN_SEED), held_out
+
+
+def _show(task: Task, result: Any, n: int) -> None:
+    """Say and draw what was learned for n steps."""
+    config, output = task.config, Path(task.config.output)
+    error = (result.tables if task.base is None else result.lifts)[n].provenance["held_out_error"]
+    if is_main():
+        print(f"{n} steps: held-out error {error['before']:.4g} -> {error['after']:.4g}, saved to {output}")
+    rows = {"teacher": (task.teacher.scheduler, task.teacher.num_inference_steps)}
+    rows |= {"base": (task.untrained(n), n), "learned": (result, n)}
+    own = task.held_out_inputs[: config.pictures]
+    draw_samples(
+        task.pipe, rows, own, range(HELD_OUT_SEED, HELD_OUT_SEED + len(own)), config.call, output / f"samples-{n}.png"
+    )
+
+
+def _cache(config: DistillConfig) -> Path:
+    return Path(config.cache or Path(config.output) / "cache")
+
+
+@contextmanager
+def _encoded(task: Task) -> Iterator[None]:
+    """Every prompt is encoded once, and then the text encoders may go."""
+    config = task.config
+    with remembered_prompts(task.pipe, _cache(config) / "prompts", task.model) as memory:
+        if memory is not None:
+            memory.fill([*task.held_out_inputs, *task.inputs], config.call, config.teacher_batch_size)
+            if config.release_text_encoders:
+                memory.release()
+        yield
+
+
+def _base(config: DistillConfig, pipe: Any) -> Any:
+    """SpanLift's base: a DyWeight artefact, or a classical solver for every number of steps."""
+    if config.base in BASES or config.base in TWO_STAGE:
+        return DyWeightScheduler.from_config(pipe.scheduler.config, solver=config.base)
+    return DyWeightScheduler.from_pretrained(config.base)
+
+
+def _set_timesteps(scheduler: DyWeightScheduler, steps: int) -> None:
+    """As a pipeline does; any resolution will do."""
+    scheduler.set_timesteps(steps, mu=1.0 if scheduler.config.get("use_dynamic_shifting") else None)
+
+
+def _artefact(config: DistillConfig) -> Any:
+    """What lies in the output folder from an earlier run and is added to."""
+    kind = SpanLiftScheduler if config.solver == "spanlift" else DyWeightScheduler
+    if not (Path(config.output) / kind.config_name).exists():
+        return None
+    found = kind.load_config(config.output).get("_class_name")
+    if found != kind.__name__:
+        raise ValueError(f"{config.output} holds a {found}: choose another output for a {kind.__name__}.")
+    return kind.from_pretrained(config.output)
+
+
+def _check_extension(existing: SpanLiftScheduler | None, base: DyWeightScheduler, config: DistillConfig) -> None:
+    """A SpanLift artefact has one base, one layout and one size of operator: found out now, not after learning."""
+    if existing is None:
+        return
+    size = {"order": config.order, **config.operator}
+    wrong = [key for key in ("tables", "solver", "order", "grid") if existing.config[key] != base.config[key]]
+    wrong += ["layout"] if existing.config["layout"] != config.layout else []
+    wrong += [f"operator.{k}" for k, v in size.items() if existing.config["operator"].get(k, v) != v]
+    if wrong:
+        raise ValueError(f"{config.output} holds operators that differ in {wrong}: choose another output.")
+
+
+def _teacher(config: DistillConfig, pipe: Any) -> Teacher:
+    """A base solver or any diffusers scheduler; a grid that ends above zero gets a last evaluation that denoises."""
+    name, steps = config.teacher, config.teacher_steps
+    if name not in BASES and name not in TWO_STAGE:
+        kind = getattr(diffusers, name, None)
+        if kind is None or not name.endswith("Scheduler"):
+            known = sorted([*BASES, *TWO_STAGE])
+            raise ValueError(f"Unknown teacher {name!r}: use one of {known}, or the name of a diffusers scheduler.")
+        return Teacher(kind.from_config(pipe.scheduler.config), steps)
+    solver = {"solver": name, "order": config.teacher_order}
+    scheduler = DyWeightScheduler.from_config(pipe.scheduler.config, grid=config.teacher_grid, **solver)
+    _set_timesteps(scheduler, steps)
+    if scheduler._grid is None or float(scheduler._grid[-1]) == 0:
+        return Teacher(scheduler, steps)
+    grid = {"sigmas": [*scheduler._grid.tolist(), 0.0]}
+    return Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, grid=grid, **solver), steps + 1)
+
+
+def _path_teacher(task: Task, steps: int) -> Teacher:
+    """The student's own grid with ``path_substeps`` steps for each of its own. Source: DyWeight appendix C."""
+    config, table = task.config, task.untrained(steps).tables[steps]
+    solver = {"solver": config.teacher if config.teacher in BASES else "ipndm", "order": config.teacher_order}
+    scheduler = DyWeightScheduler.from_config(task.pipe.scheduler.config, grid=dict(table.grid), **solver)
+    return Teacher(scheduler, len(table.weights) * config.path_substeps, config.path_substeps)
+
+
+def _shard(pipe: Any) -> None:
+    """FSDP: each process keeps its part of the denoisers' weights, and gathers a block at a time when it runs.
+
+    Raises:
+        ValueError: a single process has nothing to share with.
+    """
+    if not torch.distributed.is_initialized():
+        raise ValueError("fsdp shards weights over processes, and there is one: accelerate launch --num_processes N.")
+    from torch.distributed.fsdp import fully_shard
+
+    for model in denoisers(pipe).values():
+        for block in [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]:
+            for layer in block:
+                if any(True for _ in layer.parameters()):
+                    fully_shard(layer)
+        fully_shard(model)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """One run at a time in a folder; a killed one's lock is gone with it."""
+    from filelock import FileLock, Timeout
+
+    if not is_main():
+        yield
+        return
+    lock = FileLock(output / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OSError(f"Another run is writing to {output}: wait for it, stop it, or choose another output.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _tracked(accelerator: Any, config: DistillConfig) -> Iterator[Any]:
+    """What ``fit`` logs to: Accelerate's trackers."""
+    if not config.trackers:
+        yield None
+        return
+    settings = {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in asdict(config).items()}
+    accelerator.init_trackers("dywspan", settings)
+    try:
+        yield lambda numbers, update: accelerator.log(dict(numbers), step=update)
+    finally:
+        accelerator.end_training()
+
+
+def _push(repository: str, output: Path) -> None:
+    from huggingface_hub import HfApi
+
+    files = ["scheduler_config.json", "spanlift.safetensors", "README.md", "*.png"]
+    try:
+        api = HfApi()
+        url = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(
+            repo_id=url.repo_id, folder_path=output, allow_patterns=files, commit_message="Upload solvers"
+        )
+    except Exception as error:
+        raise OSError(
+            f"The upload to {repository} failed ({error}). Nothing is lost: all is in {output}; repeat the command, or "
+            f"`hf upload {repository} {output} .` later."
+        ) from error
+    print(f"Uploaded to {url}")
