@@ -130,10 +130,11 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Time one step of each solver beside the network's (SD1.5's UNet, random weights), as ratios."""
+    """Measure: "overhead", the time of a step beside the network's; "memory", of learning a solver."""
+    from .evaluate.memory import memory
     from .evaluate.overhead import overhead
 
-    rows = overhead()
+    rows = {"overhead": overhead, "memory": lambda: memory(str(args.model), args.full)}[args.what]()
     print(markdown(rows))
     if args.json:
         _write_results(args.json, rows)
@@ -175,7 +176,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--sigma-max", type=float)
 
     sub = command("bench", bench)
-    sub.add_argument("what", choices=["overhead"])
+    sub.add_argument("what", choices=["overhead", "memory"])
+    sub.add_argument("--model", default=EXAMPLES / "emoji-sd", help="pipeline whose training memory is measured")
+    sub.add_argument(
+        "--full", action="store_true", help="memory: also of Stable Diffusion 1.5's UNet, up to an hour on a CPU"
+    )
     sub.add_argument("--json", help="also write the table here")
 
     sub = command("inspect", inspect)

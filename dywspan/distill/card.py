@@ -51,8 +51,15 @@ result = pipe({arguments}num_inference_steps={steps})
 ```"""
 
 
-def write_card(scheduler: Any, folder: Path, settings: Mapping[str, Any]) -> None:
-    """README.md of an artefact: what it is for, how to use it, its numbers drawn, its errors, how it was made."""
+def write_card(
+    scheduler: Any, folder: Path, settings: Mapping[str, Any], example: Mapping[str, Any] | None = None
+) -> None:
+    """README.md of an artefact: what it is for, how to use it, its numbers drawn, its errors, how it was made.
+
+    Args:
+        settings: of the run.
+        example: one sample's own arguments of the pipeline's call, shown in the usage.
+    """
     import yaml
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -71,8 +78,9 @@ def write_card(scheduler: Any, folder: Path, settings: Mapping[str, Any]) -> Non
         for n, p in made.items()
         if "held_out_error" in p
     ]
-    given = ['prompt="...", '] if settings["prompts"] is not None else []
-    given += [f"{k}={v!r}, " for k, v in settings["call"].items()]
+    own = ({"prompt": "..."} if settings["prompts"] is not None else {}) if example is None else example
+    arguments = {k: v if isinstance(v, str) else [v] for k, v in own.items()} | settings["call"]
+    given = [f"{k}={v!r}, " for k, v in arguments.items()]
     use = {"kind": kind, "model": model, "where": settings["push_to_hub"] or folder.name, "steps": max(made)}
     text = [
         f"# Few-step solvers for {Path(model).name if Path(model).exists() else model}",

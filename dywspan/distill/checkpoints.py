@@ -25,7 +25,7 @@ class Saved:
     tensors: dict[str, Tensor]
 
     @torch.no_grad()
-    def restore(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    def restore(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
         """Put parameters and optimiser back where they were; returns the best parameters so far."""
         state: dict[int, dict[str, Tensor]] = {}
         best = [p.detach().clone() for p in parameters]
@@ -35,7 +35,8 @@ class Saved:
                 state.setdefault(int(index), {})[rest[0]] = value
             else:
                 ({"parameter": parameters, "best": best}[kind])[int(index)].copy_(value)
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if optimizer is not None:
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         return best
 
 
@@ -57,14 +58,14 @@ class Checkpoints:
         self,
         parameters: Sequence[Tensor],
         best: Sequence[Tensor],
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         facts: dict[str, Any],
     ) -> None:
         """Write atomically, then remove the oldest. The main process writes, the others hold the same."""
         if not is_main():
             return
         tensors = {f"parameter.{i}": p for i, p in enumerate(parameters)} | {f"best.{i}": p for i, p in enumerate(best)}
-        for index, state in optimizer.state_dict()["state"].items():
+        for index, state in (optimizer.state_dict()["state"] if optimizer else {}).items():
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
         # Step counts are keys of these mappings: JSON would make them texts.
         text = json.dumps({k: list(v.items()) if isinstance(v, dict) else v for k, v in facts.items()})

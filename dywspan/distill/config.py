@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -36,8 +37,8 @@ class LearningConfig:
     Source: DyWeight appendix D.2.
     """
 
-    optimizer: Literal["adam", "adamw"] = option("adamw", "first-order optimiser")
-    updates: int = option(300, "optimiser steps for each solver")
+    optimizer: Literal["adam", "adamw", "least_squares"] = option("adamw", "least_squares needs no gradients")
+    updates: int | None = option(None, "for each solver; default 300, least_squares 12")
     batch_size: int = option(8, "pairs an update sees, over all processes: results do not depend on their number")
     micro_batch_size: int | None = option(None, "pairs a process computes at a time; by default all of its share")
     lr: float | None = option(None, "peak rate, after warm-up and before cosine decay; default 1e-2, SpanLift 1e-3")
@@ -50,6 +51,8 @@ class LearningConfig:
     time_shifting: bool = option(True, "levels follow the weights' sums (DyWeight eq. 9); off for the ablation")
     time_scaling: bool = option(True, "learn s; off for the ablation")
     path_substeps: int = option(0, "substeps of a teacher for every step (DyWeight eq. A.15); 0: endpoint only")
+    ridge: float = option(0.0, "least_squares: weight of the squared distance to the start, for few pairs")
+    difference: float | None = option(None, "least_squares: step of the differences; default by precision")
     evaluate_every: int = option(25, "updates between held-out evaluations; the best solver is kept")
     patience: int = option(0, "stop after this many evaluations without a better one; 0: never")
     recompute: bool = option(True, "one denoiser call's activations at a time in memory: flat in the number of steps")
@@ -73,10 +76,12 @@ class DistillConfig(LearningConfig):
     call: dict[str, Any] = option({}, 'arguments of the pipeline\'s call, e.g. {"height": 512, "guidance_scale": 4.5}')
     guidance_scale: float | None = option(None, "short for call.guidance_scale")
 
-    prompts: Any = option(None, "file (.txt, .jsonl, .csv), a dataset's name, or a list; none for unconditional models")
+    prompts: str | list | None = option(
+        None, "file (.txt, .jsonl, .csv), a dataset's name, or a list; none for unconditional models"
+    )
     prompt_column: str | None = option(None, "of a dataset or file; default 'prompt'")
     prompt_split: str = option("train", "split of the dataset")
-    held_out_prompts: Any = option(None, "for held-out pairs; default: the lines after")
+    held_out_prompts: str | list | None = option(None, "for held-out pairs; default: the lines after")
     release_text_encoders: bool = option(False, "drop the text encoders once every prompt is encoded")
 
     teacher: str = option("ipndm", "base solver, or a diffusers scheduler's class name")
@@ -112,19 +117,20 @@ class DistillConfig(LearningConfig):
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for f in fields(self):
-            if not _fits(getattr(self, f.name), hints[f.name]):
-                raise ValueError(
-                    f"{f.name}={getattr(self, f.name)!r} must be {_name(hints[f.name])}: {f.metadata['help']}."
-                )
+            value, hint = getattr(self, f.name), hints[f.name]
+            if not _fits(value, hint):
+                raise ValueError(f"{f.name}={value!r} must be {_name(hint)}: {f.metadata['help']}.")
+            if isinstance(value, int) and float in _options(hint):  # 4 and 4.0 make the same run
+                object.__setattr__(self, f.name, float(value))
         if self.guidance_scale is not None:
             object.__setattr__(self, "call", {**self.call, "guidance_scale": self.guidance_scale})
             object.__setattr__(self, "guidance_scale", None)
         for name in ("model", "output"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing: {_help(name)}.")
-        for name in _POSITIVE:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1: {_help(name)}.")
+        for name, least in _LEAST.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}: {_help(name)}.")
         if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
             raise ValueError(f"steps={self.steps} must name numbers of steps, each at least 1 and once.")
         if self.teacher_steps < max(self.steps):
@@ -151,6 +157,7 @@ _POSITIVE = (
     *("updates", "batch_size", "micro_batch_size", "order", "evaluate_every", "pairs", "held_out"),
     *("teacher_steps", "teacher_order", "teacher_batch_size", "checkpoint_every", "keep_checkpoints"),
 )
+_LEAST = dict.fromkeys(_POSITIVE, 1) | dict.fromkeys(("patience", "path_substeps", "pictures"), 0)
 _DO_NOT_MATTER = {
     *("output", "cache", "checkpoint_every", "keep_checkpoints", "trackers", "pictures", "push_to_hub", "dry_run"),
     *("steps", "micro_batch_size", "recompute", "fsdp", "release_text_encoders", "guidance_scale"),
@@ -167,7 +174,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _loader())
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}.") from error
     if not isinstance(data, Mapping):
@@ -177,16 +184,32 @@ def read_config(path: str | Path) -> dict[str, Any]:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1, 0.5)
             raise ValueError(f"{path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
-    # YAML 1.1 reads 1e-3 as a text.
-    numbers = {f.name for f in fields(DistillConfig) if "float" in str(f.type)}
-    return {k: float(v) if k in numbers and _is_number(v) else v for k, v in data.items()}
+    return dict(data)
+
+
+def _loader() -> Any:
+    """Safe, with YAML 1.2's numbers and truth values: 1e-3 is a number and "no" a text, unlike in PyYAML's 1.1."""
+    import yaml
+
+    loader, number, truth = type("Loader", (yaml.SafeLoader,), {}), "tag:yaml.org,2002:float", "tag:yaml.org,2002:bool"
+    loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag not in (number, truth)]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    decimal = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
+    loader.add_implicit_resolver(number, decimal, list("-+.0123456789"))
+    loader.add_implicit_resolver(truth, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+    return loader
 
 
 def make_config(settings: Mapping[str, Any]) -> DistillConfig:
     """A configuration from a YAML file named by ``config``, overridden by the other settings."""
     given = dict(settings)
     path = given.pop("config", None)
-    return DistillConfig(**{**(read_config(path) if path else {}), **given})
+    base = read_config(path) if path else {}
+    if isinstance(call := given.get("call"), Mapping) and "guidance_scale" in call:
+        base.pop("guidance_scale", None)  # short for the same
+    return DistillConfig(**{**base, **given})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -209,10 +232,17 @@ def _argument(hint: Any) -> dict[str, Any]:
     if get_origin(first) is list:
         return {"nargs": "+", "type": get_args(first)[0]}
     if get_origin(first) is dict:
-        return {"type": json.loads, "metavar": "JSON"}
+        return {"type": _json, "metavar": "JSON"}
     if get_origin(first) is Literal:
         return {"choices": get_args(first)}
     return {} if first is Any else {"type": first}
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); e.g. '{{\"height\": 64}}'") from None
 
 
 def _options(hint: Any) -> Sequence[Any]:
@@ -244,10 +274,3 @@ def _name(hint: Any) -> str:
 
 def _help(name: str) -> str:
     return next(f.metadata["help"] for f in fields(DistillConfig) if f.name == name)
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return not isinstance(value, bool) and float(value) == float(value)
-    except (TypeError, ValueError):
-        return False

@@ -22,6 +22,8 @@ from ..artifact import write_atomically
 from .processes import in_turn, is_main, wait
 from .rollout import Inputs, denoisers, sample
 
+_OF_EACH_PROMPT = ("prompt", "negative_prompt")  # how arguments with an entry for each prompt begin
+
 
 @contextmanager
 def remembered_prompts(pipe: Any, folder: Path, model: str) -> Iterator[PromptMemory | None]:
@@ -62,12 +64,13 @@ class PromptMemory:
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         prompts = bound.arguments.get("prompt")
-        if not self.works or not isinstance(prompts, list) or any(_has_tensor(v) for v in bound.arguments.values()):
+        if not self.works or not isinstance(prompts, (str, list)) or not all(map(_is_plain, bound.arguments.values())):
             return self._plain(bound)
         device = bound.arguments.get("device") or self.pipe._execution_device
+        count = len(prompts) if isinstance(prompts, list) else 1
         try:
-            joined = _join([self._one(bound, i) for i in range(len(prompts))], device)
-            if not self.checked and len(prompts) > 1:
+            joined = _join([self._one(bound, i, count) for i in range(count)], device)
+            if not self.checked and count > 1:
                 if not _same(joined, self._plain(bound)):
                     raise _CannotJoin("a batch's embeddings differ from its prompts' own")
                 self.checked = True
@@ -86,11 +89,12 @@ class PromptMemory:
             raise _Encoded
 
         hooks = [m.register_forward_pre_hook(leave) for m in denoisers(self.pipe).values()]
-        starts = range(0, len(inputs), batch_size)
+        size = max(2, batch_size)  # one prompt does not tell how a batch is encoded
+        starts = range(0, len(inputs), size)
         try:
             for j, _ in tqdm(in_turn(len(starts)), "prompts", disable=not is_main()):
                 if self.works:
-                    own = inputs[starts[j] : starts[j] + batch_size]
+                    own = inputs[starts[j] : starts[j] + size]
                     with torch.no_grad(), suppress(_Encoded):
                         sample(self.pipe, self.pipe.scheduler, 1, own, range(len(own)), call)
         finally:
@@ -117,27 +121,31 @@ class PromptMemory:
         self.bring_back()
         return self.encode(*bound.args, **bound.kwargs)
 
-    def _one(self, bound: inspect.BoundArguments, i: int) -> Any:
+    def _one(self, bound: inspect.BoundArguments, i: int, count: int) -> Any:
         """What ``encode_prompt`` returns for the i-th prompt of a call alone."""
-        count = len(bound.arguments["prompt"])
-        own = {k: [v[i]] if isinstance(v, list) and len(v) == count else v for k, v in bound.arguments.items()}
+        # By name: Sana's complex_human_instruction is a list too, and its length can be the batch's.
+        own = {
+            k: [v[i]] if isinstance(v, list) and len(v) == count and k.startswith(_OF_EACH_PROMPT) else v
+            for k, v in bound.arguments.items()
+        }
         key = {k: v for k, v in own.items() if k != "device"}
         digest = hashlib.sha256(json.dumps([self.model, key], sort_keys=True, default=str).encode()).hexdigest()
         file = self.folder / f"{digest[:32]}.safetensors"
         try:
             with safe_open(file, "pt") as opened:
-                spec = json.loads((opened.metadata() or {})["spec"])
-                return _unpack(spec, [opened.get_tensor(str(j)) for j in range(len(opened.keys()))])
+                facts, tensors = opened.metadata() or {}, [opened.get_tensor(str(j)) for j in range(len(opened.keys()))]
+            if facts["sha256"] == _checksum(facts["spec"], tensors):
+                return _unpack(json.loads(facts["spec"]), tensors)
         except (OSError, SafetensorError, KeyError):
             pass  # not made yet, or damaged
         single = inspect.BoundArguments(self.signature, own)  # type: ignore[arg-type]
         tensors: list[Tensor] = []
-        value = self._plain(single)
-        spec = _pack(value, tensors)
+        spec = _pack(self._plain(single), tensors)
+        tensors, text = [t.cpu().contiguous().clone() for t in tensors], json.dumps(spec)
         self.folder.mkdir(parents=True, exist_ok=True)
-        data = save({str(j): t.cpu().contiguous().clone() for j, t in enumerate(tensors)}, {"spec": json.dumps(spec)})
-        write_atomically(file, data)
-        return _unpack(spec, [t.cpu() for t in tensors])
+        facts = {"spec": text, "sha256": _checksum(text, tensors)}
+        write_atomically(file, save({str(j): t for j, t in enumerate(tensors)}, facts))
+        return _unpack(spec, tensors)
 
 
 class _CannotJoin(Exception):
@@ -199,5 +207,15 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or a == b
 
 
-def _has_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(map(_has_tensor, value)))
+def _is_plain(value: Any) -> bool:
+    """Whether its text says all: embeddings or images given by the caller do not."""
+    if isinstance(value, (list, tuple, dict)):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
+
+
+def _checksum(spec: str, tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256(spec.encode())
+    for tensor in tensors:
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import inspect
+import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from .rollout import Inputs
 
 
 def read_inputs(
-    source: Any, column: str | None = None, split: str = "train", limit: int | None = None
+    source: str | Path | Sequence[Any] | None, column: str | None = None, split: str = "train", limit: int | None = None
 ) -> Inputs | None:
     """Each sample's own arguments, ``[{"prompt": ...}, ...]``; None where there is no source (unconditional models).
 
@@ -27,7 +28,7 @@ def read_inputs(
         limit: read no more than these.
 
     Raises:
-        ValueError: nothing in it, or no such column.
+        ValueError: nothing in it, no such column, a kind of file that is not read, or rows with different arguments.
         OSError: no such file or dataset.
     """
     if source is None:
@@ -35,7 +36,9 @@ def read_inputs(
     rows = list(islice(_rows(source, split, column or "prompt"), limit))
     if not rows:
         raise ValueError(f"prompts={source!r} holds no prompts.")
-    return [_arguments(row, column, source) for row in rows]
+    # Only a list or JSON names its arguments; elsewhere, other columns are nobody's business.
+    names_arguments = not isinstance(source, (str, Path)) or Path(source).suffix.lower() == ".jsonl"
+    return [_arguments(row, column if names_arguments else column or "prompt", source) for row in rows]
 
 
 def _rows(source: Any, split: str, column: str) -> Iterable[Any]:
@@ -43,15 +46,17 @@ def _rows(source: Any, split: str, column: str) -> Iterable[Any]:
         return source
     path = Path(source)
     if path.is_file():
-        read = _READERS.get(path.suffix, _READERS[".txt"])
-        return read(path.read_text(encoding="utf-8"))
-    if path.suffix in _READERS:
+        read = _READERS.get(path.suffix.lower())
+        if read is None:
+            raise ValueError(f"prompts={source!r}: a file must be one of {sorted(_READERS)}, or a dataset's folder.")
+        return read(path)
+    if path.suffix.lower() in _READERS:
         raise FileNotFoundError(f"prompts={source!r}: there is no such file.")
     try:
         import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{source!r} is no file, and reading it as a dataset needs one more package"
+            f"prompts={source!r} is no file, and reading a dataset needs `pip install datasets`"
         ) from error
     try:
         data = datasets.load_dataset(str(source), split=split)
@@ -63,14 +68,24 @@ def _rows(source: Any, split: str, column: str) -> Iterable[Any]:
     return ({column: value} for value in data[column])  # the other columns, images often, are not even read
 
 
-def _csv(text: str) -> Iterable[Any]:
-    return csv.DictReader(text.splitlines())
+def _lines(path: Path) -> io.StringIO:
+    # Spreadsheets begin their files with a mark.
+    return io.StringIO(path.read_text(encoding="utf-8-sig"))
 
 
-_READERS: dict[str, Any] = {
-    ".txt": lambda text: (line.strip() for line in text.splitlines() if line.strip()),
-    ".jsonl": lambda text: (json.loads(line) for line in text.splitlines() if line.strip()),
-    ".csv": _csv,
+def _jsonl(path: Path) -> Iterable[Any]:
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
+    ".txt": lambda path: (line.strip() for line in _lines(path) if line.strip()),
+    ".jsonl": _jsonl,
+    ".csv": lambda path: csv.DictReader(_lines(path)),
 }
 
 
@@ -80,11 +95,7 @@ def _arguments(row: Any, column: str | None, source: Any) -> Mapping[str, Any]:
     if not isinstance(row, Mapping):
         raise ValueError(f"prompts={source!r} must hold texts or mappings of arguments; got {row!r}.")
     if column is None:
-        return (
-            row
-            if not isinstance(source, (str, Path)) or str(source).endswith(".jsonl")
-            else {"prompt": row.get("prompt")}
-        )
+        return row
     if column not in row:
         raise ValueError(f"prompts={source!r} has no column {column!r}: set prompt_column to one of {sorted(row)}.")
     return {"prompt": row[column]}
@@ -109,6 +120,12 @@ def split_inputs(config: DistillConfig) -> tuple[Inputs, Inputs]:
                 f"pairs={config.pairs} or held_out={config.held_out}."
             )
         read.append(inputs)
+    first = read[0][0]
+    for own in (*read[0], *read[1]):
+        if own.keys() != first.keys():
+            raise ValueError(
+                f"All samples must have the same arguments: some have {sorted(first)}, some {sorted(own)}."
+            )
     training, held_out = read[0][: config.pairs], read[1] if apart else read[0][config.pairs :]
     return training, held_out
 
@@ -120,10 +137,11 @@ def check_call(pipe: Any, inputs: Inputs, call: Mapping[str, Any]) -> None:
         ValueError: it does not; names those it takes.
     """
     known = inspect.signature(type(pipe).__call__).parameters
-    taken = {"num_inference_steps", "generator", "output_type", "return_dict"}
+    taken = {"num_inference_steps", "generator", "output_type", "return_dict", "batch_size"}
     given: Sequence[str] = sorted({*call, *(inputs[0] if inputs else ())})
     if unknown := [name for name in given if name not in known or name in taken]:
         possible = sorted(known.keys() - taken - {"self"})
         raise ValueError(f"{type(pipe).__name__} cannot be called with {unknown} here: it takes {possible}.")
-    if known.get("prompt") is not None and known["prompt"].default is inspect.Parameter.empty and "prompt" not in given:
-        raise ValueError(f"{type(pipe).__name__} needs prompts: set prompts to a file, a dataset or a list.")
+    needed = {k for k, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD} - {"self"}
+    if missing := sorted(needed - taken - {*given}):
+        raise ValueError(f"{type(pipe).__name__} needs {missing}: set prompts to a file, a dataset or a list of them.")

@@ -72,6 +72,15 @@ def make_loss(
         student = network(decode(pipe, endpoint, layout, size))
         return value + torch.stack([mse_loss(a, b) for a, b in zip(student, reference)]).mean().to(value.device)
 
+    def residuals(pipe: Any, endpoint: Tensor, target: Tensor) -> Tensor:
+        maps = [(weight**0.5 * endpoint, weight**0.5 * target)] if weight else []
+        if network is not None:
+            outputs = [network(decode(pipe, z, layout, size)) for z in (endpoint, target)]
+            maps += [(a / len(outputs[0]) ** 0.5, b / len(outputs[1]) ** 0.5) for a, b in zip(*outputs)]
+        return torch.cat([_scaled_difference(a, b).to(endpoint.device) for a, b in maps], 1)
+
+    if latent == "mse" or not weight:
+        loss.residuals = residuals  # type: ignore[attr-defined]
     terms = [f"latent_{latent}" if weight == 1 else f"{weight:g} latent_{latent}"] if weight else []
     if features is not None:
         terms.append(features if isinstance(features, str) else getattr(features, "__name__", "features"))
@@ -82,6 +91,26 @@ def make_loss(
 def latent_mse(pipe: Any, endpoint: Tensor, target: Tensor) -> Tensor:
     """mean |z - z*|^2: DyWeight's loss for latent models."""
     return mse_loss(endpoint, target)
+
+
+latent_mse.residuals = lambda pipe, endpoint, target: _scaled_difference(endpoint, target)  # type: ignore[attr-defined]
+
+
+def residuals_of(loss: Loss) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    """(pipe, endpoint, target) -> (B, R), rows whose squares sum to each sample's loss.
+
+    Raises:
+        ValueError: the loss is no sum of squares.
+    """
+    if not hasattr(loss, "residuals"):
+        name = getattr(loss, "__name__", loss)
+        raise ValueError(f"Loss {name!r} is no sum of squares, which least_squares needs: use loss='mse', or adam.")
+    return loss.residuals  # type: ignore[attr-defined]
+
+
+def _scaled_difference(a: Tensor, b: Tensor) -> Tensor:
+    """(B, R), rows whose squares sum to the mean squared difference."""
+    return ((a - b) / a[0].numel() ** 0.5).flatten(1)
 
 
 def latent_and_features(features: Features, layout: str = "image", weight: float = 0.1) -> Loss:
@@ -118,7 +147,11 @@ def decode(pipe: Any, latents: Tensor, layout: str = "image", size: Size | None 
     vae, z = _vae(pipe), latents
     if (norm := getattr(vae, "bn", None)) is not None:  # FLUX.2's statistics are those of packed channels
         z = z.to(norm.running_mean.device) * (norm.running_var + norm.eps).sqrt() + norm.running_mean
-    if layout == "packed_video" or len(z := LAYOUTS[layout].to_grid(z, size)) != len(latents):
+    try:
+        z = LAYOUTS[layout].to_grid(z, size)
+    except ValueError as error:
+        raise ValueError(f"{error} A loss is told by make_loss(..., layout=..., size=(height, width)).") from error
+    if len(z) != len(latents):
         raise ValueError(f"{layout!r} latents {tuple(latents.shape)} are videos: use a loss on latents alone.")
     if vae is None:
         if z.shape[1] != 3:
@@ -211,8 +244,7 @@ def lpips(net: str = "vgg", model: nn.Module | None = None) -> Features:
 
         LPIPS = sum_l mean_hw sum_c w_lc (u_lc - u*_lc)^2, u = f / |f|;   features = sqrt(w_lc C_l L) u_lc
 
-    Source: Zhang et al. 2018, eq. (1), with the weights of the ``lpips`` package. Its own function has no gradient
-    where all channels are 0.
+    Source: Zhang et al. 2018, eq. (1), with the weights of the ``lpips`` package.
 
     Args:
         net: "vgg", its authors' choice for optimisation, "alex" or "squeeze".
@@ -416,7 +448,7 @@ def _weights(features: str, *, url: str = "", repo: str = "") -> Iterator[None]:
         once = f"put {url} in {file.parent}" if url else f"run `hf download {repo}`"
         raise OSError(
             f"features={features!r} needs weights that are neither cached nor to be had: {once} once, or use "
-            f"features='encoder', which needs none. ({error})"
+            f"features='encoder', which needs none. ({str(error).partition(chr(10))[0]})"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)

@@ -53,12 +53,13 @@ def print_plan(task: Task) -> None:
 
     networks = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
     weights = sum(t.nbytes for m in networks for t in m.state_dict().values())
-    teacher, checks = task.teacher.num_inference_steps, config.updates // config.evaluate_every + 2
+    updates = config.updates or 300
+    teacher, checks = task.teacher.num_inference_steps, updates // config.evaluate_every + 2
     count = config.held_out + (0 if config.on_the_fly else config.pairs)
     rows = [("teacher", f"{count} pairs", count * teacher, count * teacher * per_evaluation)]
     for steps in config.steps:
-        seen, extra = config.updates * config.batch_size, teacher if config.on_the_fly else 0
-        seconds = config.updates * per_step * steps + seen * extra * per_evaluation
+        seen, extra = updates * config.batch_size, teacher if config.on_the_fly else 0
+        seconds = updates * per_step * steps + seen * extra * per_evaluation
         rows.append((f"{steps} steps, learning", f"{seen} samples", seen * (steps + extra), seconds))
         checked = checks * config.held_out
         rows.append(

@@ -117,12 +117,32 @@ def sample(
     decode: bool = False,
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, Any]:
-    """:func:`rollout` of a batch, each sample with its own inputs and from the noise of its own seed."""
+    """:func:`rollout` of a batch, each sample with its own inputs and from the noise of its own seed.
+
+    Inputs that are tensors (embeddings) are batches of one and are joined; any others become lists.
+    """
     columns: dict[str, Any] = {name: [own[name] for own in inputs] for name in inputs[0]}
+    columns = {name: torch.cat(v) if isinstance(v[0], Tensor) else v for name, v in columns.items()}
     if not columns and "batch_size" in inspect.signature(type(pipe).__call__).parameters:
         columns["batch_size"] = len(inputs)  # unconditional pipelines cannot tell it from their inputs
     arguments = {**columns, "generator": generators(seeds), "num_inference_steps": steps, **call}
     return rollout(pipe, scheduler, decode=decode, watch=watch, **arguments)
+
+
+@contextmanager
+def wrapped(modules: Iterable[nn.Module], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """``module.forward = wrap(module.forward)`` within, and as it was afterwards; nests."""
+    before = [(module, vars(module).get("forward")) for module in modules]
+    for module, _ in before:
+        module.forward = wrap(module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in before:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
 
 
 @contextmanager
@@ -135,16 +155,12 @@ def frozen(pipe: Any, recompute: bool = False, learned: Iterable[nn.Module] = ()
     """
     modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
     moving = [p for m in modules for p in m.parameters() if p.requires_grad]
-    wrapped = [*denoisers(pipe).values(), *learned] if recompute else []
     for parameter in moving:
         parameter.requires_grad_(False)
-    for module in wrapped:
-        module.forward = _recomputed(module.forward)
     try:
-        yield
+        with wrapped([*denoisers(pipe).values(), *learned] if recompute else [], _recomputed):
+            yield
     finally:
-        for module in wrapped:
-            del module.forward
         for parameter in moving:
             parameter.requires_grad_(True)
 

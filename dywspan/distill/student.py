@@ -35,6 +35,10 @@ class Student(ABC):
         """What the optimiser moves."""
 
     @abstractmethod
+    def numbers(self) -> list[tuple[Tensor, Tensor]]:
+        """The few that least squares moves: parameters, and masks of the entries that have an effect."""
+
+    @abstractmethod
     def apply(self) -> None:
         """Put the parameters, with their graph, into the scheduler."""
 
@@ -76,6 +80,11 @@ class TableStudent(Student):
 
     def parameters(self) -> list[Tensor]:
         return [self.weights, self.phi] if self.time_scaling else [self.weights]
+
+    def numbers(self) -> list[tuple[Tensor, Tensor]]:
+        exist = torch.ones_like(self.weights, dtype=torch.bool).tril()
+        asked = torch.arange(len(self.phi)) >= self.initial.afs
+        return [(self.weights, exist), (self.phi, asked)] if self.time_scaling else [(self.weights, exist)]
 
     def apply(self) -> None:
         self.scheduler.tables = {self.initial.num_inference_steps: self.table()}
@@ -121,6 +130,11 @@ class LiftStudent(Student):
     def parameters(self) -> list[Tensor]:
         scalars = [v for lift in self.lifted.lifts.values() for v in (lift.alpha, lift.beta)]
         return scalars + [p for operator in self.lifted.operators.values() for p in operator.parameters()]
+
+    def numbers(self) -> list[tuple[Tensor, Tensor]]:
+        """alpha and beta of each step; the operator stays."""
+        scalars = [v for lift in self.lifted.lifts.values() for v in (lift.alpha, lift.beta)]
+        return [(v, torch.ones_like(v, dtype=torch.bool)) for v in scalars]
 
     def apply(self) -> None:
         """Nothing to do: the scheduler computes with the parameters themselves."""

@@ -6,8 +6,7 @@ min over the solver's numbers of E loss(x_N, x*), the network frozen     (DyWeig
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +22,13 @@ from ..schedulers.spanlift import SpanLiftScheduler
 from ..version import __version__
 from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, LearningConfig
+from .least_squares import fit_least_squares
 from .losses import Loss, latent_mse
 from .pairs import Pairs, Source, Teacher, shuffled
-from .processes import in_turn, is_main, share, total
+from .processes import is_main, share, total
+from .progress import Log, Progress, autocast
 from .rollout import frozen, sample
 from .student import LiftStudent, Student, TableStudent
-
-PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-Log = Callable[[Mapping[str, float], int], None]
 
 
 def default_grid(scheduler: DyWeightScheduler) -> dict[str, Any]:
@@ -57,27 +55,6 @@ def learning_rate(update: int, updates: int) -> float:
     return 0.01 + 0.99 * (1 + math.cos(math.pi * (update - warmup) / max(1, updates - warmup))) / 2
 
 
-@torch.no_grad()
-def endpoint_error(
-    pipe: Any,
-    scheduler: Any,
-    steps: int,
-    pairs: Pairs,
-    call: Mapping[str, Any],
-    batch_size: int = 16,
-    loss: Loss = latent_mse,
-) -> float:
-    """The loss of a scheduler's endpoints, averaged over ``pairs``, which the processes share."""
-    starts = range(0, len(pairs), batch_size)
-    error = torch.zeros((), dtype=torch.float64, device=pipe.device)
-    for j, counts in in_turn(len(starts)):
-        part = pairs[starts[j] : starts[j] + batch_size]
-        endpoint, _ = sample(pipe, scheduler, steps, part.inputs, part.seeds, call)
-        value = loss(pipe, endpoint.float(), part.endpoints.to(endpoint.device))
-        error += counts * len(part) * value.to(error)
-    return float(total(error)) / len(pairs)
-
-
 def fit(
     pipe: Any,
     student: Student,
@@ -90,11 +67,11 @@ def fit(
     loss: Loss = latent_mse,
     checkpoints: Checkpoints | None = None,
     log: Log | None = None,
-) -> dict[int, dict[str, float]]:
-    """Move the student's parameters to the best they are on ``held_out``.
+) -> tuple[dict[int, dict[str, float]], dict[str, int | float]]:
+    """Move the student's parameters to the best they are on ``held_out``, by gradients through the whole sampling.
 
-    Each update draws the next number of steps. Best is the lowest mean, over step counts, of the held-out loss relative
-    to the start's. The gradient is the mean over the batch however many processes and micro-batches share it.
+    Each update draws the next number of steps. The gradient is the mean over the batch however many processes and
+    micro-batches share it.
 
     Args:
         train: pairs, gone through in shuffled order, or a source of endless ones.
@@ -102,48 +79,25 @@ def fit(
         log: gets losses by name, and the update.
 
     Returns:
-        Held-out loss before and after, per number of steps, in the pipeline's own precision.
+        Held-out loss before and after, per number of steps, in the pipeline's own precision; and the cost.
 
     Raises:
         FloatingPointError: the loss is not finite; says at which update, sampling step and level, and for which seeds.
     """
     source = shuffled(train, config.seed) if isinstance(train, Pairs) else train
-    parameters, rate = student.parameters(), config.lr or student.lr
-    optimizer = OPTIMIZERS[config.optimizer](parameters, lr=rate, weight_decay=config.weight_decay)
-    precision = config.mixed_precision
-    scaler = torch.amp.GradScaler(pipe.device.type, enabled=precision == "fp16")
-
-    def errors(precision: str | None) -> dict[int, float]:
-        with torch.no_grad():
-            student.apply()
-        with autocast(pipe, precision):
-            return {n: endpoint_error(pipe, student.scheduler, n, held_out, call, loss=loss) for n in steps}
-
-    saved = checkpoints.latest() if checkpoints else None
-    if saved is None:
-        before = errors(None)
-        facts = {"update": 0, "best_error": 1.0, "stale": 0, "before": before, "after": None}
-        facts["start"] = before if precision in (None, "no") else errors(precision)
-        best = student.snapshot()
-    else:
-        facts, best = saved.facts, saved.restore(parameters, optimizer)
-        scaler.load_state_dict(facts["scaler"])
-        if facts["after"] is not None:
-            student.restore(best)
-            return _results(facts, steps)
-    start = {n: facts["start"][n] or 1.0 for n in steps}
-
-    bar = tqdm(
-        range(facts["update"], config.updates),
-        f"{', '.join(map(str, steps))} steps",
-        initial=facts["update"],
-        total=config.updates,
-        disable=not is_main(),
-    )
-    shown = "start" if saved is None else "resumed"
-    with frozen(pipe, config.recompute, student.networks):
+    parameters, peak_rate, updates = student.parameters(), config.lr or student.lr, config.updates or 300
+    optimizer = OPTIMIZERS[config.optimizer](parameters, lr=peak_rate, weight_decay=config.weight_decay)
+    scaler = torch.amp.GradScaler(pipe.device.type, enabled=config.mixed_precision == "fp16")
+    settings: dict[str, Any] = {"call": call, "config": config, "loss": loss}
+    progress = Progress(pipe, student, steps, held_out, checkpoints=checkpoints, log=log, **settings)
+    with progress.meter.running(), frozen(pipe, config.recompute, student.networks):
+        progress.begin(optimizer)
+        scaler.load_state_dict(progress.own)
+        left = range(progress.update, updates if progress.after is None else 0)
+        label = f"{', '.join(map(str, steps))} steps"
+        bar = tqdm(left, label, initial=progress.update, total=updates, disable=not left or not is_main())
         for update in bar:
-            n = steps[update % len(steps)]
+            n, rate = steps[update % len(steps)], peak_rate * learning_rate(update, updates)
             own = share(range(update * config.batch_size, (update + 1) * config.batch_size))
             size = config.micro_batch_size or len(own)
             optimizer.zero_grad()
@@ -151,52 +105,36 @@ def fit(
             for micro in range(0, len(own), size):
                 part = source(own[micro : micro + size])
                 # Some dependencies of diffusers switch gradients off globally: ask for them where they are needed.
-                with torch.enable_grad(), autocast(pipe, precision):
+                with torch.enable_grad(), autocast(pipe, config.mixed_precision):
                     student.apply()
-                    loss_here = batch_loss(pipe, student, n, part, call, loss) * (len(part) / config.batch_size)
-                if not bool(loss_here.detach().isfinite()):
-                    raise FloatingPointError(_where_it_broke(pipe, student, n, part, call, update, rate, config))
-                scaler.scale(loss_here / start[n]).backward()  # step counts weigh alike, though few steps err more
-                value += loss_here.detach().to(value)
+                    fraction = batch_loss(pipe, student, n, part, call, loss) * (len(part) / config.batch_size)
+                if not bool(fraction.detach().isfinite()):
+                    raise FloatingPointError(_where_it_broke(pipe, student, n, part, update, rate, **settings))
+                # Step counts weigh alike, though few steps err more.
+                scaler.scale(fraction / (progress.start[n] or 1.0)).backward()
+                value += fraction.detach().to(value)
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad = total(parameter.grad)
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, config.clip)
             for group in optimizer.param_groups:
-                group["lr"] = rate * learning_rate(update, config.updates)
+                group["lr"] = rate
             scaler.step(optimizer)
             scaler.update()
 
-            numbers = {f"loss/{n}": float(total(value)), "lr": rate * learning_rate(update, config.updates)}
-            last = update + 1 == config.updates
-            if (update + 1) % config.evaluate_every == 0 or last:
-                now = errors(precision)
-                numbers |= {f"held_out/{n}": error for n, error in now.items()}
-                mean, shown = (
-                    sum(now[n] / start[n] for n in steps) / len(steps),
-                    " ".join(f"{e:.4f}" for e in now.values()),
-                )
-                facts["stale"] += 1
-                if mean < facts["best_error"]:
-                    best, facts["best_error"], facts["stale"] = student.snapshot(), mean, 0
-                last = last or (bool(config.patience) and facts["stale"] >= config.patience)
-            facts["update"] = update + 1
-            bar.set_postfix(
-                loss=f"{numbers[f'loss/{n}']:.4f}", held_out=shown, best=f"{facts['best_error']:.3f} of the start"
-            )
-            if log is not None:
-                log(numbers, update + 1)
-            if checkpoints is not None and ((update + 1) % checkpoints.every == 0 or last):
-                checkpoints.save(parameters, best, optimizer, {**facts, "scaler": scaler.state_dict()})
+            progress.update, progress.own, last = update + 1, scaler.state_dict(), update + 1 == updates
+            if progress.update % config.evaluate_every == 0 or last:
+                last = progress.evaluate() or last
+            progress.report(bar, **{f"loss/{n}": float(total(value)), "lr": rate})
+            if last or (checkpoints is not None and progress.update % checkpoints.every == 0):
+                progress.save(optimizer)
             if last:
                 break
-    bar.close()
-    student.restore(best)
-    facts["after"] = errors(None)
-    if checkpoints is not None:
-        checkpoints.save(parameters, best, optimizer, {**facts, "scaler": scaler.state_dict()})
-    return _results(facts, steps)
+        bar.close()
+        counts = progress.meter.counts
+        counts["backward"] = counts["student"] // (1 + config.recompute)
+        return progress.finish(optimizer), progress.cost()
 
 
 def initial_table(
@@ -242,13 +180,13 @@ def distill(
     initial = initial_table(scheduler, steps, config, grid)
     student = TableStudent(scheduler, initial, config.bounded, config.time_scaling)
     options: dict[str, Any] = {"call": call, "config": config, "loss": loss}
-    errors = fit(pipe, student, [steps], train, held_out, checkpoints=checkpoints, log=log, **options)
+    learn = fit if config.optimizer in OPTIMIZERS else fit_least_squares
+    errors, cost = learn(pipe, student, [steps], train, held_out, checkpoints=checkpoints, log=log, **options)
     with torch.no_grad():
         table = student.table()
     detached = {"weights": table.weights.detach(), "time_scale": table.time_scale.detach().clone()}
-    return replace(
-        table, **detached, provenance=_provenance(pipe, teacher, train, held_out, student, errors[steps], **options)
-    )
+    provenance = _provenance(pipe, teacher, train, held_out, student, errors[steps], cost, **options)
+    return replace(table, **detached, provenance=provenance)
 
 
 def distill_lift(
@@ -280,12 +218,12 @@ def distill_lift(
     shape = held_out.endpoints.shape[1:]
     student = LiftStudent(base, steps, shape, order=config.order, layout=layout, operator=operator, name=name)
     options: dict[str, Any] = {"call": call, "config": config, "loss": loss}
-    errors = fit(pipe, student, steps, train, held_out, checkpoints=checkpoints, log=log, **options)
+    errors, cost = fit(pipe, student, steps, train, held_out, checkpoints=checkpoints, log=log, **options)
     scheduler = student.lifted
     for network in scheduler.operators.values():
         network.requires_grad_(False)
     for n, lift in scheduler.lifts.items():
-        provenance = _provenance(pipe, teacher, train, held_out, student, errors[n], **options)
+        provenance = _provenance(pipe, teacher, train, held_out, student, errors[n], cost, **options)
         scheduler.lifts[n] = replace(lift.detach(), provenance=provenance)
     return scheduler
 
@@ -297,12 +235,14 @@ def _provenance(
     held_out: Pairs,
     student: Student,
     errors: Mapping[str, Any],
+    cost: Mapping[str, int | float],
     *,
     call: Mapping[str, Any],
     config: LearningConfig,
     loss: Loss,
 ) -> dict[str, Any]:
-    seen = len(train) if isinstance(train, Pairs) else config.updates * config.batch_size
+    seen = len(train) if isinstance(train, Pairs) else (config.updates or 300) * config.batch_size
+    teacher_cost = round((seen + len(held_out)) * teacher.num_inference_steps * cost["per_step"])
     return {
         "base_model": str(getattr(pipe, "name_or_path", "")),
         "pipeline": type(pipe).__name__,
@@ -313,6 +253,7 @@ def _provenance(
         "learning": {**config.learning, "lr": config.lr or student.lr},
         "pairs": {"train": seen, "held_out": len(held_out)},
         "held_out_error": dict(errors),
+        "evaluations": {"teacher": teacher_cost, **{k: v for k, v in cost.items() if k != "per_step"}},
         "dywspan_version": __version__,
     }
 
@@ -337,10 +278,12 @@ def _where_it_broke(
     student: Student,
     n: int,
     part: Pairs,
-    call: Mapping[str, Any],
     update: int,
     rate: float,
+    *,
+    call: Mapping[str, Any],
     config: LearningConfig,
+    loss: Loss,
 ) -> str:
     broken: list[int] = []
     watch = lambda i, x: None if bool(x.isfinite().all()) else broken.append(i)  # noqa: E731
@@ -355,13 +298,3 @@ def _where_it_broke(
         f"{list(part.seeds)}. Lower lr={rate}, start from another base than init={config.init!r}, or use a wider "
         f"mixed_precision than {config.mixed_precision or 'no'!r}."
     )
-
-
-def _results(facts: Mapping[str, Any], steps: Sequence[int]) -> dict[int, dict[str, float]]:
-    return {n: {"before": facts["before"][n], "after": facts["after"][n]} for n in steps}
-
-
-def autocast(pipe: Any, precision: str | None) -> AbstractContextManager[Any]:
-    """The pipeline computes in this precision within: "no", "bf16" or "fp16"."""
-    dtype = PRECISIONS[precision or "no"]
-    return torch.autocast(pipe.device.type, dtype or torch.bfloat16, enabled=dtype is not None)

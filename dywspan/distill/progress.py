@@ -1,0 +1,154 @@
+"""What every way of learning shares: held-out errors, the best solver so far, its cost, going on after a stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from .checkpoints import Checkpoints
+from .config import LearningConfig
+from .losses import Loss, latent_mse
+from .pairs import Pairs
+from .processes import in_turn, total
+from .replay import Meter
+from .rollout import sample
+from .student import Student
+
+PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+Log = Callable[[Mapping[str, float], int], None]
+
+
+def autocast(pipe: Any, precision: str | None) -> AbstractContextManager[Any]:
+    """The pipeline computes in this precision within: "no", "bf16" or "fp16"."""
+    dtype = PRECISIONS[precision or "no"]
+    return torch.autocast(pipe.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+@torch.no_grad()
+def endpoint_error(
+    pipe: Any,
+    scheduler: Any,
+    steps: int,
+    pairs: Pairs,
+    call: Mapping[str, Any],
+    batch_size: int = 16,
+    loss: Loss = latent_mse,
+) -> float:
+    """The loss of a scheduler's endpoints, averaged over ``pairs``, which the processes share."""
+    starts = range(0, len(pairs), batch_size)
+    error = torch.zeros((), dtype=torch.float64, device=pipe.device)
+    for j, counts in in_turn(len(starts)):
+        part = pairs[starts[j] : starts[j] + batch_size]
+        endpoint, _ = sample(pipe, scheduler, steps, part.inputs, part.seeds, call)
+        value = loss(pipe, endpoint.float(), part.endpoints.to(endpoint.device))
+        error += counts * len(part) * value.to(error)
+    return float(total(error)) / len(pairs)
+
+
+class Progress:
+    """The course of one learning run.
+
+    Attributes:
+        update: how many updates are done.
+        start: held-out loss of the untrained solver by number of steps, in the precision of learning.
+        best: the parameters that were best on ``held_out``, by the mean over step counts of the loss relative to the
+            start's, and ``best_error``, that mean.
+        meter: denoiser evaluations spent.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        student: Student,
+        steps: Sequence[int],
+        held_out: Pairs,
+        *,
+        call: Mapping[str, Any],
+        config: LearningConfig,
+        loss: Loss,
+        checkpoints: Checkpoints | None = None,
+        log: Log | None = None,
+    ) -> None:
+        self.pipe, self.student, self.steps, self.held_out = pipe, student, list(steps), held_out
+        self.call, self.config, self.loss, self.checkpoints, self.log = call, config, loss, checkpoints, log
+        self.meter, self.started, self.seconds = Meter(pipe), time.monotonic(), 0.0
+        self.update, self.best_error, self.stale, self.checks = 0, 1.0, 0, 0
+        self.before: dict[int, float] = {}
+        self.start: dict[int, float] = {}
+        self.after: dict[int, float] | None = None
+        self.last: dict[int, float] = {}
+        self.own: dict[str, Any] = {}  # what a way of learning keeps besides
+        self.best = student.snapshot()
+
+    def begin(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Go on from the latest checkpoint, or measure where learning starts."""
+        saved = self.checkpoints.latest() if self.checkpoints else None
+        if saved is None:
+            self.before = self.errors("no")
+            same = self.config.mixed_precision in (None, "no")
+            self.start = self.last = self.before if same else self.errors(self.config.mixed_precision)
+            return
+        for name in _KEPT:
+            setattr(self, name, saved.facts[name])
+        self.meter.counts.update(saved.facts["counts"])
+        self.best = saved.restore(self.student.parameters(), optimizer)
+
+    def errors(self, precision: str | None) -> dict[int, float]:
+        """Held-out loss by number of steps."""
+        self.checks += 1
+        with torch.no_grad():
+            self.student.apply()
+        with autocast(self.pipe, precision), self.meter.counting("held_out"):
+            solver = self.pipe, self.student.scheduler
+            return {n: endpoint_error(*solver, n, self.held_out, self.call, loss=self.loss) for n in self.steps}
+
+    def evaluate(self) -> bool:
+        """Measure the parameters as they are and keep them if they are the best; whether patience is at its end."""
+        self.last = self.errors(self.config.mixed_precision)
+        mean = sum(self.last[n] / (self.start[n] or 1.0) for n in self.steps) / len(self.steps)
+        self.stale += 1
+        if mean < self.best_error:
+            self.best, self.best_error, self.stale = self.student.snapshot(), mean, 0
+        return bool(self.config.patience) and self.stale >= self.config.patience
+
+    def save(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Write a checkpoint."""
+        if self.checkpoints is not None:
+            facts = {name: getattr(self, name) for name in _KEPT} | {"counts": dict(self.meter.counts)}
+            facts["seconds"] = self._seconds()
+            self.checkpoints.save(self.student.parameters(), self.best, optimizer, facts)
+
+    def report(self, bar: Any, **numbers: float) -> None:
+        """Show and log where learning is, after an update."""
+        held_out = " ".join(f"{e:.4f}" for e in self.last.values())
+        loss = " ".join(f"{v:.4f}" for k, v in numbers.items() if k.startswith("loss"))
+        bar.set_postfix(loss=loss, held_out=held_out, best=f"{self.best_error:.3f} of the start")
+        if self.log is not None:
+            self.log(numbers | {f"held_out/{n}": e for n, e in self.last.items()}, self.update)
+
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> dict[int, dict[str, float]]:
+        """Put the best parameters back; held-out loss before and after by number of steps, in full precision."""
+        self.student.restore(self.best)
+        if self.after is None:
+            self.after = self.errors("no")
+            self.save(optimizer)
+        return {n: {"before": self.before[n], "after": self.after[n]} for n in self.steps}
+
+    def cost(self) -> dict[str, int | float]:
+        """Denoiser evaluations of all processes by purpose, how many a step of one sample takes, and seconds."""
+        names = ("student", "jacobian", "backward", "held_out")
+        counts = total(torch.tensor([self.meter.counts[name] for name in names], device=self.pipe.device)).tolist()
+        steps = self.checks * len(self.held_out) * sum(self.steps)
+        cost: dict[str, int | float] = {name: int(count) for name, count in zip(names, counts) if count}
+        cost |= {"per_step": round(counts[-1] / steps, 2), "seconds": round(self._seconds(), 1)}
+        return cost
+
+    def _seconds(self) -> float:
+        return self.seconds + time.monotonic() - self.started
+
+
+_KEPT = ("update", "best_error", "stale", "checks", "before", "start", "last", "after", "own", "seconds")

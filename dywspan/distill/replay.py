@@ -1,0 +1,127 @@
+"""Denoiser calls that need not be computed again, and a count of those that were."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .rollout import denoisers, wrapped
+
+
+class Meter:
+    """Denoiser evaluations by purpose: one is one sample in one call, guidance's second sample being another.
+
+    Attributes:
+        counts: evaluations under each purpose that was current.
+        purpose: what they are counted under now.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.modules = list(denoisers(pipe).values())
+        self.counts: Counter[str] = Counter()
+        self.purpose = "student"
+
+    @contextmanager
+    def running(self) -> Iterator[Meter]:
+        """Count within."""
+
+        def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(forward)
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                first = next((v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.ndim > 1), None)
+                self.counts[self.purpose] += 1 if first is None else len(first)
+                return forward(*args, **kwargs)
+
+            return counted
+
+        with wrapped(self.modules, wrap):
+            yield self
+
+    @contextmanager
+    def counting(self, purpose: str) -> Iterator[None]:
+        """Count under another purpose within."""
+        own, self.purpose = self.purpose, purpose
+        try:
+            yield
+        finally:
+            self.purpose = own
+
+
+class Replay:
+    """The denoiser's outputs of one run, given back in the next while its inputs are the same, bit for bit.
+
+    A solver's numbers at step k change nothing before it: a run with one of them moved computes the tail only, and a
+    run with the last row of weights moved computes nothing.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.modules = list(denoisers(pipe).values())
+        self.tape: list[tuple[list[Any], list[int], Any]] = []
+        self.position, self.mode = 0, "off"
+
+    @contextmanager
+    def installed(self) -> Iterator[Replay]:
+        """Answer for the denoisers within; without :meth:`recording` or :meth:`playing`, they answer themselves."""
+        with wrapped(self.modules, self._wrap):
+            yield self
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Remember the calls within."""
+        self.tape, self.mode = [], "record"
+        try:
+            yield
+        finally:
+            self.mode = "off"
+
+    @contextmanager
+    def playing(self) -> Iterator[None]:
+        """Give back what was recorded, up to the first call whose inputs differ."""
+        self.position, self.mode = 0, "play"
+        try:
+            yield
+        finally:
+            self.mode = "off"
+
+    def _wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.mode == "off":
+                return forward(*args, **kwargs)
+            inputs = tree_leaves((args, kwargs))
+            if self.mode == "record":
+                output = forward(*args, **kwargs)
+                self.tape.append((inputs, _versions([*inputs, *tree_leaves(output)]), output))
+                return output
+            if self.position < len(self.tape):
+                known, versions, output = self.tape[self.position]
+                # A tensor changed in place since is not what was recorded.
+                if versions == _versions([*known, *tree_leaves(output)]) and _same(inputs, known):
+                    self.position += 1
+                    return output
+            self.position = len(self.tape)
+            return forward(*args, **kwargs)
+
+        return call
+
+
+def _versions(leaves: list[Any]) -> list[int]:
+    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
+
+def _same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(
+        x is y or (torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else _equal(x, y))
+        for x, y in zip(a, b)
+    )
+
+
+def _equal(x: Any, y: Any) -> bool:
+    return not isinstance(x, Tensor) and not isinstance(y, Tensor) and type(x) is type(y) and bool(x == y)
