@@ -23,6 +23,7 @@ class Repo:
     history: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     drop: bool = False  # close the connection in the middle of every body
+    full: bool = False  # refuse commits
 
     def commit(self, **files: bytes) -> str:
         self.files = {**self.files, **files}
@@ -89,6 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
                     self._json({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
             case ["api", "models", org, name, "commit", _]:
                 if (repo := self._repo(f"{org}/{name}", write=True)) is not None:
+                    if repo.full:
+                        return self._error(403, None, "No space left in this account")
                     lines = [json.loads(line) for line in body.splitlines()]
                     files = [line["value"] for line in lines if line["key"] == "file"]
                     sha = repo.commit(**{f["path"]: base64.b64decode(f["content"]) for f in files})

@@ -131,6 +131,9 @@ class DistillConfig(LearningConfig):
         for name, least in _LEAST.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}: {_help(name)}.")
+        for name in ("lr", "clip"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0: {_help(name)}.")
         if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
             raise ValueError(f"steps={self.steps} must name numbers of steps, each at least 1 and once.")
         if self.teacher_steps < max(self.steps):
@@ -144,6 +147,12 @@ class DistillConfig(LearningConfig):
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}: use one of {sorted(known)}.")
         if self.path_substeps and self.solver != "dyweight":
             raise ValueError("path_substeps supervises tables: leave it at 0 for SpanLift.")
+        if self.optimizer == "least_squares" and self.solver == "spanlift":
+            raise ValueError("least_squares learns tables, whose numbers are few: use adam or adamw for SpanLift.")
+        if self.optimizer == "least_squares" and (self.path_substeps or self.on_the_fly):
+            raise ValueError(
+                "least_squares needs the same endpoints each time: set on_the_fly to false, path_substeps to 0."
+            )
         if self.path_substeps and self.on_the_fly:
             raise ValueError("path_substeps needs teacher paths from the cache: set on_the_fly to false.")
 

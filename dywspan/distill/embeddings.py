@@ -67,11 +67,12 @@ class PromptMemory:
         if not self.works or not isinstance(prompts, (str, list)) or not all(map(_is_plain, bound.arguments.values())):
             return self._plain(bound)
         device = bound.arguments.get("device") or self.pipe._execution_device
-        count = len(prompts) if isinstance(prompts, list) else 1
+        count, plain = len(prompts) if isinstance(prompts, list) else 1, None
         try:
             joined = _join([self._one(bound, i, count) for i in range(count)], device)
             if not self.checked and count > 1:
-                if not _same(joined, self._plain(bound)):
+                plain = self._plain(bound)
+                if not _same(joined, plain):
                     raise _CannotJoin("a batch's embeddings differ from its prompts' own")
                 self.checked = True
         except _CannotJoin as reason:
@@ -79,7 +80,8 @@ class PromptMemory:
                 f"{type(self.pipe).__name__}'s prompts are encoded anew in every call: {reason}.", stacklevel=2
             )
             self.works = False
-            return self._plain(bound)
+            # Not a second time: Z-Image writes its template into the list of prompts it is given.
+            return self._plain(bound) if plain is None else plain
         return joined
 
     def fill(self, inputs: Inputs, call: Mapping[str, Any], batch_size: int) -> None:

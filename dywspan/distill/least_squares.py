@@ -23,14 +23,14 @@ from .config import LearningConfig
 from .losses import Loss, latent_mse, residuals_of
 from .pairs import Pairs, Source
 from .processes import in_turn, is_main, total
-from .progress import Log, Progress, autocast
+from .progress import PRECISIONS, Log, Progress, autocast
 from .replay import Replay
 from .rollout import denoisers, sample
 from .student import Student
 
 # Step of the differences: wide enough to stand out of the rounding of the network's outputs, and to average over the
 # fast oscillations of time embeddings.
-DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+DIFFERENCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 ITERATIONS, ATTEMPTS = 12, 6
 LEAST_GAIN = 1e-4  # of the loss, relative: below it the fit has converged
 
@@ -57,10 +57,7 @@ class Problem:
         self.call, self.config, self.residuals = call, config, residuals_of(loss)
         self.replay, self.replays = Replay(pipe), True
         self.origin = self.numbers()
-        dtype: Any = next(iter(denoisers(pipe).values())).dtype
-        if config.mixed_precision in ("bf16", "fp16"):
-            dtype = torch.bfloat16
-        self.difference = config.difference or DIFFERENCE.get(dtype, 3e-2)  # quantised networks round coarsely
+        self.difference = config.difference or DIFFERENCE[self._precision()]
 
     def numbers(self) -> Tensor:
         """(P,) float64: the free numbers of the student."""
@@ -110,6 +107,21 @@ class Problem:
         if not self.replays and is_main():
             print(f"{type(self.pipe).__name__}'s network does not answer the same question the same way: no replay.")
 
+    def _precision(self) -> torch.dtype:
+        """The coarsest that a sampling passes through."""
+        n, part, _ = self._batches()[0]
+        endpoint, _ = self._endpoint(n, part[:1])
+        networks = [getattr(m, "dtype", torch.bfloat16) for m in denoisers(self.pipe).values()]
+        mixed = PRECISIONS[self.config.mixed_precision or "no"]
+        passed = [d for d in (endpoint.dtype, mixed, *networks) if d is not None]
+        # Quantised networks round as coarsely as bfloat16.
+        return max((d if d in DIFFERENCE else torch.bfloat16 for d in passed), key=lambda d: DIFFERENCE[d])
+
+    def _endpoint(self, n: int, part: Pairs) -> tuple[Tensor, Any]:
+        with torch.no_grad(), autocast(self.pipe, self.config.mixed_precision):
+            self.student.apply()
+            return sample(self.pipe, self.student.scheduler, n, part.inputs, part.seeds, self.call)
+
     def _batches(self) -> list[tuple[int, Pairs, float]]:
         """This process's share: number of steps, pairs, and what their sum of squares is multiplied by."""
         size = self.config.micro_batch_size or self.config.batch_size
@@ -123,10 +135,9 @@ class Problem:
 
     def _run(self, n: int, part: Pairs) -> Tensor:
         """(B * R,) residuals where the student is."""
-        with torch.no_grad(), autocast(self.pipe, self.config.mixed_precision):
-            self.student.apply()
-            endpoint, _ = sample(self.pipe, self.student.scheduler, n, part.inputs, part.seeds, self.call)
-            wide = endpoint if endpoint.dtype == torch.float64 else endpoint.float()
+        endpoint, _ = self._endpoint(n, part)
+        wide = endpoint if endpoint.dtype == torch.float64 else endpoint.float()
+        with torch.no_grad():
             return self.residuals(self.pipe, wide, part.endpoints.to(wide)).flatten()
 
     def _moved(self, n: int, part: Pairs, at: Tensor, column: int) -> Tensor:
@@ -184,7 +195,7 @@ def fit_least_squares(
                 problem.check_replay()
         label = f"{', '.join(map(str, steps))} steps, least squares"
         bar = tqdm(left, label, initial=progress.update, total=iterations, disable=not left or not is_main())
-        damping = progress.own.get("damping", 1e-2)
+        damping = progress.own.get("damping", 1.0)
         for iteration in bar:
             with progress.meter.counting("jacobian"):
                 value, gradient, matrix = problem.normal_equations()

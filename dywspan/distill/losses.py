@@ -168,7 +168,7 @@ def decode(pipe: Any, latents: Tensor, layout: str = "image", size: Size | None 
 
 
 def _vae(pipe: Any) -> Any:
-    return getattr(pipe, "vae", None)
+    return getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
 
 
 def _is_video(vae: nn.Module) -> bool:

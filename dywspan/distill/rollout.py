@@ -103,6 +103,18 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The outermost layers that stand in lists: what a network consists of."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        found += (
+            [m for m in child if any(True for _ in m.parameters())]
+            if isinstance(child, nn.ModuleList)
+            else blocks(child)
+        )
+    return found
+
+
 Inputs = Sequence[Mapping[str, Any]]  # of each sample, its own arguments of the call: [{"prompt": "a cat"}, ...]
 
 
@@ -123,8 +135,8 @@ def sample(
     """
     columns: dict[str, Any] = {name: [own[name] for own in inputs] for name in inputs[0]}
     columns = {name: torch.cat(v) if isinstance(v[0], Tensor) else v for name, v in columns.items()}
-    if not columns and "batch_size" in inspect.signature(type(pipe).__call__).parameters:
-        columns["batch_size"] = len(inputs)  # unconditional pipelines cannot tell it from their inputs
+    if "batch_size" in inspect.signature(type(pipe).__call__).parameters:
+        columns["batch_size"] = len(inputs)  # these pipelines do not tell it from their inputs
     arguments = {**columns, "generator": generators(seeds), "num_inference_steps": steps, **call}
     return rollout(pipe, scheduler, decode=decode, watch=watch, **arguments)
 
@@ -158,11 +170,20 @@ def frozen(pipe: Any, recompute: bool = False, learned: Iterable[nn.Module] = ()
     for parameter in moving:
         parameter.requires_grad_(False)
     try:
-        with wrapped([*denoisers(pipe).values(), *learned] if recompute else [], _recomputed):
+        with wrapped([*_units(pipe), *learned] if recompute else [], _recomputed):
             yield
     finally:
         for parameter in moving:
             parameter.requires_grad_(True)
+
+
+def _units(pipe: Any) -> list[nn.Module]:
+    """What is recomputed in one piece: a denoiser, or its blocks where their weights are gathered one by one."""
+    units: list[nn.Module] = []
+    for model in denoisers(pipe).values():
+        sharded = [m for m in model.modules() if m is not model and hasattr(m, "unshard")]
+        units += sharded or [model]
+    return units
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from .losses import Loss, make_loss
 from .pairs import Pairs, Source, Teacher, digest, fingerprint, fresh, make_pairs
 from .plan import print_plan
 from .processes import is_main, share, wait
-from .rollout import Inputs, denoisers, load_pipeline
+from .rollout import Inputs, blocks, denoisers, load_pipeline
 from .train import Log, distill, distill_lift, initial_table
 
 # Three ranges of seeds that never meet: a demo's or user's small ones, held-out pairs, training pairs.
@@ -268,10 +268,8 @@ def _shard(pipe: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     for model in denoisers(pipe).values():
-        for block in [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]:
-            for layer in block:
-                if any(True for _ in layer.parameters()):
-                    fully_shard(layer)
+        for block in blocks(model):
+            fully_shard(block)
         fully_shard(model)
 
 

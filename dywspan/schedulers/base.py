@@ -140,7 +140,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         A 0-dim tensor where a gradient is wanted: it depends on the first step's time scale and, with AFS, weight.
         """
         self._noise_is_raw = False
-        return self._start if self._schedule is not None else 1.0
+        # Some pipelines ask before set_timesteps: what the last run started from is nothing to them.
+        return self._start if self._schedule is not None and self._step_index is None else 1.0
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """Identity: the sample is kept as the network wants it."""
