@@ -374,11 +374,8 @@ def test_lengths_that_differ_later_bring_a_released_encoder_back(tmp_path: Path)
 
 @pytest.mark.parametrize("negative", ["per sample", "one for all"])
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "QwenImagePipeline"])
-def test_negative_prompts(name: str, negative: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_negative_prompts(name: str, negative: str, tmp_path: Path) -> None:
     """Stable Diffusion encodes both in one call, Qwen-Image in two."""
-    if (name, negative) == ("StableDiffusionPipeline", "one for all"):
-        reason = "sample() does not repeat the call's negative_prompt, which must be a list as the prompts are"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=TypeError, reason=reason))
     pipe, call = pipeline(name)
     own = ["dull", "grey", "dark", "flat"]
     inputs = [{"prompt": p, "negative_prompt": n} for p, n in zip(["a cat", "a dog", "a cow", "a hen"], own)]

@@ -137,7 +137,9 @@ def sample(
     columns = {name: torch.cat(v) if isinstance(v[0], Tensor) else v for name, v in columns.items()}
     if "batch_size" in inspect.signature(type(pipe).__call__).parameters:
         columns["batch_size"] = len(inputs)  # these pipelines do not tell it from their inputs
-    arguments = {**columns, "generator": generators(seeds), "num_inference_steps": steps, **call}
+    # A text for all, such as a negative prompt, is one for each.
+    common = {k: [v] * len(inputs) if isinstance(v, str) and "prompt" in k else v for k, v in call.items()}
+    arguments = {**columns, "generator": generators(seeds), "num_inference_steps": steps, **common}
     return rollout(pipe, scheduler, decode=decode, watch=watch, **arguments)
 
 
