@@ -116,6 +116,9 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     try:
         partial.write_bytes(data)
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)  # write(2) does not say where
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -90,7 +90,7 @@ class PromptMemory:
         def leave(*args: Any) -> None:
             raise _Encoded
 
-        hooks = [m.register_forward_pre_hook(leave) for m in denoisers(self.pipe).values()]
+        hooks = [m.register_forward_pre_hook(leave, prepend=True) for m in denoisers(self.pipe).values()]
         size = max(2, batch_size)  # one prompt does not tell how a batch is encoded
         starts = range(0, len(inputs), size)
         try:

@@ -189,7 +189,7 @@ def fit_least_squares(
         student.restore(origin)
         problem = Problem(pipe, student, train, {n: progress.start[n] or 1.0 for n in steps}, **settings)
         student.restore(at)
-        left = range(progress.update, iterations if progress.after is None else 0)
+        left = range(progress.update, 0 if progress.ended else iterations)
         if left:
             with progress.meter.counting("jacobian"):
                 problem.check_replay()
@@ -218,10 +218,10 @@ def fit_least_squares(
                 problem.move(point)
             gain = (value - trial) / value if trial < value else 0.0
             progress.update, progress.own = iteration + 1, {"damping": damping}
-            ended = progress.evaluate() or gain < LEAST_GAIN or progress.update == iterations
+            progress.ended = progress.evaluate() or gain < LEAST_GAIN or progress.update == iterations
             progress.report(bar, loss=min(trial, value), damping=damping)
             progress.save()
-            if ended:
+            if progress.ended:
                 break
         bar.close()
         return progress.finish(), progress.cost()

@@ -21,6 +21,8 @@ from ..artifact import write_atomically
 from .processes import in_turn, is_main, wait
 from .rollout import Inputs, sample
 
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -180,16 +182,16 @@ def make_pairs(
             write_atomically(folder / "key.json", (json.dumps(key, indent=1, default=str) + "\n").encode())
         wait()
         done = len(files) - len(missing)
-        progress = tqdm(total=len(files), initial=done, desc=title, disable=not missing or not is_main())
-        for turn, is_mine in in_turn(len(missing)):
-            j = missing[turn]
-            targets = teacher.endpoints(pipe, inputs[batches[j]], seeds[batches[j]], call).contiguous()
-            if is_mine:
-                write_atomically(files[j], save({"targets": targets}, metadata={"sha256": _checksum(targets)}))
-            progress.update(min(len(missing), turn + 1) + done - progress.n)
-        progress.close()
+        shown = {"initial": done, "desc": title, "disable": not missing or not is_main()}
+        with tqdm(total=len(files), **shown) as progress:
+            for turn, is_mine in in_turn(len(missing)):
+                j = missing[turn]
+                targets = teacher.endpoints(pipe, inputs[batches[j]], seeds[batches[j]], call).contiguous()
+                if is_mine:
+                    write_atomically(files[j], save({"targets": targets}, metadata={"sha256": _checksum(targets)}))
+                progress.update(min(len(missing), turn + 1) + done - progress.n)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in UNWRITABLE:
             raise
         kept = sum(file.exists() for file in files)
         raise OSError(

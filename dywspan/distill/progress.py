@@ -77,6 +77,7 @@ class Progress:
         self.call, self.config, self.loss, self.checkpoints, self.log = call, config, loss, checkpoints, log
         self.meter, self.started, self.seconds = Meter(pipe), time.monotonic(), 0.0
         self.update, self.best_error, self.stale, self.checks = 0, 1.0, 0, 0
+        self.ended = False
         self.before: dict[int, float] = {}
         self.start: dict[int, float] = {}
         self.after: dict[int, float] | None = None
@@ -151,4 +152,4 @@ class Progress:
         return self.seconds + time.monotonic() - self.started
 
 
-_KEPT = ("update", "best_error", "stale", "checks", "before", "start", "last", "after", "own", "seconds")
+_KEPT = ("update", "ended", "best_error", "stale", "checks", "before", "start", "last", "after", "own", "seconds")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,7 @@ from .config import DistillConfig
 from .embeddings import remembered_prompts
 from .inputs import check_call, split_inputs
 from .losses import Loss, make_loss
-from .pairs import Pairs, Source, Teacher, digest, fingerprint, fresh, make_pairs
+from .pairs import UNWRITABLE, Pairs, Source, Teacher, digest, fingerprint, fresh, make_pairs
 from .plan import print_plan
 from .processes import is_main, share, wait
 from .rollout import Inputs, blocks, denoisers, load_pipeline
@@ -108,15 +109,19 @@ def run(config: DistillConfig) -> DyWeightScheduler | SpanLiftScheduler | None:
     from accelerate import Accelerator
 
     trackers: Any = config.trackers or None
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=config.output)
-    task = prepare(replace(config, mixed_precision=accelerator.mixed_precision), accelerator.device)
+    # Without config.mixed_precision: Accelerate would keep it for every later run in this process.
+    accelerator = Accelerator(log_with=trackers, project_dir=config.output)
+    if (started := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
+        raise ValueError(f"{started} processes were started, but each sees itself alone: set ACCELERATE_USE_CPU=true.")
+    precision: Any = config.mixed_precision or accelerator.mixed_precision
+    task = prepare(replace(config, mixed_precision=precision), accelerator.device)
     if config.dry_run:
         print_plan(task)
         return None
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    with _locked(output), _encoded(task), _tracked(accelerator, config) as log:
-        result = task.existing
+    with _written(), _locked(output), _encoded(task), _tracked(accelerator, config) as log:
+        result = _artefact(config)  # again: another run may have ended since
         for group in task.groups:
             new = _learn(task, group, log)
             if result is not None:
@@ -290,6 +295,20 @@ def _locked(output: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    """A full disk's error says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise OSError(
+            f"{error.filename} cannot be written ({error.strerror}). What is finished is kept: make room, or choose "
+            "another output or cache, and run the same command again."
+        ) from error
 
 
 @contextmanager

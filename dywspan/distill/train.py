@@ -93,7 +93,7 @@ def fit(
     with progress.meter.running(), frozen(pipe, config.recompute, student.networks):
         progress.begin(optimizer)
         scaler.load_state_dict(progress.own)
-        left = range(progress.update, updates if progress.after is None else 0)
+        left = range(progress.update, 0 if progress.ended else updates)
         label = f"{', '.join(map(str, steps))} steps"
         bar = tqdm(left, label, initial=progress.update, total=updates, disable=not left or not is_main())
         for update in bar:
@@ -127,6 +127,7 @@ def fit(
             if progress.update % config.evaluate_every == 0 or last:
                 last = progress.evaluate() or last
             progress.report(bar, **{f"loss/{n}": float(total(value)), "lr": rate})
+            progress.ended = last
             if last or (checkpoints is not None and progress.update % checkpoints.every == 0):
                 progress.save(optimizer)
             if last:
