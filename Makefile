@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint solvers clean
+.PHONY: demo test test-slow lint solvers clean
 
 demo: .venv/installed-train
 	HF_HUB_OFFLINE=1 $(BIN)/dywspan demo --output demo/demo.png --json demo/demo.json
 
 test: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-slow: .venv/installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

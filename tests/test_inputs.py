@@ -493,3 +493,14 @@ def test_encode_prompt_is_the_pipelines_own_afterwards_even_after_an_error(tmp_p
 def test_a_pipeline_without_prompts_has_nothing_to_remember(tmp_path: Path) -> None:
     with remembered_prompts(build("DDPMPipeline").pipe, tmp_path, "weights") as memory:
         assert memory is None
+
+
+def test_a_single_text_is_remembered_as_it_is_returned(tmp_path: Path) -> None:
+    pipe, _ = pipeline("QwenImagePipeline")
+    with torch.no_grad():
+        plain, _ = pipe.encode_prompt("a cat")
+    with counting(pipe) as calls, remembered_prompts(pipe, tmp_path, "weights") as memory:
+        assert memory is not None
+        for _ in range(2):
+            assert torch.equal(memory("a cat")[0], plain)
+        assert len(calls) == 1

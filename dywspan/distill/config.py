@@ -103,6 +103,7 @@ class DistillConfig(LearningConfig):
     shared: bool = option(False, "one SpanLift operator for all steps, not one for each")
 
     loss: str = option("mse", f"on latents: {', '.join(LATENT)}")
+    latent_size: list[int] | None = option(None, "height and width of packed latents that are no square, for features")
     features: str | None = option(None, f"of decoded images, for the loss: {', '.join(FEATURES)}, timm:NAME, ...")
     latent_weight: float | None = option(None, "c of c * latent loss + feature loss; default 0.1, 0 for pixels")
 

@@ -82,16 +82,21 @@ class Problem:
         sums = torch.zeros(len(at) + 1, len(at) + 1, dtype=torch.float64)  # of [r, J]'[r, J]
         with self.replay.installed():
             for n, part, weight in self._batches():
-                with self.replay.recording():
-                    base = self._run(n, part)
-                columns = [base] + [(self._moved(n, part, at, c) - base) / self._step(at, c) for c in range(len(at))]
-                stacked = torch.stack(columns)
-                sums += weight * (stacked @ stacked.T).double().cpu()
-                self.replay.tape = []
-        self.move(at)
+                columns = self.columns(n, part)
+                sums += weight * (columns @ columns.T).double().cpu()
         sums = total(sums.to(self.pipe.device)).cpu()
         gradient = sums[0, 1:] + self.config.ridge * (at - self.origin)
         return float(sums[0, 0]) + self._prior(at), gradient, sums[1:, 1:] + self.config.ridge * torch.eye(len(at))
+
+    def columns(self, n: int, part: Pairs) -> Tensor:
+        """(1 + P, B * R): the residuals of some pairs, and how each free number changes them."""
+        at = self.numbers()
+        with self.replay.recording():
+            base = self._run(n, part)
+        changes = [(self._moved(n, part, at, c) - base) / self._step(at, c) for c in range(len(at))]
+        self.move(at)
+        self.replay.tape = []
+        return torch.stack([base, *changes])
 
     def check_replay(self) -> None:
         """Compute one batch again: a network that answers otherwise than before cannot be replayed."""
@@ -110,7 +115,7 @@ class Problem:
     def _precision(self) -> torch.dtype:
         """The coarsest that a sampling passes through."""
         n, part, _ = self._batches()[0]
-        endpoint, _ = self._endpoint(n, part[:1])
+        endpoint, _ = self._endpoint(n, part)
         networks = [getattr(m, "dtype", torch.bfloat16) for m in denoisers(self.pipe).values()]
         mixed = PRECISIONS[self.config.mixed_precision or "no"]
         passed = [d for d in (endpoint.dtype, mixed, *networks) if d is not None]

@@ -237,9 +237,13 @@ def _is_whole(file: Path) -> bool:
 
 
 def _checksum(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def digest(key: Any) -> str:
-    """A short hash of anything JSON can hold."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """A short hash of anything JSON can hold, and of tensors, whose text leaves most of their numbers out."""
+
+    def text(value: Any) -> str:
+        return f"{value.dtype} {tuple(value.shape)} {_checksum(value)}" if isinstance(value, Tensor) else str(value)
+
+    return hashlib.sha256(json.dumps(key, sort_keys=True, default=text).encode()).hexdigest()[:16]

@@ -14,7 +14,9 @@ import diffusers
 import torch
 
 from ..core.bases import BASES
+from ..core.layout import LAYOUTS, Packed
 from ..core.step import TWO_STAGE
+from ..schedulers.bind import bind
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import SpanLiftScheduler
 from .card import draw_samples, write_card
@@ -83,10 +85,13 @@ def prepare(config: DistillConfig, device: torch.device | None = None) -> Task:
     inputs, held_out_inputs = split_inputs(config)
     existing = _artefact(config)
     pipe = load_pipeline(config.model, getattr(torch, config.dtype), device, config.revision)
+    if isinstance(LAYOUTS[config.layout], Packed):
+        bind(pipe)
     check_call(pipe, inputs, config.call)
     base = _base(config, pipe) if config.solver == "spanlift" else None
     teacher, model = _teacher(config, pipe), fingerprint(pipe)
-    loss = make_loss(pipe, config.loss, config.features, config.latent_weight, config.layout)
+    size: Any = config.latent_size and tuple(config.latent_size)
+    loss = make_loss(pipe, config.loss, config.features, config.latent_weight, config.layout, size)
     task = Task(config, pipe, inputs, held_out_inputs, teacher, loss, existing, base, model)
     if base is not None:
         _check_extension(existing, base, config)

@@ -120,8 +120,10 @@ class LiftStudent(Student):
         size = {"channels": channels, "order": order, **(operator or {})}
         scheduler = SpanLiftScheduler.from_config(base.config, layout=layout, operator=size)
         for n in steps:
-            base.set_timesteps(n)
-            ones = torch.ones(len(base.timesteps) + (n in base.tables and base.tables[n].afs))
+            # Only their number matters here: any shift will do.
+            base.set_timesteps(n, mu=1.0 if base.config.get("use_dynamic_shifting") else None)
+            count = len(base.timesteps) + (n in base.tables and base.tables[n].afs)
+            ones = torch.ones(count, dtype=torch.float64)  # as coefficients are when the artefact is used
             # beta = 1 and a zero head: the gradient reaches the head at once, and the start is the base.
             scheduler.lifts[n] = Lift(ones.clone().requires_grad_(), ones.clone().requires_grad_(), name)
         self.scheduler = self.lifted = scheduler.initialize()

@@ -1,0 +1,178 @@
+"""Learning from forward passes alone: differences, replay, and pipelines that have no gradients."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_distill import CALL, EMOJI, INPUTS
+from test_trainable import Subject, float64  # noqa: F401  (a fixture)
+from test_trainable import fresh as fresh_subject
+
+from dywspan import DyWeightScheduler
+from dywspan.distill.checkpoints import Checkpoints
+from dywspan.distill.config import LearningConfig
+from dywspan.distill.least_squares import DIFFERENCE, Problem
+from dywspan.distill.losses import latent_mse, make_loss
+from dywspan.distill.pairs import Pairs, Teacher, fresh, make_pairs
+from dywspan.distill.replay import Meter
+from dywspan.distill.rollout import frozen, load_pipeline, sample
+from dywspan.distill.student import TableStudent
+from dywspan.distill.train import distill, initial_table
+
+CONFIG = LearningConfig(optimizer="least_squares", order=2, init="euler", batch_size=2, updates=3)
+
+
+def _problem(subject: Subject, **change: Any) -> Problem:
+    """Three steps of a tiny pipeline, two pairs."""
+    pairs = subject.pairs(range(2))
+    student = subject.student("dyweight", pairs.endpoints.shape[1:])
+    config = replace(CONFIG, **change)
+    return Problem(subject.pipe, student, pairs, {3: 1.0}, call=subject.call, config=config, loss=latent_mse)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline", "SanaPipeline"])
+def test_columns_are_those_of_autograd(name: str) -> None:
+    """u'J from differences beside the gradient of u'r, for some u."""
+    subject = fresh_subject(name)
+    problem = _problem(subject, difference=1e-6)
+    student, pairs = problem.student, problem.pairs
+    columns = problem.columns(3, pairs)
+    with frozen(subject.pipe):
+        student.apply()
+        end, _ = sample(subject.pipe, student.scheduler, 3, pairs.inputs, pairs.seeds, subject.call)
+        residuals = problem.residuals(subject.pipe, end, pairs.endpoints.to(end)).flatten()
+    torch.testing.assert_close(columns[0], residuals.detach())
+    for seed in range(3):
+        u = torch.randn(len(residuals), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        slopes = torch.autograd.grad(u @ residuals, student.parameters(), retain_graph=True)
+        exact = torch.cat([slope[mask] for slope, (_, mask) in zip(slopes, student.numbers())])
+        assert float((columns[1:] @ u - exact).norm() / exact.norm()) < 1e-3
+
+
+def test_replay_is_exact_and_spares_what_does_not_change() -> None:
+    subject = fresh_subject("StableDiffusionPipeline")
+    calls: dict[bool, int] = {}
+    results = []
+    for replays in (True, False):
+        problem, meter = _problem(subject), Meter(subject.pipe)
+        problem.replays = replays
+        with meter.running():
+            results.append(problem.normal_equations())
+        calls[replays] = meter.counts["student"]
+    for with_replay, without in zip(*results):
+        assert torch.equal(torch.as_tensor(with_replay), torch.as_tensor(without))
+    # Base 3. Of the weights, row 0 changes two calls, row 1 (two numbers) one, the last row none; s_i changes 3 - i.
+    every, needed = 3 * (1 + 5 + 3), 3 + 2 + 2 * 1 + 0 + (3 + 2 + 1)
+    assert calls[True] * every == calls[False] * needed
+
+
+def test_a_network_that_answers_at_random_is_not_replayed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subject = fresh_subject("StableDiffusionPipeline")
+    problem, unet = _problem(subject), subject.pipe.unet
+    problem.check_replay()
+    assert problem.replays and "no replay" not in capsys.readouterr().out
+    forward = unet.forward
+    monkeypatch.setattr(unet, "forward", lambda *a, **k: (forward(*a, **k)[0] + 1e-3 * torch.rand(()),))
+    problem.check_replay()
+    assert not problem.replays and "no replay" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return load_pipeline(str(EMOJI))
+
+
+@pytest.fixture(scope="module")
+def pairs(pipe: Any) -> tuple[Teacher, Pairs, Pairs]:
+    teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, solver="ipndm"), 12)
+    made = [make_pairs(pipe, teacher, INPUTS, range(s, s + 4), call=CALL) for s in (0, 10)]
+    return teacher, made[0], made[1]
+
+
+def test_the_default_difference_stands_out_of_bfloat16s_rounding(pipe: Any, pairs: Any) -> None:
+    """Columns in bfloat16 beside those in float32, of the same difference."""
+
+    def columns(precision: str, difference: float | None) -> torch.Tensor:
+        scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
+        config = replace(CONFIG, mixed_precision=precision, difference=difference)
+        student = TableStudent(scheduler, initial_table(scheduler, 3, config, None))
+        problem = Problem(pipe, student, pairs[1], {3: 1.0}, call=CALL, config=config, loss=latent_mse)
+        return problem.columns(3, pairs[1])[1:].double()
+
+    def agreement(difference: float | None, same: float) -> float:
+        found, expected = columns("bf16", difference), columns("no", same)
+        return float(torch.nn.functional.cosine_similarity(found, expected).min())
+
+    assert agreement(None, DIFFERENCE[torch.bfloat16]) > 0.6
+    assert agreement(1e-3, 1e-3) < 0.3
+
+
+def test_few_iterations_learn_more_than_many_gradient_steps(pipe: Any, pairs: Any) -> None:
+    teacher, train, held_out = pairs
+    table = distill(pipe, teacher, train, held_out, 2, call=CALL, config=replace(CONFIG, batch_size=4))
+    error, spent = table.provenance["held_out_error"], table.provenance["evaluations"]
+    adam = LearningConfig(updates=12, batch_size=4, lr=3e-2, init="euler", evaluate_every=4, recompute=False)
+    other = distill(pipe, teacher, train, held_out, 2, call=CALL, config=adam).provenance
+    assert error["after"] < 0.9 * error["before"]
+    assert error["after"] < other["held_out_error"]["after"]
+    assert "backward" not in spent
+    assert spent["student"] + spent["jacobian"] < other["evaluations"]["student"] + 2 * other["evaluations"]["backward"]
+
+
+def test_a_stopped_fit_ends_with_the_same_numbers(pipe: Any, pairs: Any, tmp_path: Path) -> None:
+    teacher, train, held_out = pairs
+    options: dict[str, Any] = {"call": CALL, "config": replace(CONFIG, batch_size=4)}
+    whole = distill(pipe, teacher, train, held_out, 2, checkpoints=Checkpoints(tmp_path / "a", keep=9), **options)
+    files = sorted((tmp_path / "a").iterdir())
+    assert len(files) == 3
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / files[0].name).write_bytes(files[0].read_bytes())
+    rest = distill(pipe, teacher, train, held_out, 2, checkpoints=Checkpoints(tmp_path / "b"), **options)
+    assert torch.equal(whole.weights, rest.weights) and torch.equal(whole.time_scale, rest.time_scale)
+    assert not any(name.startswith("optimizer") for name in load_file(files[-1]))
+
+
+@pytest.mark.parametrize("kind", ["int8", "compiled"])
+def test_pipelines_without_gradients_are_learned_from(kind: str) -> None:
+    pipe = load_pipeline(str(EMOJI))
+    if kind == "int8":
+        pipe.unet = torch.ao.quantization.quantize_dynamic(pipe.unet, {torch.nn.Linear}, dtype=torch.qint8)
+        assert any(type(m).__module__.startswith("torch.ao.nn.quantized") for m in pipe.unet.modules())
+    else:
+        pipe.unet.forward = torch.compile(pipe.unet.forward, backend="eager")
+    teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, solver="ipndm"), 8)
+    train, held_out = (make_pairs(pipe, teacher, INPUTS, range(s, s + 4), call=CALL) for s in (0, 10))
+    table = distill(pipe, teacher, train, held_out, 2, call=CALL, config=replace(CONFIG, batch_size=4, updates=2))
+    error = table.provenance["held_out_error"]
+    assert error["after"] < 0.97 * error["before"]
+    assert Counter(map(type, (table.weights, table.time_scale)))[torch.Tensor] == 2
+
+
+def test_what_cannot_be_a_sum_of_squares_is_said_at_once(pipe: Any, pairs: Any) -> None:
+    teacher, train, held_out = pairs
+    with pytest.raises(ValueError, match=r"latent_l1.*no sum of squares"):
+        distill(pipe, teacher, train, held_out, 2, call=CALL, config=CONFIG, loss=make_loss(pipe, "l1"))
+    with pytest.raises(ValueError, match="on_the_fly to false"):
+        distill(pipe, teacher, fresh(pipe, teacher, INPUTS, 0, CALL), held_out, 2, call=CALL, config=CONFIG)
+
+
+def test_squared_losses_are_the_squares_of_their_residuals(pipe: Any) -> None:
+    target = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    z = target + 0.1 * torch.randn(target.shape, generator=torch.Generator().manual_seed(1))
+    for loss in (
+        latent_mse,
+        make_loss(pipe),
+        make_loss(pipe, "mse", "encoder", 0.3),
+        make_loss(pipe, "mse", "encoder", 0.0),
+    ):
+        rows = loss.residuals(pipe, z, target)  # type: ignore[attr-defined]
+        torch.testing.assert_close(rows.square().sum(1).mean(), loss(pipe, z, target), rtol=1e-4, atol=1e-6)
