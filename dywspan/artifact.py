@@ -117,7 +117,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         partial.write_bytes(data)
         os.replace(partial, path)
     except OSError as error:
-        error.filename = error.filename or os.fspath(path)  # write(2) does not say where
+        if error.errno is not None and error.filename is None:  # write(2) does not say where
+            error.filename = os.fspath(path)
         raise
     finally:
         partial.unlink(missing_ok=True)

@@ -149,9 +149,9 @@ TINY: dict[str, Any] = {
     **dict.fromkeys(("cifar10", "ffhq", "afhqv2"), _unconditional),
     "imagenet64": _labelled,
     "lsun": _latent,
-    "sd15": lambda: build("StableDiffusionPipeline").pipe,
-    "sana": lambda: build("SanaPipeline").pipe,
-    "flux": lambda: build("FluxPipeline").pipe,
+    "sd15": lambda: build.__wrapped__("StableDiffusionPipeline").pipe,
+    "sana": lambda: build.__wrapped__("SanaPipeline").pipe,
+    "flux": lambda: build.__wrapped__("FluxPipeline").pipe,
 }
 
 

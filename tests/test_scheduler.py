@@ -286,6 +286,8 @@ def test_pipelines_that_never_scale_their_noise(afs: bool) -> None:
             x = scheduler.step(output, t, x).prev_sample
         ends.append(x)
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-12)
+    assert scheduler.init_noise_sigma == 1, "to a pipeline that asks before set_timesteps, the last run is nothing"
+    scheduler.set_timesteps(5)
     assert scheduler.init_noise_sigma != 1
 
 
