@@ -29,6 +29,7 @@ from dywspan.distill.checkpoints import Checkpoints
 from dywspan.distill.config import LearningConfig
 from dywspan.distill.pairs import Teacher
 from dywspan.distill.train import initial_table
+from dywspan.schedulers import base
 
 REPO = Path(__file__).parent.parent
 SETTINGS: dict[str, Any] = {
@@ -257,6 +258,26 @@ def test_a_run_that_is_killed_many_times_ends_in_the_same_bits(
     _killed_and_repeated(reference, tmp_path / "out", kills, processes, **LEARNED[name], updates=10)
 
 
+def test_an_operator_that_is_killed_between_its_two_files_is_learned_on(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, other = tmp_path / "out", tmp_path / "other"
+    options = {**LEARNED["spanlift"], "cache": str(whole() / "cache"), "updates": 1}
+    assert here(output, **options) == 0
+    write = base.write_atomically
+
+    def stop(path: Any, data: bytes) -> None:
+        if Path(path).parent == output:
+            raise KeyboardInterrupt("the weights are new, the configuration is old")
+        write(path, data)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(base, "write_atomically", stop)
+        here(output, **options, steps=[1])
+    assert here(output, **options, steps=[1]) == here(other, **options, steps=[2, 1]) == 0
+    assert learned(output)[:2] == learned(other)[:2]
+
+
 def test_patience_that_ran_out_before_a_kill_has_run_out_after_it(
     whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,6 +350,7 @@ def test_a_second_run_on_the_folder_ends_at_once_and_the_first_goes_on(
         while not (output / ".lock").exists():
             assert first.poll() is None, output.with_suffix(".log").read_text()[-3000:]
             time.sleep(0.003)
+        time.sleep(0.3)  # the file is there a moment before it is locked
         first.send_signal(signal.SIGSTOP)  # it will not be faster than the second
         assert here(output) == 2
         first.send_signal(signal.SIGCONT)

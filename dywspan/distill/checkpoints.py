@@ -84,7 +84,8 @@ class Checkpoints:
                     facts = json.loads((opened.metadata() or {})["facts"])
                     tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             except (SafetensorError, KeyError, ValueError) as error:
-                print(f"{file} is damaged ({error}): going on from the one before.")
+                if is_main():
+                    print(f"{file} is damaged ({error}): going on from the one before.")
                 continue
             return Saved({k: dict(v) if isinstance(v, list) else v for k, v in facts.items()}, tensors)
         return None

@@ -33,6 +33,7 @@ from .train import Log, distill, distill_lift, initial_table
 
 # Three ranges of seeds that never meet: a demo's or user's small ones, held-out pairs, training pairs.
 HELD_OUT_SEED, TRAIN_SEED = 10**6, 2 * 10**6
+SPARE = ".spare"  # a copy of the artefact, in its folder
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Task:
         return scheduler.with_tables([initial_table(scheduler, steps, self.config, self.config.grid)])
 
 
-def prepare(config: DistillConfig, device: torch.device | None = None) -> Task:
+def prepare(config: DistillConfig, device: torch.device | str = "cpu") -> Task:
     """Load what ``config`` names and find whatever is wrong with it.
 
     Raises:
@@ -84,7 +85,9 @@ def prepare(config: DistillConfig, device: torch.device | None = None) -> Task:
     share(range(config.batch_size))
     inputs, held_out_inputs = split_inputs(config)
     existing = _artefact(config)
-    pipe = load_pipeline(config.model, getattr(torch, config.dtype), device, config.revision)
+    # A network that is to be sharded may not fit on one device: each block moves there when it is.
+    place = "cpu" if config.fsdp else device
+    pipe = load_pipeline(config.model, getattr(torch, config.dtype), place, config.revision)
     if isinstance(LAYOUTS[config.layout], Packed):
         bind(pipe)
     check_call(pipe, inputs, config.call)
@@ -99,6 +102,7 @@ def prepare(config: DistillConfig, device: torch.device | None = None) -> Task:
         _set_timesteps(task.untrained(n), n)
     if config.fsdp:
         _shard(pipe)
+        pipe.to(device)
     return task
 
 
@@ -133,7 +137,9 @@ def run(config: DistillConfig) -> DyWeightScheduler | SpanLiftScheduler | None:
                 new = result.with_tables([*new.tables.values()]) if task.base is None else result.with_lifts(new)
             result = new
             if is_main():
-                result.save_pretrained(output)
+                # Two files are not written at once: whenever this is killed, one of the folders is whole.
+                for folder in (output / SPARE, output):
+                    result.save_pretrained(folder)
             for n in group:
                 _show(task, result, n)
         assert result is not None
@@ -226,7 +232,12 @@ def _artefact(config: DistillConfig) -> Any:
     found = kind.load_config(config.output).get("_class_name")
     if found != kind.__name__:
         raise ValueError(f"{config.output} holds a {found}: choose another output for a {kind.__name__}.")
-    return kind.from_pretrained(config.output)
+    try:
+        return kind.from_pretrained(config.output)
+    except (ValueError, OSError):
+        if not (spare := Path(config.output) / SPARE).exists():
+            raise
+        return kind.from_pretrained(spare)
 
 
 def _check_extension(existing: SpanLiftScheduler | None, base: DyWeightScheduler, config: DistillConfig) -> None:
@@ -278,6 +289,7 @@ def _shard(pipe: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     for model in denoisers(pipe).values():
+        model.requires_grad_(False)
         for block in blocks(model):
             fully_shard(block)
         fully_shard(model)
