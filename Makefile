@@ -16,14 +16,12 @@ test-slow: .venv/installed-dev
 lint: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
-# How examples/emoji-sd-solvers and examples/emoji-sd-spanlift were made.
-LEARN := HF_HUB_OFFLINE=1 $(BIN)/dywspan distill --model examples/emoji-sd --prompts examples/prompts/emoji-train.txt \
-	--cache build/pairs --guidance-scale 4 --no-recompute --mixed-precision bf16
-LIFT := $(LEARN) --output build/emoji-sd-spanlift --solver spanlift --base build/emoji-sd-solvers --evaluate-every 30
+# How examples/emoji-sd-solvers and examples/emoji-sd-spanlift are made.
+DISTILL := HF_HUB_OFFLINE=1 $(BIN)/dywspan distill --config training/configs
 solvers: .venv/installed-train
-	$(LEARN) --output build/emoji-sd-solvers --init euler --steps 3 5 7
-	$(LIFT) --steps 3 5
-	$(LIFT) --steps 7 --lr 3e-4 --updates 240
+	$(DISTILL)/emoji_sd_dyweight.yaml
+	$(DISTILL)/emoji_sd_spanlift.yaml
+	$(DISTILL)/emoji_sd_spanlift.yaml --steps 7 --lr 3e-4 --updates 240
 
 .venv/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

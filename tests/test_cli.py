@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,14 @@ def test_the_example_script_draws_an_image(tmp_path: Path) -> None:
     with Image.open(tmp_path / "x.png") as image:
         red, green, _ = image.convert("RGB").resize((1, 1)).getpixel((0, 0))
     assert red > green + 20, "a red heart is red"
+
+
+def test_the_digits_example_learns(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    script, small = str(ROOT / "examples" / "digits.py"), ["--steps", "3", "--pairs", "32", "--held-out", "64"]
+    (line,) = _python(script, *small, "--updates", "6").splitlines()
+    before, after = (float(word) for word in re.findall(r"0\.\d+", line))
+    assert line.startswith("3 steps, 32 pairs: iPNDM(3M)") and after < 0.3 * before
 
 
 def test_import_needs_no_extra() -> None:

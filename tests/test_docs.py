@@ -39,6 +39,14 @@ def test_the_readmes_overhead_is_the_recorded_measurement() -> None:
     assert f"a DyWeight step takes {shares['DyWeight']:.3f} % and a SpanLift step {shares['SpanLift']:.2f} %" in text
 
 
+def test_memory_of_learning_is_flat_in_the_number_of_steps_as_the_docs_say() -> None:
+    rows = json.loads((ROOT / "docs" / "results" / "memory.json").read_text())["rows"]
+    flat = [r["ratio_to_3_steps"] for r in rows if r["recompute"] and r["num_inference_steps"] == 9]
+    assert len(flat) == 4 and max(flat) < 1.015
+    text = " ".join((ROOT / "docs" / "training.md").read_text().split())
+    assert "is 1.01 times that at 3 on the embedded pipeline" in text
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", document.read_text()):

@@ -430,10 +430,15 @@ def test_a_path_ends_at_the_endpoint_and_starts_where_the_student_does(pixels: P
         pairs, _ = run._pairs(task, teacher)
         assert isinstance(pairs, Pairs)
         assert teacher.num_inference_steps == 3 * substeps and pairs[:].targets.shape == (4, 3, 3, 8, 8)
+        seen: list[torch.Tensor] = []
+        keep = lambda i, x: seen.append(teacher.scheduler.state(i, x))  # noqa: B023, E731
         with torch.no_grad():
-            end, _ = sample(task.pipe, teacher.scheduler, 3 * substeps, pairs.inputs, pairs.seeds, {})
+            end, _ = sample(task.pipe, teacher.scheduler, 3 * substeps, pairs.inputs, pairs.seeds, {}, watch=keep)
         torch.testing.assert_close(pairs[:].targets[:, -1], end)
+        torch.testing.assert_close(pairs[:].targets[:, :-1], torch.stack(seen[substeps - 1 : -1 : substeps], 1))
         untrained = task.untrained(3)
+        untrained.set_timesteps(3)
+        torch.testing.assert_close(teacher.scheduler.sigmas[::substeps], untrained.sigmas, msg="on the student's grid")
         student = TableStudent(untrained, untrained.tables[3])
         student.apply()
         with torch.no_grad():
