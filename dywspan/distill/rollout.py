@@ -140,7 +140,8 @@ def sample(
     # A text for all, such as a negative prompt, is one for each.
     common = {k: [v] * len(inputs) if isinstance(v, str) and "prompt" in k else v for k, v in call.items()}
     arguments = {**columns, "generator": generators(seeds), "num_inference_steps": steps, **common}
-    return rollout(pipe, scheduler, decode=decode, watch=watch, **arguments)
+    end, output = rollout(pipe, scheduler, decode=decode, watch=watch, **arguments)
+    return end[: len(inputs)], output  # some pipelines carry guidance's second half to the end
 
 
 @contextmanager

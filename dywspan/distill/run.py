@@ -15,6 +15,7 @@ import torch
 
 from ..core.bases import BASES
 from ..core.layout import LAYOUTS, Packed
+from ..core.operator import ResidualOperator
 from ..core.step import TWO_STAGE
 from ..schedulers.bind import bind
 from ..schedulers.dyweight import DyWeightScheduler
@@ -28,7 +29,7 @@ from .losses import Loss, make_loss
 from .pairs import UNWRITABLE, Pairs, Source, Teacher, digest, fingerprint, fresh, make_pairs
 from .plan import print_plan
 from .processes import is_main, share, wait
-from .rollout import Inputs, blocks, denoisers, load_pipeline
+from .rollout import Inputs, blocks, denoisers, load_pipeline, sample
 from .train import Log, distill, distill_lift, initial_table
 
 # Three ranges of seeds that never meet: a demo's or user's small ones, held-out pairs, training pairs.
@@ -97,6 +98,7 @@ def prepare(config: DistillConfig, device: torch.device | str = "cpu") -> Task:
     loss = make_loss(pipe, config.loss, config.features, config.latent_weight, config.layout, size)
     task = Task(config, pipe, inputs, held_out_inputs, teacher, loss, existing, base, model)
     if base is not None:
+        _check_operator(config)
         _check_extension(existing, base, config)
     for n in config.steps:
         _set_timesteps(task.untrained(n), n)
@@ -116,14 +118,20 @@ def run(config: DistillConfig) -> DyWeightScheduler | SpanLiftScheduler | None:
         FloatingPointError: the loss is not finite.
     """
     from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
 
     trackers: Any = config.trackers or None
+    known = [str(tracker) for tracker in get_available_trackers()]
+    if unknown := [name for name in config.trackers if name not in [*known, "all"]]:
+        raise ValueError(f"trackers={unknown} are not installed, or not Accelerate's: there are {known}.")
     # Without config.mixed_precision: Accelerate would keep it for every later run in this process.
     accelerator = Accelerator(log_with=trackers, project_dir=config.output)
     if (started := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
         raise ValueError(f"{started} processes were started, but each sees itself alone: set ACCELERATE_USE_CPU=true.")
     precision: Any = config.mixed_precision or accelerator.mixed_precision
     task = prepare(replace(config, mixed_precision=precision), accelerator.device)
+    if task.base is not None:
+        _check_layout(task)
     if config.dry_run:
         print_plan(task)
         return None
@@ -144,7 +152,7 @@ def run(config: DistillConfig) -> DyWeightScheduler | SpanLiftScheduler | None:
                 _show(task, result, n)
         assert result is not None
         if is_main():
-            write_card(result, output, asdict(config))
+            write_card(result, output, asdict(config), task.inputs[0])
             if config.push_to_hub:
                 _push(config.push_to_hub, output)
         wait()
@@ -238,6 +246,27 @@ def _artefact(config: DistillConfig) -> Any:
         if not (spare := Path(config.output) / SPARE).exists():
             raise
         return kind.from_pretrained(spare)
+
+
+def _check_operator(config: DistillConfig) -> None:
+    """The operator can be built, for any number of channels."""
+    try:
+        ResidualOperator(**{"channels": 1, "order": config.order, **config.operator})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"operator={config.operator} does not describe a SpanLift operator: {error}.") from None
+
+
+@torch.no_grad()
+def _check_layout(task: Task) -> None:
+    """One sample of the base is of the layout. Whether packed tokens are the size told is seen at the first step."""
+    config, layout = task.config, LAYOUTS[task.config.layout]
+    if isinstance(layout, Packed):
+        return
+    x, _ = sample(task.pipe, task.base, min(config.steps), task.inputs[:1], [0], config.call)
+    try:
+        layout.to_grid(x)
+    except ValueError as error:
+        raise ValueError(f"layout={config.layout!r} is not that of {type(task.pipe).__name__}: {error}") from None
 
 
 def _check_extension(existing: SpanLiftScheduler | None, base: DyWeightScheduler, config: DistillConfig) -> None:
