@@ -42,7 +42,6 @@ class Task:
     """All a run needs, checked, before anything is computed.
 
     Attributes:
-        existing: what the output folder holds from an earlier run, and is added to.
         base: of SpanLift; None where tables are learned.
         model: hash of the pipeline's weights.
     """
@@ -53,7 +52,6 @@ class Task:
     held_out_inputs: Inputs
     teacher: Teacher
     loss: Loss
-    existing: Any
     base: DyWeightScheduler | None
     model: str
 
@@ -96,7 +94,7 @@ def prepare(config: DistillConfig, device: torch.device | str = "cpu") -> Task:
     teacher, model = _teacher(config, pipe), fingerprint(pipe)
     size: Any = config.latent_size and tuple(config.latent_size)
     loss = make_loss(pipe, config.loss, config.features, config.latent_weight, config.layout, size)
-    task = Task(config, pipe, inputs, held_out_inputs, teacher, loss, existing, base, model)
+    task = Task(config, pipe, inputs, held_out_inputs, teacher, loss, base, model)
     if base is not None:
         _check_operator(config)
         _check_extension(existing, base, config)
