@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from ..artifact import markdown
+from .config import UPDATES
 from .memory import peak_bytes
 from .pairs import Pairs
 from .processes import is_main, share
@@ -53,7 +54,7 @@ def print_plan(task: Task) -> None:
 
     networks = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
     weights = sum(t.nbytes for m in networks for t in m.state_dict().values())
-    updates = config.updates or 300
+    updates = config.updates or UPDATES
     teacher, checks = task.teacher.num_inference_steps, updates // config.evaluate_every + 2
     count = config.held_out + (0 if config.on_the_fly else config.pairs)
     rows = [("teacher", f"{count} pairs", count * teacher, count * teacher * per_evaluation)]

@@ -30,6 +30,7 @@ from .pairs import UNWRITABLE, Pairs, Source, Teacher, digest, fingerprint, fres
 from .plan import print_plan
 from .processes import is_main, share, wait
 from .rollout import Inputs, blocks, denoisers, load_pipeline, sample
+from .student import set_timesteps
 from .train import Log, distill, distill_lift, initial_table
 
 # Three ranges of seeds that never meet: a demo's or user's small ones, held-out pairs, training pairs.
@@ -99,7 +100,7 @@ def prepare(config: DistillConfig, device: torch.device | str = "cpu") -> Task:
         _check_operator(config)
         _check_extension(existing, base, config)
     for n in config.steps:
-        _set_timesteps(task.untrained(n), n)
+        set_timesteps(task.untrained(n), n)
     if config.fsdp:
         _shard(pipe)
         pipe.to(device)
@@ -225,11 +226,6 @@ def _base(config: DistillConfig, pipe: Any) -> Any:
     return DyWeightScheduler.from_pretrained(config.base)
 
 
-def _set_timesteps(scheduler: DyWeightScheduler, steps: int) -> None:
-    """As a pipeline does; any resolution will do."""
-    scheduler.set_timesteps(steps, mu=1.0 if scheduler.config.get("use_dynamic_shifting") else None)
-
-
 def _artefact(config: DistillConfig) -> Any:
     """What lies in the output folder from an earlier run and is added to."""
     kind = SpanLiftScheduler if config.solver == "spanlift" else DyWeightScheduler
@@ -290,7 +286,7 @@ def _teacher(config: DistillConfig, pipe: Any) -> Teacher:
         return Teacher(kind.from_config(pipe.scheduler.config), steps)
     solver = {"solver": name, "order": config.teacher_order}
     scheduler = DyWeightScheduler.from_config(pipe.scheduler.config, grid=config.teacher_grid, **solver)
-    _set_timesteps(scheduler, steps)
+    set_timesteps(scheduler, steps)
     if scheduler._grid is None or float(scheduler._grid[-1]) == 0:
         return Teacher(scheduler, steps)
     grid = {"sigmas": [*scheduler._grid.tolist(), 0.0]}

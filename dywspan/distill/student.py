@@ -17,6 +17,11 @@ from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import SpanLiftScheduler
 
 
+def set_timesteps(scheduler: DyWeightScheduler, steps: int) -> None:
+    """Outside a pipeline's call, where only the number of steps matters: any resolution's shift will do."""
+    scheduler.set_timesteps(steps, mu=1.0 if scheduler.config.get("use_dynamic_shifting") else None)
+
+
 class Student(ABC):
     """A scheduler with parameters.
 
@@ -120,8 +125,7 @@ class LiftStudent(Student):
         size = {"channels": channels, "order": order, **(operator or {})}
         scheduler = SpanLiftScheduler.from_config(base.config, layout=layout, operator=size)
         for n in steps:
-            # Only their number matters here: any shift will do.
-            base.set_timesteps(n, mu=1.0 if base.config.get("use_dynamic_shifting") else None)
+            set_timesteps(base, n)
             count = len(base.timesteps) + (n in base.tables and base.tables[n].afs)
             ones = torch.ones(count, dtype=torch.float64)  # as coefficients are when the artefact is used
             # beta = 1 and a zero head: the gradient reaches the head at once, and the start is the base.
@@ -130,13 +134,14 @@ class LiftStudent(Student):
         self.networks = list(scheduler.operators.values())
 
     def parameters(self) -> list[Tensor]:
-        scalars = [v for lift in self.lifted.lifts.values() for v in (lift.alpha, lift.beta)]
-        return scalars + [p for operator in self.lifted.operators.values() for p in operator.parameters()]
+        return self._scalars() + [p for network in self.networks for p in network.parameters()]
 
     def numbers(self) -> list[tuple[Tensor, Tensor]]:
         """alpha and beta of each step; the operator stays."""
-        scalars = [v for lift in self.lifted.lifts.values() for v in (lift.alpha, lift.beta)]
-        return [(v, torch.ones_like(v, dtype=torch.bool)) for v in scalars]
+        return [(v, torch.ones_like(v, dtype=torch.bool)) for v in self._scalars()]
+
+    def _scalars(self) -> list[Tensor]:
+        return [v for lift in self.lifted.lifts.values() for v in (lift.alpha, lift.beta)]
 
     def apply(self) -> None:
         """Nothing to do: the scheduler computes with the parameters themselves."""

@@ -21,7 +21,7 @@ from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import SpanLiftScheduler
 from ..version import __version__
 from .checkpoints import Checkpoints
-from .config import OPTIMIZERS, LearningConfig
+from .config import OPTIMIZERS, UPDATES, LearningConfig
 from .least_squares import fit_least_squares
 from .losses import Loss, latent_mse
 from .pairs import Pairs, Source, Teacher, shuffled
@@ -85,7 +85,7 @@ def fit(
         FloatingPointError: the loss is not finite; says at which update, sampling step and level, and for which seeds.
     """
     source = shuffled(train, config.seed) if isinstance(train, Pairs) else train
-    parameters, peak_rate, updates = student.parameters(), config.lr or student.lr, config.updates or 300
+    parameters, peak_rate, updates = student.parameters(), config.lr or student.lr, config.updates or UPDATES
     optimizer = OPTIMIZERS[config.optimizer](parameters, lr=peak_rate, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(pipe.device.type, enabled=config.mixed_precision == "fp16")
     settings: dict[str, Any] = {"call": call, "config": config, "loss": loss}
@@ -242,7 +242,7 @@ def _provenance(
     config: LearningConfig,
     loss: Loss,
 ) -> dict[str, Any]:
-    seen = len(train) if isinstance(train, Pairs) else (config.updates or 300) * config.batch_size
+    seen = len(train) if isinstance(train, Pairs) else (config.updates or UPDATES) * config.batch_size
     teacher_cost = round((seen + len(held_out)) * teacher.num_inference_steps * cost["per_step"])
     return {
         "base_model": str(getattr(pipe, "name_or_path", "")),
