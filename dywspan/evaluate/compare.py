@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
@@ -15,16 +14,6 @@ from tqdm.auto import tqdm
 from ..distill.losses import decode, encoder, feature_distance
 from ..distill.pairs import Pairs
 from ..distill.rollout import sample
-from ..schedulers.dyweight import DyWeightScheduler
-
-# What a user would otherwise reach for, from the pipeline's own scheduler configuration.
-BASELINES: dict[str, Callable[[Any], Any]] = {
-    # Without these two, DDIM would clip latents to [-1, 1] and spend its last step at t = 0.
-    "DDIM": lambda c: diffusers.DDIMScheduler.from_config(c, clip_sample=False, timestep_spacing="trailing"),
-    "DPM-Solver++(2M)": lambda c: diffusers.DPMSolverMultistepScheduler.from_config(c, solver_order=2),
-    "UniPC": diffusers.UniPCMultistepScheduler.from_config,
-    "iPNDM(2M)": lambda c: DyWeightScheduler.from_config(c, solver="ipndm", order=2),
-}
 
 
 @dataclass(frozen=True)

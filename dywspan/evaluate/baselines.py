@@ -1,0 +1,323 @@
+"""What a learned solver is compared with: every solver of the ODE that fits a pipeline, at the same cost.
+
+Whether one fits is asked of the pipeline, not looked up: it must begin with it, give its network what the network was
+trained on, and end at the image of a network that knows the image.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.schedulers import AysSchedules
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..core.prediction import Flow, Prediction
+from ..distill.pairs import Teacher, digest
+from ..distill.rollout import denoisers, sample
+from ..published import neuralsolver_tables
+from ..schedulers.dyweight import DyWeightScheduler
+from ..schedulers.spanlift import SpanLiftScheduler
+
+Maker = Callable[[Any, int], Any]  # (pipeline, number of steps) -> scheduler; ValueError: there is none
+
+
+def of_diffusers(name: str, **options: Any) -> Maker:
+    """A scheduler of diffusers from the pipeline's own configuration, told of flow networks in its own words."""
+
+    def make(pipe: Any, steps: int) -> Any:
+        kind, config, given = getattr(diffusers, name), pipe.scheduler.config, dict(options)
+        if isinstance(prediction(pipe), Flow):
+            shift = config.get("shift") or config.get("flow_shift") or 1.0
+            given |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+            given |= {"shift": shift, "timestep_spacing": config.get("timestep_spacing", "linspace")}
+        known = inspect.signature(kind.__init__).parameters
+        return kind.from_config(config, **{k: v for k, v in given.items() if k in known})
+
+    return make
+
+
+def of_ours(solver: str, order: int = 2) -> Maker:
+    """A classical solver of ``BASES`` or ``TWO_STAGE`` on the pipeline's own grid."""
+    return lambda pipe, steps: DyWeightScheduler.from_config(pipe.scheduler.config, solver=solver, order=order)
+
+
+def align_your_steps(pipe: Any, steps: int) -> Any:
+    """DPM-Solver++(2M) on the ten-step grid published for this kind of pipeline, for other numbers log-linear between.
+
+    Source: Align Your Steps (Sabour et al. 2024), whose page interpolates so.
+    """
+    name = type(pipe).__name__.removesuffix("Pipeline") + "Sigmas"
+    if name not in AysSchedules:
+        raise ValueError(f"no grid of Align Your Steps is published for a {type(pipe).__name__}")
+    known = torch.tensor(AysSchedules[name][:-1], dtype=torch.float64).log()
+    place = torch.linspace(0, len(known) - 1, steps, dtype=torch.float64)
+    low = place.long().clamp(max=len(known) - 2)
+    sigmas = torch.lerp(known[low], known[low + 1], place - low).exp()
+    grid = {"sigmas": [*sigmas.tolist(), 0.0]}
+    return DyWeightScheduler.from_config(pipe.scheduler.config, solver="dpmpp", order=2, grid=grid)
+
+
+def neuralsolver(pipe: Any, steps: int) -> Any:
+    """The published solver whose noise starts where this network's does."""
+    own = DyWeightScheduler.from_config(pipe.scheduler.config)
+    last = torch.tensor([own.config["num_train_timesteps"] - 1.0])
+    start = 1.0 if isinstance(own.host.prediction, Flow) else float(own.host.prediction.sigma(last))
+    for family in ("flow_matching", "ddpm"):
+        tables = {table.num_inference_steps: table for table in neuralsolver_tables(family)}
+        if math.isclose(next(iter(tables.values())).grid["sigmas"][0], start, rel_tol=0.1):
+            if steps not in tables:
+                raise ValueError(f"published for {sorted(tables)} steps")
+            return own.with_tables([tables[steps]])
+    raise ValueError(f"none is published for networks whose noise starts at sigma {start:.4g}")
+
+
+# In each row, the first that fits is the solver: what a user of this kind of pipeline would reach for, then our own.
+# Where diffusers' default grid spends the last evaluation at t = 0, "trailing" does not.
+_TRAILING = {"timestep_spacing": "trailing"}
+BASELINES: dict[str, tuple[Maker, ...]] = {
+    "DDIM": (of_diffusers("DDIMScheduler", clip_sample=False, **_TRAILING),),  # it would clip latents to [-1, 1]
+    "Euler": (
+        of_diffusers("EulerDiscreteScheduler", **_TRAILING),
+        of_diffusers("FlowMatchEulerDiscreteScheduler"),
+        of_diffusers("EDMEulerScheduler"),
+        of_ours("euler"),
+    ),
+    "Heun": (
+        of_diffusers("HeunDiscreteScheduler", **_TRAILING),
+        of_diffusers("FlowMatchHeunDiscreteScheduler"),
+        of_ours("heun"),
+    ),
+    "DPM-Solver-2": (of_diffusers("KDPM2DiscreteScheduler", **_TRAILING), of_ours("dpm2")),
+    "PNDM": (of_diffusers("PNDMScheduler", skip_prk_steps=True, **_TRAILING),),
+    "DEIS": (of_diffusers("DEISMultistepScheduler"), of_ours("deis")),
+    "DPM-Solver++(2M)": (
+        of_diffusers("DPMSolverMultistepScheduler", solver_order=2),
+        of_diffusers("EDMDPMSolverMultistepScheduler", solver_order=2),
+        of_ours("dpmpp", 2),
+    ),
+    "DPM-Solver++(2M), Karras": (of_diffusers("DPMSolverMultistepScheduler", solver_order=2, use_karras_sigmas=True),),
+    "DPM-Solver++(2M), AYS": (align_your_steps,),
+    "DPM-Solver++(3M)": (
+        of_diffusers("DPMSolverMultistepScheduler", solver_order=3),
+        of_diffusers("EDMDPMSolverMultistepScheduler", solver_order=3),
+        of_ours("dpmpp", 3),
+    ),
+    "UniPC": (of_diffusers("UniPCMultistepScheduler"), of_ours("unipc")),
+    "Adams(2M)": (of_ours("adams", 2),),
+    "Adams(3M)": (of_ours("adams", 3),),
+    "iPNDM(2M)": (of_ours("ipndm", 2),),
+    "iPNDM(3M)": (of_ours("ipndm", 3),),
+    "iPNDM(4M)": (of_ours("ipndm", 4),),
+    "NeuralSolver": (neuralsolver,),
+}
+
+
+# Stable Diffusion's schedulers may end at the first training level, sigma = 0.029, instead of 0: that is allowed.
+STRAY = 0.05
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A row of a comparison: a name, and what makes its scheduler."""
+
+    name: str
+    makers: tuple[Maker, ...]
+    learned: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A solver at a cost.
+
+    Attributes:
+        solver: its row's name.
+        scheduler: that samples.
+        num_inference_steps: what its ``set_timesteps`` is given.
+        nfe: guided evaluations of the denoiser: the steps the pipeline then takes.
+    """
+
+    solver: str
+    scheduler: Any
+    num_inference_steps: int
+    nfe: int
+    learned: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """All that determines its endpoints."""
+        operators = getattr(self.scheduler, "operators", {})
+        weights = {name: digest(list(module.state_dict().values())) for name, module in operators.items()}
+        return {**Teacher(self.scheduler, self.num_inference_steps).describe(), "operators": weights}
+
+
+def find_solvers(names: Sequence[str]) -> list[Solver]:
+    """Solvers by name: of ``BASELINES`` ("all" is each of them), or artefacts, by directory or Hub id.
+
+    Raises:
+        ValueError: an unknown name; says which one is nearest.
+        OSError: an artefact that cannot be read.
+    """
+    found: dict[str, Solver] = {}
+    artefacts: dict[str, Any] = {}
+    for name in names:
+        if name == "all":
+            found |= {known: Solver(known, makers) for known, makers in BASELINES.items()}
+        elif name in BASELINES:
+            found[name] = Solver(name, BASELINES[name])
+        elif "/" in name or Path(name).exists():
+            config = DyWeightScheduler.load_config(name)
+            lifted = config.get("_class_name") == SpanLiftScheduler.__name__
+            artefacts[name] = (SpanLiftScheduler if lifted else DyWeightScheduler).from_pretrained(name)
+        else:
+            near = difflib.get_close_matches(name, ["all", *BASELINES], 1, 0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"use one of {['all', *BASELINES]}, or an artefact's path."
+            raise ValueError(f"Unknown solver {name!r}: {hint}")
+    for name, scheduler in artefacts.items():
+        kind = type(scheduler).__name__.removesuffix("Scheduler")
+        alone = sum(type(other) is type(scheduler) for other in artefacts.values()) == 1
+        label = f"{kind} (learned)" if alone else f"{kind}, {name.rstrip('/').split('/')[-1]}"
+        found[label] = Solver(label, (_learned(scheduler),), learned=True)
+    return list(found.values())
+
+
+def _learned(scheduler: Any) -> Maker:
+    lifted = isinstance(scheduler, SpanLiftScheduler)
+    counts = scheduler.lifts if lifted else scheduler.tables
+    of_any_count = not lifted and getattr(scheduler, "continuous", None) is not None
+
+    def make(pipe: Any, steps: int) -> Any:
+        own, other = type(prediction(pipe)).__name__, type(scheduler.host.prediction).__name__
+        if own != other:
+            raise ValueError(f"learned for {other} networks, and this one is of kind {own}")
+        if (
+            counts and steps not in counts and not of_any_count
+        ):  # not a classical solver instead, which the artefact may also name
+            raise ValueError(f"learned for {sorted(counts)} steps")
+        return scheduler
+
+    return make
+
+
+def prediction(pipe: Any) -> Prediction:
+    """The convention of the pipeline's network."""
+    return DyWeightScheduler.from_config(pipe.scheduler.config).host.prediction
+
+
+def make_cell(pipe: Any, solver: Solver, nfe: int, own: Mapping[str, Any], call: Mapping[str, Any]) -> Cell:
+    """The solver with the number of steps that takes ``nfe`` guided evaluations in this pipeline.
+
+    Args:
+        own, call: arguments of one sample, and of all, that the pipeline is begun with.
+
+    Raises:
+        ValueError: it does not fit the pipeline, or no number of steps costs this much; says why.
+    """
+    reasons: list[str] = []
+    for make in solver.makers:
+        try:
+            for steps in [nfe, *(n for n in range(1, nfe + 2) if n != nfe)]:
+                scheduler = make(pipe, steps)
+                level = begin(pipe, scheduler, steps, own, call)
+                if len(scheduler.timesteps) == nfe:
+                    _check(pipe, solver, scheduler, level, own, call)
+                    return Cell(solver.name, scheduler, steps, nfe, solver.learned)
+            reasons.insert(0, f"no number of steps costs {nfe} evaluations")
+        except Exception as error:  # schedulers and pipelines refuse each other in every way there is
+            reasons.append(" ".join(str(error).split()) or type(error).__name__)
+    raise ValueError(f"{solver.name}, {nfe} evaluations: {reasons[0]}")
+
+
+class _Refused(Exception):
+    """Why a scheduler does not fit."""
+
+
+class _Begun(Exception):
+    """Not an error: how a pipeline is left at its first evaluation."""
+
+
+@torch.no_grad()
+def begin(pipe: Any, scheduler: Any, steps: int, own: Mapping[str, Any], call: Mapping[str, Any]) -> float:
+    """Run one sample up to the first evaluation; the root mean square of what the denoiser is given.
+
+    Raises:
+        Exception: any; the pipeline does not run with this scheduler.
+    """
+    levels: list[float] = []
+    scale, scaled = getattr(scheduler, "scale_model_input", None), []
+
+    def scale_model_input(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        scaled.append(True)
+        assert scale is not None
+        return scale(x, *args, **kwargs)
+
+    def leave(module: Any, args: Any, kwargs: Any) -> None:
+        given = next(v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.ndim > 1)
+        levels.append(_rms(given))
+        raise _Begun
+
+    hooks = [m.register_forward_pre_hook(leave, prepend=True, with_kwargs=True) for m in denoisers(pipe).values()]
+    if scale is not None:
+        scheduler.scale_model_input = scale_model_input
+    try:
+        with suppress(_Begun):
+            sample(pipe, scheduler, steps, [own], [0], call)
+    finally:
+        vars(scheduler).pop("scale_model_input", None)
+        for hook in hooks:
+            hook.remove()
+    if scale is not None and not scaled and not torch.equal(scale(one := torch.ones(1), scheduler.timesteps[0]), one):
+        raise _Refused(f"{type(pipe).__name__} never scales the sample as a {type(scheduler).__name__} needs it")
+    return levels[0]
+
+
+def _check(
+    pipe: Any, solver: Solver, scheduler: Any, level: float, own: Mapping[str, Any], call: Mapping[str, Any]
+) -> None:
+    nfe = len(scheduler.timesteps)
+    usual = begin(pipe, of_ours("euler")(pipe, nfe), nfe, own, call)
+    if not 0.5 < level / usual < 2:
+        raise _Refused(f"the network would first be given {level / usual:.2g} times the noise that it knows")
+    if not solver.learned and not (error := stray(scheduler, prediction(pipe))) < STRAY:
+        raise _Refused(f"it strays by {error:.2g} from the way to an image that the network knows")
+
+
+@torch.no_grad()
+def stray(scheduler: Any, prediction: Prediction) -> float:
+    """How far a begun scheduler strays with a network that knows the image: whose D is that image at every level.
+
+    The ODE's solution is then a straight line from the noise to the image, and so is every solver's whose levels,
+    times, scales and meaning of the network's output are this network's:
+
+        x_i = alpha_i image + sigma_i e, with one e for all i;   x_N = image
+
+    Returns:
+        The largest root mean square of what x_i differs by, in units of (alpha_i^2 + sigma_i^2)^1/2.
+    """
+    image, x = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if (device := scheduler.timesteps.device).type != "mps":  # which has no float64
+        image, x = image.to(device), x.to(device)
+    image, x = image / _rms(image), x * getattr(scheduler, "init_noise_sigma", 1.0)
+    line, strays = None, []
+    for t in scheduler.timesteps:
+        given = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        tau = prediction.sigma(t.detach().cpu().double())
+        state, signal = given / prediction.input_scale(tau), prediction.signal(tau)
+        line = (state - signal * image) / tau if line is None else line
+        strays.append(_rms(state - signal * image - tau * line) / math.hypot(signal, tau))
+        # D is affine in the output: solve for the output whose D is the image.
+        offset, unit = (prediction.denoised(state, torch.full_like(state, v), tau) for v in (0, 1))
+        x = scheduler.step((image - offset) / (unit - offset), t, x, return_dict=False)[0]
+    return max([_rms(x - image), *strays], key=lambda v: math.inf if math.isnan(v) else v)
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.float().square().mean().sqrt())

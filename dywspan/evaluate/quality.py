@@ -1,0 +1,597 @@
+"""Quality at equal cost: any solvers on the same prompts and noise, measured by any metrics, stopped and gone on with.
+
+noise(seed_i), prompt_i -> solver at N evaluations -> image_i -> rows of each metric -> number, interval
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..artifact import write_atomically
+from ..core.layout import LAYOUTS, Packed, Size
+from ..distill.config import check_types, option
+from ..distill.embeddings import remembered_prompts
+from ..distill.inputs import check_call, read_inputs
+from ..distill.losses import decode
+from ..distill.pairs import Pairs, Teacher, digest, fingerprint, make_pairs
+from ..distill.processes import in_turn, is_main, wait
+from ..distill.progress import autocast
+from ..distill.rollout import Inputs, load_pipeline, sample
+from ..distill.run import find_teacher
+from ..schedulers.bind import bind
+from .baselines import BASELINES, Cell, begin, find_solvers, make_cell
+from .metrics import METRICS, Metric, Sample, interval
+from .report import draw_samples, plots, table, write_results
+
+
+@dataclass(frozen=True)
+class QualityConfig:
+    """A whole evaluation; every field is explained by ``dywspan eval --help``."""
+
+    model: str = option("", "pipeline: a directory or a Hub id")
+    revision: str | None = option(None, "of the model on the Hub")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of the pipeline's weights")
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "of the solvers' evaluations, not of the reference's")
+    call: dict[str, Any] = option({}, 'arguments of the pipeline\'s call, e.g. {"height": 512, "guidance_scale": 4.5}')
+    guidance_scale: float | None = option(None, "short for call.guidance_scale")
+
+    prompts: str | list | None = option(
+        None, "file (.txt, .jsonl, .csv), a dataset's name, or a list; none for unconditional models"
+    )
+    prompt_column: str | None = option(None, "of a dataset or file; default 'prompt'")
+    prompt_split: str = option("train", "split of the dataset")
+    samples: int = option(1000, "images a number is measured on")
+    repeat_prompts: bool = option(False, "go through the prompts again, with new noise, where samples are more")
+    seed: int = option(0, "of the first sample's noise; each has its own, the next number")
+
+    solvers: list[str] = option(["all"], f"all that fit, or some of: {', '.join(BASELINES)}; and artefacts")
+    steps: list[int] = option([5], "numbers of guided evaluations (NFE) to compare at")
+    metrics: list[str] = option(["latent_mse"], f"of: {', '.join(METRICS)}")
+    metric_options: dict[str, Any] = option({}, 'by metric, e.g. {"fid": {"reference": "coco/val2014"}}')
+    base: str | None = option(None, "solver whose distance to the reference is the gap that others close a share of")
+
+    teacher: str = option("ipndm", "of the reference: a base solver, or a diffusers scheduler's class name")
+    teacher_steps: int = option(50, "network evaluations of the reference")
+    teacher_order: int = option(2, "of a base solver as reference")
+    teacher_grid: dict[str, Any] | None = option(None, "of a base solver as reference; the pipeline's own by default")
+    layout: str = option("image", f"of the latents, for decoding: {', '.join(sorted(LAYOUTS))}")
+    latent_size: list[int] | None = option(None, "height and width of packed latents that are no square")
+
+    images: str | None = option(None, "directory of images to measure, instead of sampling")
+    batch_size: int = option(16, "images at a time, and in one file of the cache")
+    cache: str | None = option(None, "directory of what is finished, to share between runs; default: beside output")
+    output: str = option("evaluation.json", "results; the same command continues a run that was stopped")
+    pictures: str | None = option(None, "directory for plots of every metric over NFE")
+    picture_steps: list[int] = option([], "numbers of evaluations to draw samples at, one solver a row")
+    columns: int = option(8, "samples a picture shows")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not self.model and self.images is None:
+            raise ValueError("model is missing: name a pipeline (a directory or a Hub id), or give images to measure.")
+        for name, least in {
+            "samples": 2,
+            "batch_size": 1,
+            "columns": 1,
+            "teacher_steps": 1,
+            "teacher_order": 1,
+        }.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+        for name in ("steps", "solvers", "metrics"):
+            if len(set(values := getattr(self, name))) < max(1, len(values)):
+                raise ValueError(f"{name}={values} must name at least one, and each once.")
+        if min(self.steps) < 1 or max(self.steps) > self.teacher_steps:
+            raise ValueError(f"steps={self.steps} must lie between 1 and the reference's {self.teacher_steps}.")
+        for name in {*self.metrics, *self.metric_options} - {*METRICS}:
+            raise ValueError(f"Unknown metric {name!r}{_nearest(name, METRICS)}")
+        if unknown := {*self.picture_steps} - {*self.steps}:
+            raise ValueError(f"picture_steps {sorted(unknown)} are not among steps={self.steps}.")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"Unknown layout {self.layout!r}{_nearest(self.layout, LAYOUTS)}")
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else f": use one of {sorted(known)}."
+
+
+# --------------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(
+    keys: Sequence[str],
+    make: Callable[[int], Sample],
+    metrics: Sequence[Metric],
+    folder: Path | None,
+    title: str = "images",
+) -> dict[str, Tensor]:
+    """The rows of every metric, from files where they are, shared out over the processes by batches.
+
+    A batch is one file for each metric: a run that was stopped goes on where it was, to the same rows bit for bit, and
+    a metric that is added samples again but measures only itself. A file that is damaged is made again.
+
+    Args:
+        keys: of each batch, what determines it.
+        make: samples a batch, by its number.
+        folder: of everything else that determines the samples; None to keep nothing.
+
+    Returns:
+        (N, D) float32 by metric, on the CPU.
+
+    Raises:
+        OSError: the folder cannot be written; what is finished stays.
+    """
+    found: dict[tuple[str, int], Tensor] = {}
+    files: dict[tuple[str, int], Path] = {}
+    if folder is not None:
+        own = {m.name: folder / digest([m.name, m.facts]) for m in metrics}
+        files = {(name, j): own[name] / f"{key}.safetensors" for name in own for j, key in enumerate(keys)}
+    for place, file in files.items():
+        if (rows := _read(file)) is not None:
+            found[place] = rows
+    missing = [j for j in range(len(keys)) if any((m.name, j) not in found for m in metrics)]
+    wait()  # before anybody writes: all processes must find the same files missing
+    turns = in_turn(len(missing)) if folder is not None else [(j, True) for j in range(len(missing))]
+    with tqdm(
+        total=len(keys), initial=len(keys) - len(missing), desc=title, disable=not missing or not is_main()
+    ) as bar:
+        for turn, is_mine in turns:
+            j = missing[turn]
+            batch = make(j)
+            for m in metrics:
+                if (m.name, j) in found:
+                    continue
+                rows = m.rows(batch).detach().float().cpu().contiguous()
+                if folder is None:
+                    found[m.name, j] = rows
+                elif is_mine:
+                    (file := files[m.name, j]).parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(file, save({"rows": rows}, metadata={"digest": digest(rows)}))
+            bar.update(min(len(missing), turn + 1) + len(keys) - len(missing) - bar.n)
+    wait()
+    for place, file in files.items():
+        if place not in found:
+            if (rows := _read(file)) is None:
+                raise OSError(
+                    f"{file} was made by another process but is not here: the cache must be on a file system that all "
+                    "machines share. Choose another cache directory."
+                )
+            found[place] = rows
+    return {m.name: torch.cat([found[m.name, j] for j in range(len(keys))]) for m in metrics}
+
+
+def _read(file: Path) -> Tensor | None:
+    """The rows in a file, if it is whole."""
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            rows = opened.get_tensor("rows")
+            if (opened.metadata() or {}).get("digest") == digest(rows):
+                return rows
+    except (SafetensorError, OSError):
+        pass
+    if is_main():
+        print(f"{file} is damaged: it is made again.")
+    return None
+
+
+def to_images(pipe: Any, latents: Tensor, layout: str = "image", size: Size | None = None) -> Tensor:
+    """Decoded latents as a PNG would hold them: (B, 3, H, W) float32 in [0, 1], on 8-bit levels."""
+    pixels = decode(pipe, latents, layout, size)
+    return ((pixels + 1) * 127.5).round().clamp(0, 255) / 255
+
+
+@torch.no_grad()
+def evaluate(
+    pipe: Any,
+    scheduler: Any,
+    steps: int,
+    inputs: Inputs,
+    seeds: Sequence[int],
+    metrics: Sequence[Metric],
+    *,
+    call: Mapping[str, Any],
+    batch_size: int = 16,
+    cache: Path | str | None = None,
+    reference: Pairs | None = None,
+    layout: str = "image",
+    size: Size | None = None,
+    precision: str = "no",
+    solver: Mapping[str, Any] | None = None,
+    model: str | None = None,
+    title: str | None = None,
+) -> dict[str, Tensor]:
+    """Rows of metrics for one solver, each sample from the noise of its own seed.
+
+    The cache has one folder for each (model, call, solver, steps, precision, reference) and, in it, each metric's, with
+    one file a batch, named by a hash of the batch's inputs and seeds. See :func:`measure`.
+
+    Args:
+        scheduler: what samples; None measures the reference itself.
+        reference: the reference solver's endpoints for these inputs and seeds, where a metric needs them.
+        layout, size: of the latents, see :func:`dywspan.distill.losses.decode`.
+        precision: "no", "bf16" or "fp16": autocast of the solver's evaluations.
+        solver: all that determines the solver's endpoints; the scheduler's configuration by default.
+        model: what stands for the pipeline in the hash; a fingerprint of its weights by default.
+
+    Returns:
+        (N, D) float32 by metric, in the order of ``seeds``.
+    """
+    needs = {need for m in metrics for need in m.needs}
+    if scheduler is None and reference is None:
+        raise ValueError("scheduler=None measures the reference: give one.")
+    parts = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
+
+    def make(j: int) -> Sample:
+        own, target = parts[j], None if reference is None else reference[parts[j]].endpoints.to(pipe.device)
+        if scheduler is None:
+            assert target is not None
+            latents = target
+        else:
+            with autocast(pipe, precision):
+                latents = sample(pipe, scheduler, steps, inputs[own], seeds[own], call)[0].float()
+        images = partial(to_images, pipe, layout=layout, size=size)
+        prompts = [str(arguments["prompt"]) for arguments in inputs[own]] if "prompt" in inputs[0] else None
+        shown = images(target) if target is not None and "reference_images" in needs else None
+        return Sample(images(latents), prompts, latents, shown, target)
+
+    folder = None
+    if cache is not None:
+        if solver is None:
+            solver = {} if scheduler is None else Teacher(scheduler, steps).describe()
+        targets = None if reference is None else reference.targets
+        to = digest(targets) if isinstance(targets, Tensor) else targets and targets.files[0].parent.name
+        key = {"model": model or fingerprint(pipe), "pipeline": type(pipe).__name__, "call": dict(call), "to": to}
+        key |= {"solver": solver, "precision": precision, "diffusers": diffusers.__version__, "layout": [layout, size]}
+        folder = Path(cache) / digest(key)
+        if is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "key.json", (json.dumps(key, indent=1, default=str) + "\n").encode())
+    keys = [digest([list(inputs[part]), list(seeds[part])]) for part in parts]
+    return measure(keys, make, metrics, folder, title or f"{type(scheduler).__name__}, {steps} steps")
+
+
+# ------------------------------------------------------------------------------------------------------------ a run
+
+
+@dataclass(frozen=True)
+class Task:
+    """All an evaluation needs, checked, before anything is computed.
+
+    Attributes:
+        cells: what is compared, by cost and then by solver.
+        notes: which cells stay empty, and why.
+        model: hash of the pipeline's weights.
+    """
+
+    config: QualityConfig
+    pipe: Any
+    inputs: Inputs
+    teacher: Teacher
+    metrics: Sequence[Metric]
+    cells: Sequence[Cell]
+    notes: Sequence[str]
+    model: str
+
+    @property
+    def seeds(self) -> range:
+        return range(self.config.seed, self.config.seed + self.config.samples)
+
+    @property
+    def cache(self) -> Path:
+        return _cache(self.config)
+
+
+def _cache(config: QualityConfig) -> Path:
+    return Path(config.cache or Path(config.output).parent / "evaluation-cache")
+
+
+def prepare(config: QualityConfig, device: torch.device | str = "cpu") -> Task:
+    """Load what ``config`` names and find whatever is wrong with it.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: settings that cannot work, files that cannot be read.
+    """
+    solvers = find_solvers(config.solvers)
+    if config.base is not None and config.base not in [solver.name for solver in solvers]:
+        raise ValueError(
+            f"base={config.base!r} is not among the solvers{_nearest(config.base, [s.name for s in solvers])}"
+        )
+    inputs = _inputs(config)
+    pipe = load_pipeline(config.model, getattr(torch, config.dtype), device, config.revision)
+    if isinstance(LAYOUTS[config.layout], Packed):
+        bind(pipe)
+    check_call(pipe, inputs, config.call)
+    metrics = make_metrics(config, pipe, {"latents", "reference_images", "reference_latents", *_fields(inputs)})
+    teacher, model = find_teacher(config, pipe), fingerprint(pipe)  # type: ignore[arg-type]
+    cells, notes = [], []
+    with remembered_prompts(pipe, _cache(config) / "prompts", model):
+        begin(pipe, teacher.scheduler, teacher.num_inference_steps, inputs[0], config.call)
+        for solver in solvers:
+            made: list[Cell] = []
+            refused: list[str] = []
+            for nfe in sorted(config.steps):
+                try:
+                    made.append(make_cell(pipe, solver, nfe, inputs[0], config.call))
+                except ValueError as error:
+                    refused.append(str(error))
+            if not made and (solver.name in config.solvers or solver.learned):
+                raise ValueError(f"{refused[0]}. Drop it from solvers, or change steps={config.steps}.")
+            cells += made
+            notes += refused if made else []  # of "all", those that never fit are nobody's business
+    order = sorted(cells, key=lambda cell: cell.nfe)  # stable: solvers stay in their order
+    return Task(config, pipe, inputs, teacher, metrics, order, notes, model)
+
+
+def _inputs(config: QualityConfig) -> Inputs:
+    inputs = read_inputs(config.prompts, config.prompt_column, config.prompt_split, config.samples)
+    if inputs is None:
+        return [{}] * config.samples
+    if len(inputs) < config.samples and not config.repeat_prompts:
+        raise ValueError(
+            f"prompts={config.prompts!r} has {len(inputs)} prompts, samples={config.samples} are needed: lower "
+            "samples, or set repeat_prompts, which goes through them again with new noise."
+        )
+    if any(own.keys() != inputs[0].keys() for own in inputs):
+        raise ValueError(f"All samples must have the same arguments as the first, {sorted(inputs[0])}.")
+    return [inputs[i % len(inputs)] for i in range(config.samples)]
+
+
+def _fields(inputs: Inputs | None) -> set[str]:
+    return {"prompts"} if inputs and "prompt" in inputs[0] else set()
+
+
+def make_metrics(config: QualityConfig, pipe: Any, given: set[str]) -> list[Metric]:
+    """Every metric, its networks loaded.
+
+    Args:
+        given: what samples will have, of the fields of :class:`Sample`.
+
+    Raises:
+        ValueError: options that a metric does not take, or samples without what it needs.
+        OSError, ModuleNotFoundError: weights or packages are missing.
+    """
+    metrics = []
+    for name in config.metrics:
+        options, known = config.metric_options.get(name, {}), inspect.signature(METRICS[name]).parameters
+        if unknown := sorted({*options} - {*known}):
+            raise ValueError(f"metric_options: {name} does not take {unknown}: it takes {sorted({*known} - {'pipe'})}.")
+        metric = METRICS[name](pipe, **options)
+        if missing := sorted({*metric.needs} - given):
+            raise ValueError(f"{name} needs {missing}, which these samples have not: drop the metric, or give them.")
+        metrics.append(metric)
+    return metrics
+
+
+def run(config: QualityConfig) -> dict[str, Any]:
+    """Evaluate what ``config`` says, and write it after every cell.
+
+    Returns:
+        What is written: ``rows`` of solver, learned, scheduler, num_inference_steps, nfe, a number for each metric,
+        ``interval`` by metric and, with a base, ``gap_closed`` by metric; and all that the numbers depend on.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: see :func:`prepare`.
+    """
+    if config.images is not None:
+        return _measure_directory(config)
+    from accelerate import PartialState
+
+    task = prepare(config, str(PartialState().device))
+    results = _facts(config, task.metrics) | {"reference": task.teacher.summary(), "notes": [*task.notes]}
+    rows: list[dict[str, Any]] = []
+    pipe, seeds, options = task.pipe, task.seeds, {"call": config.call, "batch_size": config.batch_size}
+    with remembered_prompts(pipe, task.cache / "prompts", task.model) as memory:
+        if memory is not None:
+            memory.fill(task.inputs, config.call, config.batch_size)
+        reference = None
+        if config.base or any(n.startswith("reference") for m in task.metrics for n in m.needs):
+            reference = make_pairs(
+                pipe, task.teacher, task.inputs, seeds, cache=task.cache / "pairs", model=task.model, **options
+            )
+        size: Any = config.latent_size and tuple(config.latent_size)
+        options |= {
+            "cache": task.cache,
+            "reference": reference,
+            "layout": config.layout,
+            "size": size,
+            "model": task.model,
+        }
+        if (alone := [m for m in task.metrics if not _is_paired(m)]) and reference is not None:
+            own = {"solver": "reference", "scheduler": type(task.teacher.scheduler).__name__}
+            own |= dict.fromkeys(("num_inference_steps", "nfe"), task.teacher.num_inference_steps)
+            values = evaluate(pipe, None, 0, task.inputs, seeds, alone, title="reference", **options)
+            rows.append(own | _numbers(alone, values))
+        for cell in task.cells:
+            values = evaluate(
+                pipe,
+                cell.scheduler,
+                cell.num_inference_steps,
+                task.inputs,
+                seeds,
+                task.metrics,
+                precision=config.mixed_precision,
+                solver=cell.describe(),
+                title=f"{cell.solver}, {cell.nfe}",
+                **options,
+            )
+            if is_main():
+                row = {"solver": cell.solver, "learned": cell.learned, "scheduler": type(cell.scheduler).__name__}
+                row |= {"num_inference_steps": cell.num_inference_steps, "nfe": cell.nfe}
+                rows.append(row | _numbers(task.metrics, values))
+                write_results(config.output, with_gaps(rows, config.base, task.metrics), **results)
+        if config.picture_steps:
+            _draw(task)
+    rows = with_gaps(rows, config.base, task.metrics)
+    return _finish(config, results | {"rows": rows})
+
+
+def _numbers(metrics: Sequence[Metric], values: Mapping[str, Tensor]) -> dict[str, Any]:
+    numbers: dict[str, Any] = {m.name: m.value(values[m.name]) for m in metrics}
+    return numbers | {"interval": {m.name: [*interval(m, values[m.name])] for m in metrics}}
+
+
+def _is_paired(metric: Metric) -> bool:
+    """Whether it compares with the reference solver, and so is perfect for that one."""
+    return any(need.startswith("reference") for need in metric.needs)
+
+
+def with_gaps(rows: Sequence[Mapping[str, Any]], base: str | None, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    """Rows with ``gap_closed``: how much of the way from the base to the reference each solver goes, by metric.
+
+    (v_base - v) / (v_base - v_reference)   at the same NFE; 1 - v / v_base for a distance to the reference
+    """
+    if base is None:
+        return [dict(row) for row in rows]
+    bases = {row["nfe"]: row for row in rows if row["solver"] == base}
+    reference = next((row for row in rows if row["solver"] == "reference"), {})
+    perfect = {m.name: 0.0 if _is_paired(m) else reference.get(m.name) for m in metrics}
+    measured = [m.name for m in metrics if perfect[m.name] is not None and (m.lower_is_better or not _is_paired(m))]
+    result = []
+    for row in rows:
+        own = dict(row)
+        if row["nfe"] in bases and row["solver"] not in (base, "reference"):
+            start = bases[row["nfe"]]
+            gaps = {name: start[name] - perfect[name] for name in measured}
+            own["gap_closed"] = {name: (start[name] - row[name]) / gap for name, gap in gaps.items() if gap}
+        result.append(own)
+    return result
+
+
+def _facts(config: QualityConfig, metrics: Sequence[Metric]) -> dict[str, Any]:
+    """What the numbers depend on."""
+    told = ("model", "revision", "dtype", "mixed_precision", "call", "prompts", "samples", "repeat_prompts", "seed")
+    settings = {k: v for k, v in asdict(config).items() if k in (*told, "images", "base", "batch_size")}
+    facts = {m.name: {"lower_is_better": m.lower_is_better, **m.facts} for m in metrics}
+    return {"settings": {k: v for k, v in settings.items() if v not in (None, "")}, "metrics": facts}
+
+
+def _finish(config: QualityConfig, results: dict[str, Any]) -> dict[str, Any]:
+    """Write, print and plot."""
+    if is_main():
+        facts = {k: v for k, v in results.items() if k != "rows"}
+        results = write_results(config.output, results["rows"], **facts)
+        print(f"\n{table(results)}\n\nWritten to {config.output}")
+        if config.pictures and len(config.steps) > 1:
+            for picture in plots(results, Path(config.pictures) / Path(config.output).stem):
+                print(f"Picture: {picture}")
+    return results
+
+
+@torch.no_grad()
+def _draw(task: Task) -> None:
+    """The first samples, one solver a row, at every number of evaluations that is asked for."""
+    config, shown = task.config, slice(0, task.config.columns)
+    inputs, seeds = task.inputs[shown], task.seeds[shown]
+    size: Any = config.latent_size and tuple(config.latent_size)
+
+    def images(scheduler: Any, steps: int) -> Tensor:
+        return to_images(
+            task.pipe, sample(task.pipe, scheduler, steps, inputs, seeds, config.call)[0].float(), config.layout, size
+        )
+
+    prompts = [str(own.get("prompt", "")) for own in inputs]
+    first = images(task.teacher.scheduler, task.teacher.num_inference_steps)
+    for nfe in config.picture_steps:
+        sheet = [(f"reference, {task.teacher.num_inference_steps}", first)]
+        sheet += [
+            (f"{c.solver}, {nfe}", images(c.scheduler, c.num_inference_steps)) for c in task.cells if c.nfe == nfe
+        ]
+        if is_main():
+            folder = Path(config.pictures or Path(config.output).parent)
+            draw_samples(sheet, prompts, folder / f"{Path(config.output).stem}-samples-{nfe}.png")
+
+
+# ------------------------------------------------------------------------------------------- images already there
+
+
+def _measure_directory(config: QualityConfig) -> dict[str, Any]:
+    """One row for a directory of images. Prompts, if any, are one an image, by the order of the files' names."""
+    assert config.images is not None
+    files = find_images(config.images, config.batch_size)
+    inputs = read_inputs(config.prompts, config.prompt_column, config.prompt_split)
+    if inputs is not None and len(inputs) != len(files):
+        raise ValueError(
+            f"{config.images} has {len(files)} images, {config.prompts} {len(inputs)} prompts: give one each."
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = load_pipeline(config.model, getattr(torch, config.dtype), device, config.revision) if config.model else None
+    metrics = make_metrics(config, pipe, _fields(inputs))
+    parts = [slice(i, i + config.batch_size) for i in range(0, len(files), config.batch_size)]
+
+    def make(j: int) -> Sample:
+        images = torch.stack([read_image(file) for file in files[parts[j]]]).to(device)
+        return Sample(images, None if inputs is None else [str(own["prompt"]) for own in inputs[parts[j]]])
+
+    with torch.no_grad():
+        values = measure([str(j) for j in range(len(parts))], make, metrics, None, config.images)
+    row = {"solver": config.images, "samples": len(files), **_numbers(metrics, values)}
+    return _finish(config, _facts(config, metrics) | {"rows": [row]})
+
+
+def find_images(folder: str, batch_size: int = 1) -> list[Path]:
+    """The images of a directory, by name, numbers in names by their size.
+
+    Raises:
+        ValueError: there are not two, or they are of several sizes and batches need one.
+        OSError: no such directory, or an image that cannot be read.
+    """
+    from PIL import Image
+
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"images={folder!r}: there is no such directory.")
+    known = Image.registered_extensions()
+    found = (file for file in Path(folder).rglob("*") if file.suffix.lower() in known)
+    files = sorted(
+        found, key=lambda file: [part.zfill(20) if part.isdigit() else part for part in _PARTS.split(str(file))]
+    )
+    if len(files) < 2:
+        raise ValueError(f"images={folder!r} holds {len(files)} images, at least 2 are needed.")
+    sizes = {}
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                sizes.setdefault(image.size, file)
+                image.verify()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise OSError(f"{file} is not an image that can be read: {error}. Replace it, or take it out.") from error
+    if len(sizes) > 1 and batch_size > 1:
+        shown = ", ".join(f"{w} x {h} ({file.name})" for (w, h), file in [*sizes.items()][:3])
+        raise ValueError(f"{folder} holds images of several sizes: {shown}. Resize them, or set batch_size to 1.")
+    return files
+
+
+_PARTS = re.compile(r"(\d+)")
+
+
+def read_image(file: Path) -> Tensor:
+    """(3, H, W) float32 in [0, 1].
+
+    Raises:
+        OSError: it is damaged; names it.
+    """
+    import numpy
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return torch.from_numpy(numpy.array(image.convert("RGB"))).movedim(-1, 0).float() / 255
+    except (OSError, SyntaxError, ValueError) as error:
+        raise OSError(f"{file} is not an image that can be read: {error}. Replace it, or take it out.") from error

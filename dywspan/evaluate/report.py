@@ -1,0 +1,163 @@
+"""Results as people read them: one JSON file, and Markdown and pictures that are made from it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from ..artifact import markdown, write_atomically
+from ..version import __version__
+
+
+def write_results(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], **facts: Any) -> dict[str, Any]:
+    """Write ``rows`` with the command, versions and device that made them, and return it all."""
+    versions = {"dywspan": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)"
+    command = "dywspan " + " ".join(sys.argv[1:])
+    data = {
+        "command": command,
+        "versions": versions,
+        "device": f"{device}, {platform.machine()}",
+        **facts,
+        "rows": [*rows],
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(data, indent=1) + "\n").encode())
+    return data
+
+
+def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What an evaluation wrote.
+
+    Raises:
+        ValueError: something else is in the file.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if data["rows"] and data["metrics"]:
+            return data
+    except (KeyError, TypeError, json.JSONDecodeError):
+        pass
+    raise ValueError(f"{path} does not hold an evaluation: make one with `dywspan eval` or `dywspan bench quality`.")
+
+
+def table(results: Mapping[str, Any], metrics: Sequence[str] | None = None, steps: Sequence[int] | None = None) -> str:
+    """Markdown: for every metric, a line a solver and a column a number of evaluations (NFE).
+
+    A cell is the number, plus or minus half its 95 % interval; the best of a column is bold.
+
+    Args:
+        results: see :func:`read_results`.
+        metrics, steps: only these.
+
+    Raises:
+        ValueError: none of them was measured.
+    """
+    reference = [row for row in results["rows"] if row["solver"] == "reference"]
+    rows = [row for row in results["rows"] if row not in reference and (steps is None or row.get("nfe") in steps)]
+    wanted = [name for name in results["metrics"] if metrics is None or name in metrics]
+    if not rows or not wanted:
+        raise ValueError(f"Nothing was measured of metrics={metrics}, steps={steps}: there is {[*results['metrics']]}.")
+    parts: list[str] = []
+    for name in wanted:
+        facts = dict(results["metrics"][name])
+        better = min if facts.pop("lower_is_better") else max
+        title = [f"**{name}**, {'lower' if better is min else 'higher'} is better"]
+        title += [f"{key} {value}" for key, value in facts.items()]
+        title += [f"reference ({row['nfe']} NFE) {number(row, name)}" for row in reference if name in row]
+        best = {nfe: better(row[name] for row in rows if row.get("nfe") == nfe) for nfe in {r.get("nfe") for r in rows}}
+        cells = [f"**{number(r, name)}**" if r[name] == best[r.get("nfe")] else number(r, name) for r in rows]
+        parts += ["; ".join(title) + ":", _grid(rows, cells)]
+        if closing := [row for row in rows if name in row.get("gap_closed", {})]:
+            parts.append(f"Share of the way from {results['settings']['base']} to the reference, {name}:")
+            parts.append(_grid(closing, [f"{row['gap_closed'][name]:.0%}" for row in closing]))
+    return "\n\n".join(parts)
+
+
+def number(row: Mapping[str, Any], metric: str) -> str:
+    """A number and half its interval, to the digits that the interval leaves certain: "0.0620 ±0.0021"."""
+    low, high = row["interval"][metric]
+    half = (high - low) / 2
+    digits = max(0, 1 - math.floor(math.log10(half))) if half > 0 else 4
+    return f"{row[metric]:.{digits}f} ±{half:.{digits}f}"
+
+
+def _grid(rows: Sequence[Mapping[str, Any]], cells: Sequence[str]) -> str:
+    columns = {row.get("nfe"): "" for row in rows}
+    lines: dict[str, dict[str, str]] = {}
+    for row, cell in zip(rows, cells):
+        empty = {f"{nfe} NFE" if nfe else "": "" for nfe in columns}
+        line = lines.setdefault(row["solver"], {"solver": row["solver"], **empty})
+        line[f"{row['nfe']} NFE" if row.get("nfe") else ""] = cell
+    return markdown([*lines.values()])
+
+
+def plots(results: Mapping[str, Any], stem: Path) -> list[Path]:
+    """One picture a metric, ``STEM-METRIC.png``: quality over NFE with 95 % intervals, learned solvers on top."""
+    from matplotlib import pyplot
+
+    rows = [row for row in results["rows"] if row["solver"] != "reference"]
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, facts in results["metrics"].items():
+        curves: dict[str, list[Mapping[str, Any]]] = {}
+        for row in sorted(rows, key=lambda row: row["nfe"]):
+            curves.setdefault(row["solver"], []).append(row)
+        # Classical solvers in the order of their last numbers, as the legend's lines then lie in the picture.
+        sign = 1 if facts["lower_is_better"] else -1
+        order = sorted(curves, key=lambda solver: (curves[solver][-1]["learned"], -sign * curves[solver][-1][name]))
+        figure, axes = pyplot.subplots(figsize=(9.5, 5.5), layout="constrained")
+        palette = pyplot.get_cmap("tab20")
+        strong = iter(("#c1121f", "#003f88", "#007f5f", "#7b2cbf"))
+        for i, solver in enumerate(order):
+            curve = curves[solver]
+            learned = curve[0]["learned"]
+            style: dict[str, Any] = {"color": next(strong, "black") if learned else palette(i % 20)}
+            x, y = [row["nfe"] for row in curve], [row[name] for row in curve]
+            low, high = zip(*(row["interval"][name] for row in curve))
+            axes.fill_between(x, low, high, alpha=0.25 if learned else 0.12, lw=0, zorder=3 + learned, **style)
+            width = 3.0 if learned else 1.2
+            axes.plot(x, y, "o-", lw=width, ms=2 + width, label=solver, zorder=4 + learned, **style)
+        for row in results["rows"]:
+            if row["solver"] == "reference" and name in row:
+                axes.axhline(row[name], color="grey", ls=":", label=f"reference, {row['nfe']}", zorder=1)
+        if facts["lower_is_better"] and all(row[name] > 0 for row in rows):
+            axes.set_yscale("log")
+        axes.set(xlabel="guided evaluations of the network (NFE)", xticks=sorted({row["nfe"] for row in rows}))
+        axes.set_ylabel(f"{name} ({'lower' if facts['lower_is_better'] else 'higher'} is better)")
+        axes.grid(alpha=0.25, which="both", lw=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside right upper", frameon=False, fontsize=9, reverse=True)
+        written.append(Path(f"{stem}-{name}.png"))
+        figure.savefig(written[-1], dpi=120)
+        pyplot.close(figure)
+    return written
+
+
+def draw_samples(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str], path: Path) -> None:
+    """One solver a row, one sample a column.
+
+    Args:
+        rows: label and images, (B, 3, H, W) in [0, 1].
+        columns: prompts.
+    """
+    from PIL import Image
+
+    from ..plot import picture
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet = []
+    for label, images in rows:
+        levels = (images * 255).round().byte().movedim(1, -1).cpu().numpy()
+        sheet.append((label, [Image.fromarray(image) for image in levels]))
+    picture(sheet, columns).save(path)
