@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .core.continuous import FEATURES, ContinuousTable
 from .core.operator import Lift
 from .core.table import SolverTable
 from .version import __version__
@@ -85,6 +86,41 @@ def read_tables(tables: Mapping[str, Any] | None) -> dict[int, SolverTable]:
             raise ValueError(f'Damaged solver table "{key}": {error}. Download or distil it again.') from error
         result[table.num_inference_steps] = table
     return result
+
+
+def continuous_to_json(table: ContinuousTable) -> dict[str, Any]:
+    """The JSON form of a continuous table; columns are ``FEATURES``."""
+    return {
+        "coefficients": table.coefficients.detach().double().tolist(),
+        "features": list(FEATURES),
+        "grid": dict(table.grid),
+        "base": table.base,
+        "horizon": table.horizon,
+        "provenance": dict(table.provenance),
+    }
+
+
+def read_continuous(data: Mapping[str, Any] | None) -> ContinuousTable | None:
+    """Read a continuous table.
+
+    Raises:
+        ValueError: missing keys, features this version does not know, or anything :class:`ContinuousTable` refuses.
+    """
+    if data is None:
+        return None
+    try:
+        if not isinstance(data, Mapping) or not data.keys() >= {"coefficients", "grid"}:
+            raise ValueError("it is a mapping with at least 'coefficients' and 'grid'")
+        if list(data.get("features", FEATURES)) != list(FEATURES):
+            raise ValueError(f"its features are {data['features']}, this version's {list(FEATURES)}: upgrade dywspan")
+        rows = data["coefficients"]
+        if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+            raise ValueError("coefficients must be a list of rows")
+        coefficients = torch.stack([_numbers(row, f"coefficients row {i}") for i, row in enumerate(rows)])
+        options = {key: data[key] for key in ("base", "horizon") if key in data}
+        return ContinuousTable(coefficients, data["grid"], **options, provenance=data.get("provenance") or {})
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"Damaged continuous table: {error}. Download or distil it again.") from error
 
 
 def lift_to_json(lift: Lift) -> dict[str, Any]:

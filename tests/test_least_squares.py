@@ -33,7 +33,7 @@ def _problem(subject: Subject, **change: Any) -> Problem:
     pairs = subject.pairs(range(2))
     student = subject.student("dyweight", pairs.endpoints.shape[1:])
     config = replace(CONFIG, **change)
-    return Problem(subject.pipe, student, pairs, {3: 1.0}, call=subject.call, config=config, loss=latent_mse)
+    return Problem(subject.pipe, student, pairs, [3], call=subject.call, config=config, loss=latent_mse)
 
 
 @pytest.mark.usefixtures("float64")
@@ -105,7 +105,7 @@ def test_the_default_difference_stands_out_of_bfloat16s_rounding(pipe: Any, pair
         scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
         config = replace(CONFIG, mixed_precision=precision, difference=difference)
         student = TableStudent(scheduler, initial_table(scheduler, 3, config, None))
-        problem = Problem(pipe, student, pairs[1], {3: 1.0}, call=CALL, config=config, loss=latent_mse)
+        problem = Problem(pipe, student, pairs[1], [3], call=CALL, config=config, loss=latent_mse)
         return problem.columns(3, pairs[1])[1:].double()
 
     def agreement(difference: float | None, same: float) -> float:

@@ -1,7 +1,9 @@
 """Learn a solver without gradients: its loss is a sum of squares of few numbers' effects.
 
-    minimise  F(p) = mean over pairs of |r(p)|^2 + ridge |p - p_0|^2,      r the residuals whose squares are the loss
-    (J'J + ridge + damping diag(J'J)) step = -(J'r + ridge (p - p_0)),     Levenberg-Marquardt
+    minimise  F(p) = mean over step counts of log F_n(p) + ridge |p - p_0|^2
+              F_n  = mean over pairs of |r_n(p)|^2,                   r the residuals whose squares are the loss
+    (A + ridge + damping diag(A)) step = -(g + ridge (p - p_0)),      Levenberg-Marquardt, where over step counts
+    A = mean of J'J / F_n,  g = mean of J'r / F_n:                    the logarithm lets few and many steps weigh alike
 
 J comes from differences, column by column, of whole samplings through the pipeline's own call: any pipeline that can
 sample can be learned from, quantised, compiled or offloaded, in the memory that sampling needs. A number at step k
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,77 +39,75 @@ LEAST_GAIN = 1e-4  # of the loss, relative: below it the fit has converged
 
 
 class Problem:
-    """F, its gradient and J'J at a point, summed over step counts, pairs and processes.
-
-    Args:
-        start: loss by number of steps that each is measured in, so that they weigh alike.
-    """
+    """F, its gradient and curvature at a point, summed over step counts, pairs and processes."""
 
     def __init__(
         self,
         pipe: Any,
         student: Student,
         pairs: Pairs,
-        start: Mapping[int, float],
+        steps: Sequence[int],
         *,
         call: Mapping[str, Any],
         config: LearningConfig,
         loss: Loss,
     ) -> None:
-        self.pipe, self.student, self.pairs, self.start = pipe, student, pairs, start
+        self.pipe, self.student, self.pairs, self.steps = pipe, student, pairs, list(steps)
         self.call, self.config, self.residuals = call, config, residuals_of(loss)
         self.replay, self.replays = Replay(pipe), True
-        self.origin = self.numbers()
+        self.origin = student.vector()
         self.difference = config.difference or DIFFERENCE[self._precision()]
 
-    def numbers(self) -> Tensor:
-        """(P,) float64: the free numbers of the student."""
-        return torch.cat([p.detach()[mask].double().cpu() for p, mask in self.student.numbers()])
-
-    @torch.no_grad()
-    def move(self, numbers: Tensor) -> None:
-        """Put the student there."""
-        parts = numbers.split([int(mask.sum()) for _, mask in self.student.numbers()])
-        for (parameter, mask), values in zip(self.student.numbers(), parts):
-            parameter[mask] = values.to(parameter)
-
-    def loss(self) -> float:
-        """F where the student is; infinite where it is no solver."""
+    def losses(self) -> list[float]:
+        """F_n of each step count where the student is."""
+        sums = torch.zeros(len(self.steps), dtype=torch.float64)
         with self.replay.installed():
-            value = sum((self._run(n, part).square().sum() * weight for n, part, weight in self._batches()), _zero())
-        return float(total(value)) + self._prior(self.numbers())
+            for k, n in enumerate(self.steps):
+                for part, counts in self._share():
+                    sums[k] += counts * float(self._run(self.student, n, part).square().sum())
+        return (total(sums.to(self.pipe.device)).cpu() / len(self.pairs)).tolist()
 
-    def normal_equations(self) -> tuple[float, Tensor, Tensor]:
-        """F, (P,) half its gradient, and (P, P) J'J, with the prior's parts."""
-        at = self.numbers()
-        sums = torch.zeros(len(at) + 1, len(at) + 1, dtype=torch.float64)  # of [r, J]'[r, J]
+    def objective(self, losses: Sequence[float]) -> float:
+        """F where the student is."""
+        mean = sum(math.log(max(value, 1e-30)) for value in losses) / len(losses)
+        return mean + self.config.ridge * float((self.student.vector() - self.origin).square().sum())
+
+    def normal_equations(self) -> tuple[list[float], Tensor, Tensor]:
+        """F_n of each step count, (P,) half the gradient of F, and (P, P) its curvature."""
+        at = self.student.vector()
+        sums = torch.zeros(len(self.steps), len(at) + 1, len(at) + 1, dtype=torch.float64)  # of [r, J]'[r, J]
         with self.replay.installed():
-            for n, part, weight in self._batches():
-                columns = self.columns(n, part)
-                sums += weight * (columns @ columns.T).double().cpu()
-        sums = total(sums.to(self.pipe.device)).cpu()
-        gradient = sums[0, 1:] + self.config.ridge * (at - self.origin)
-        return float(sums[0, 0]) + self._prior(at), gradient, sums[1:, 1:] + self.config.ridge * torch.eye(len(at))
+            for k, n in enumerate(self.steps):
+                for part, counts in self._share():
+                    columns = self.columns(n, part)
+                    sums[k] += counts * (columns @ columns.T).double().cpu()
+        sums = total(sums.to(self.pipe.device)).cpu() / len(self.pairs)
+        losses = sums[:, 0, 0].tolist()
+        mean = (sums / sums[:, :1, :1].clamp(min=1e-30)).mean(0)
+        ridge = self.config.ridge
+        return losses, mean[0, 1:] + ridge * (at - self.origin), mean[1:, 1:] + ridge * torch.eye(len(at))
 
     def columns(self, n: int, part: Pairs) -> Tensor:
-        """(1 + P, B * R): the residuals of some pairs, and how each free number changes them."""
-        at = self.numbers()
+        """(1 + P, B * R): the residuals of some pairs, and how each number changes them."""
+        student, chain = self.student.local(n)
+        at = student.vector()
         with self.replay.recording():
-            base = self._run(n, part)
-        changes = [(self._moved(n, part, at, c) - base) / self._step(at, c) for c in range(len(at))]
-        self.move(at)
+            base = self._run(student, n, part)
+        changes = [(self._moved(student, n, part, at, c) - base) / self._step(at, c) for c in range(len(at))]
+        student.move(at)
         self.replay.tape = []
-        return torch.stack([base, *changes])
+        jacobian = torch.stack(changes)
+        return torch.cat([base[None], jacobian if chain is None else chain.T.to(jacobian) @ jacobian])
 
     def check_replay(self) -> None:
         """Compute one batch again: a network that answers otherwise than before cannot be replayed."""
-        n, part, _ = self._batches()[0]
+        first = self.student, min(self.steps), self._share()[0][0]
         with self.replay.installed():
             with self.replay.recording():
-                base = self._run(n, part)
+                base = self._run(*first)
             with self.replay.playing():
-                replayed = self._run(n, part)
-            again = self._run(n, part)
+                replayed = self._run(*first)
+            again = self._run(*first)
         self.replays = torch.equal(base, replayed) and torch.equal(base, again)
         self.replay.tape = []
         if not self.replays and is_main():
@@ -114,49 +115,38 @@ class Problem:
 
     def _precision(self) -> torch.dtype:
         """The coarsest that a sampling passes through."""
-        n, part, _ = self._batches()[0]
-        endpoint, _ = self._endpoint(n, part)
+        endpoint, _ = self._endpoint(self.student, min(self.steps), self._share()[0][0])
         networks = [getattr(m, "dtype", torch.bfloat16) for m in denoisers(self.pipe).values()]
         mixed = PRECISIONS[self.config.mixed_precision or "no"]
         passed = [d for d in (endpoint.dtype, mixed, *networks) if d is not None]
         # Quantised networks round as coarsely as bfloat16.
         return max((d if d in DIFFERENCE else torch.bfloat16 for d in passed), key=lambda d: DIFFERENCE[d])
 
-    def _endpoint(self, n: int, part: Pairs) -> tuple[Tensor, Any]:
+    def _endpoint(self, student: Student, n: int, part: Pairs) -> tuple[Tensor, Any]:
         with torch.no_grad(), autocast(self.pipe, self.config.mixed_precision):
-            self.student.apply()
-            return sample(self.pipe, self.student.scheduler, n, part.inputs, part.seeds, self.call)
+            student.apply()
+            return sample(self.pipe, student.scheduler, n, part.inputs, part.seeds, self.call)
 
-    def _batches(self) -> list[tuple[int, Pairs, float]]:
-        """This process's share: number of steps, pairs, and what their sum of squares is multiplied by."""
+    def _share(self) -> list[tuple[Pairs, int]]:
+        """This process's batches, and what each counts."""
         size = self.config.micro_batch_size or self.config.batch_size
         starts = range(0, len(self.pairs), size)
-        share = [(self.pairs[starts[j] : starts[j] + size], counts) for j, counts in in_turn(len(starts))]
-        return [
-            (n, part, counts / (len(self.pairs) * scale * len(self.start)))
-            for n, scale in self.start.items()
-            for part, counts in share
-        ]
+        return [(self.pairs[starts[j] : starts[j] + size], counts) for j, counts in in_turn(len(starts))]
 
-    def _run(self, n: int, part: Pairs) -> Tensor:
-        """(B * R,) residuals where the student is."""
-        endpoint, _ = self._endpoint(n, part)
+    def _run(self, student: Student, n: int, part: Pairs) -> Tensor:
+        """(B * R,) residuals where a student is."""
+        endpoint, _ = self._endpoint(student, n, part)
         wide = endpoint if endpoint.dtype == torch.float64 else endpoint.float()
         with torch.no_grad():
             return self.residuals(self.pipe, wide, part.endpoints.to(wide)).flatten()
 
-    def _moved(self, n: int, part: Pairs, at: Tensor, column: int) -> Tensor:
-        self.move(at + self._step(at, column) * torch.eye(len(at), dtype=at.dtype)[column])
-        if not self.replays:
-            return self._run(n, part)
-        with self.replay.playing():
-            return self._run(n, part)
+    def _moved(self, student: Student, n: int, part: Pairs, at: Tensor, column: int) -> Tensor:
+        student.move(at + self._step(at, column) * torch.eye(len(at), dtype=at.dtype)[column])
+        with self.replay.playing() if self.replays else nullcontext():
+            return self._run(student, n, part)
 
     def _step(self, at: Tensor, column: int) -> float:
         return self.difference * max(1.0, abs(float(at[column])))
-
-    def _prior(self, numbers: Tensor) -> float:
-        return self.config.ridge * float((numbers - self.origin).square().sum())
 
 
 def fit_least_squares(
@@ -192,7 +182,7 @@ def fit_least_squares(
         progress.begin()
         at = student.snapshot()
         student.restore(origin)
-        problem = Problem(pipe, student, train, {n: progress.start[n] or 1.0 for n in steps}, **settings)
+        problem = Problem(pipe, student, train, steps, **settings)
         student.restore(at)
         left = range(progress.update, 0 if progress.ended else iterations)
         if left:
@@ -203,34 +193,30 @@ def fit_least_squares(
         damping = progress.own.get("damping", 1.0)
         for iteration in bar:
             with progress.meter.counting("jacobian"):
-                value, gradient, matrix = problem.normal_equations()
+                losses, gradient, matrix = problem.normal_equations()
+            point, diagonal, value = student.vector(), matrix.diagonal(), problem.objective(losses)
             if not math.isfinite(value):
-                raise FloatingPointError(f"The loss is {value} at iteration {iteration}: start from another init.")
-            point, diagonal = problem.numbers(), matrix.diagonal()
+                raise FloatingPointError(f"The loss is {losses} at iteration {iteration}: start from another init.")
             diagonal = diagonal.clamp(min=1e-9 * float(diagonal.max()))
-            trial = math.inf
+            gain, trial = 0.0, losses
             for _ in range(ATTEMPTS):
-                problem.move(point + torch.linalg.solve(matrix + damping * diagonal.diag(), -gradient))
+                student.move(point + torch.linalg.solve(matrix + damping * diagonal.diag(), -gradient))
                 try:
-                    trial = problem.loss()
+                    trial = problem.losses()
+                    gain = value - problem.objective(trial)
                 except ValueError:  # numbers that are no solver: levels below zero
-                    trial = math.inf
-                if trial < value:
-                    damping /= 4
+                    gain = -math.inf
+                if gain > 0:
+                    damping, losses = damping / 4, trial
                     break
                 damping *= 4
             else:
-                problem.move(point)
-            gain = (value - trial) / value if trial < value else 0.0
+                student.move(point)
             progress.update, progress.own = iteration + 1, {"damping": damping}
             progress.ended = progress.evaluate() or gain < LEAST_GAIN or progress.update == iterations
-            progress.report(bar, loss=min(trial, value), damping=damping)
+            progress.report(bar, **{f"loss/{n}": value for n, value in zip(steps, losses)}, damping=damping)
             progress.save()
             if progress.ended:
                 break
         bar.close()
         return progress.finish(), progress.cost()
-
-
-def _zero() -> Tensor:
-    return torch.zeros(())

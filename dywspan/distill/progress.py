@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -55,8 +56,8 @@ class Progress:
     Attributes:
         update: how many updates are done.
         start: held-out loss of the untrained solver by number of steps, in the precision of learning.
-        best: the parameters that were best on ``held_out``, by the mean over step counts of the loss relative to the
-            start's, and ``best_error``, that mean.
+        best: the parameters that were best on ``held_out``, by the geometric mean over step counts of the loss relative
+            to the start's, and ``best_error``, that mean.
         meter: denoiser evaluations spent.
     """
 
@@ -110,7 +111,8 @@ class Progress:
     def evaluate(self) -> bool:
         """Measure the parameters as they are and keep them if they are the best; whether patience is at its end."""
         self.last = self.errors(self.config.mixed_precision)
-        mean = sum(self.last[n] / (self.start[n] or 1.0) for n in self.steps) / len(self.steps)
+        ratios = [max(self.last[n] / (self.start[n] or 1.0), 1e-30) for n in self.steps]
+        mean = math.prod(ratios) ** (1 / len(ratios))
         self.stale += 1
         if mean < self.best_error:
             self.best, self.best_error, self.stale = self.student.snapshot(), mean, 0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.continuous import ContinuousTable
 from ..core.layout import LAYOUTS
 from ..core.operator import Lift
 from ..core.table import SolverTable
@@ -46,6 +47,21 @@ class Student(ABC):
     @abstractmethod
     def apply(self) -> None:
         """Put the parameters, with their graph, into the scheduler."""
+
+    def vector(self) -> Tensor:
+        """(P,) float64: the values of :meth:`numbers`."""
+        return torch.cat([p.detach()[mask].double().cpu() for p, mask in self.numbers()])
+
+    @torch.no_grad()
+    def move(self, vector: Tensor) -> None:
+        """Give :meth:`numbers` these values."""
+        parts = vector.split([int(mask.sum()) for _, mask in self.numbers()])
+        for (parameter, mask), values in zip(self.numbers(), parts):
+            parameter[mask] = values.to(parameter)
+
+    def local(self, steps: int) -> tuple[Student, Tensor | None]:
+        """A student whose Q numbers at this number of steps are cheaper to move one by one, and dQ/dP, (Q, P)."""
+        return self, None
 
     def snapshot(self) -> list[Tensor]:
         """A copy of the parameters' values."""
@@ -93,6 +109,50 @@ class TableStudent(Student):
 
     def apply(self) -> None:
         self.scheduler.tables = {self.initial.num_inference_steps: self.table()}
+
+
+class ContinuousStudent(Student):
+    """The function that writes the tables of every number of steps.
+
+    Args:
+        scheduler: of the pipeline.
+        initial: where to start.
+    """
+
+    lr = 1e-2
+
+    def __init__(self, scheduler: DyWeightScheduler, initial: ContinuousTable) -> None:
+        self.scheduler, self.initial = scheduler, initial
+        self.coefficients = initial.coefficients.double().clone().requires_grad_()
+
+    def parameters(self) -> list[Tensor]:
+        return [self.coefficients]
+
+    def numbers(self) -> list[tuple[Tensor, Tensor]]:
+        return [(self.coefficients, torch.ones_like(self.coefficients, dtype=torch.bool))]
+
+    def table(self) -> ContinuousTable:
+        """The function these coefficients make now, with gradients."""
+        return replace(self.initial, coefficients=self.coefficients)
+
+    def apply(self) -> None:
+        self.scheduler.tables, self.scheduler.continuous = {}, self.table()
+
+    def local(self, steps: int) -> tuple[Student, Tensor | None]:
+        """The table's own numbers, most of which change only the end of a sampling, unless there are too many."""
+        order, prediction = self.initial.order, self.scheduler.host.prediction
+        calls = sum(min(i + 1, order) * (steps - 1 - i) + steps - i for i in range(steps))
+        if self.scheduler.config.get("use_dynamic_shifting") or calls > self.coefficients.numel() * steps:
+            return self, None
+
+        def numbers(coefficients: Tensor) -> Tensor:
+            table = replace(self.initial, coefficients=coefficients).table(steps, prediction)
+            return torch.cat([table.weights[table.weights.new_ones(table.weights.shape).tril() > 0], table.time_scale])
+
+        with torch.enable_grad():
+            chain = torch.autograd.functional.jacobian(numbers, self.coefficients.detach()).flatten(1)
+        with torch.no_grad():
+            return TableStudent(self.scheduler, self.table().table(steps, prediction)), chain
 
 
 class LiftStudent(Student):

@@ -10,8 +10,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..artifact import read_tables, table_to_json, warn_if_newer
+from ..artifact import continuous_to_json, read_continuous, read_tables, table_to_json, warn_if_newer
 from ..core.bases import BASES, MAX_ORDER
+from ..core.continuous import ContinuousTable
 from ..core.grid import make_grid
 from ..core.step import TWO_STAGE, Schedule
 from ..core.table import SolverTable
@@ -43,6 +44,7 @@ class DyWeightScheduler(SolverScheduler):
         lower_order_final: lower the order of its last steps, as diffusers does (dpmpp, deis, unipc).
         grid: its grid (see :func:`dywspan.core.grid.make_grid`); the pipeline's own by default.
         tables: ``{num_inference_steps: table}``, see :mod:`dywspan.artifact`.
+        continuous: the table of every other number of steps, see :class:`dywspan.core.continuous.ContinuousTable`.
         dywspan_version: version that wrote the file.
 
     Raises:
@@ -70,6 +72,7 @@ class DyWeightScheduler(SolverScheduler):
         lower_order_final: bool = True,
         grid: dict[str, Any] | None = None,
         tables: dict[str, Any] | None = None,
+        continuous: dict[str, Any] | None = None,
         dywspan_version: str = __version__,
     ) -> None:
         if solver is not None and solver not in BASES and solver not in TWO_STAGE:
@@ -78,6 +81,7 @@ class DyWeightScheduler(SolverScheduler):
             raise ValueError(f"order={order} is out of range for {solver!r}: 1 to {MAX_ORDER[solver]}.")
         warn_if_newer(dywspan_version)
         self.tables: dict[int, SolverTable] = read_tables(tables)
+        self.continuous: ContinuousTable | None = read_continuous(continuous)
         self._prepare(num_train_timesteps)
 
     # ------------------------------------------------------------------ configuration
@@ -88,16 +92,21 @@ class DyWeightScheduler(SolverScheduler):
         data = {str(n): table_to_json(merged[n]) for n in sorted(merged)}
         return type(self).from_config(self.config, tables=data, dywspan_version=__version__)
 
+    def with_continuous(self, table: ContinuousTable) -> DyWeightScheduler:
+        """A copy that takes from ``table`` what its own tables do not have."""
+        return type(self).from_config(self.config, continuous=continuous_to_json(table), dywspan_version=__version__)
+
     # ------------------------------------------------------------------ the schedule
 
     @property
     def order(self) -> int:
         """Evaluations per step: 1, or 2 for "heun" and "dpm2". Not the numerical order."""
-        return 2 if self._solver in TWO_STAGE and self.num_inference_steps not in self.tables else 1
+        learned = self.continuous is not None or self.num_inference_steps in self.tables
+        return 2 if self._solver in TWO_STAGE and not learned else 1
 
     @property
     def _solver(self) -> str | None:
-        return self.config["solver"] or (None if self.tables else "ipndm")
+        return self.config["solver"] or (None if self.tables or self.continuous else "ipndm")
 
     def set_timesteps(
         self,
@@ -130,9 +139,12 @@ class DyWeightScheduler(SolverScheduler):
             raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}.")
         self.num_inference_steps = n
         table = self.tables.get(n)
+        if table is not None and custom is not None:
+            logger.info("The table for %d steps has its own grid: the given values are not used.", n)
+        if table is None and self.continuous is not None:
+            given = None if custom is None else self.host.grid(num_inference_steps, sigmas, timesteps, mu)
+            table = self.continuous.table(n, self.host.prediction, mu, given)
         if table is not None:
-            if custom is not None:
-                logger.info("The table for %d steps has its own grid: the given values are not used.", n)
             self._grid, schedule = None, table.schedule(self.host.prediction, mu)
         elif self._solver is not None:
             spec = self.config["grid"]

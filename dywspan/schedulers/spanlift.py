@@ -30,6 +30,7 @@ from .dyweight import DyWeightScheduler
 logger = logging.get_logger(__name__)
 
 _DOWNLOAD = ("cache_dir", "token", "revision", "local_files_only", "force_download")
+BASE = ("tables", "continuous", "solver", "order", "grid")  # settings that make the base solver what it is
 _NOT_THE_BASE = ("self", "__class__", "layout", "operator", "lifts", "weights_sha256")
 
 
@@ -79,6 +80,7 @@ class SpanLiftScheduler(DyWeightScheduler):
         lower_order_final: bool = True,
         grid: dict[str, Any] | None = None,
         tables: dict[str, Any] | None = None,
+        continuous: dict[str, Any] | None = None,
         layout: str = "image",
         operator: dict[str, Any] | None = None,
         lifts: dict[str, Any] | None = None,
@@ -156,9 +158,7 @@ class SpanLiftScheduler(DyWeightScheduler):
         Raises:
             ValueError: their bases, layouts or operator sizes differ.
         """
-        if different := [
-            k for k in ("tables", "solver", "order", "grid", "layout", "operator") if self.config[k] != other.config[k]
-        ]:
+        if different := [k for k in (*BASE, "layout", "operator") if self.config[k] != other.config[k]]:
             raise ValueError(f"These SpanLift solvers differ in {different}: they cannot share one artefact.")
         merged = copy.deepcopy(self)
         merged.lifts |= copy.deepcopy(other).lifts

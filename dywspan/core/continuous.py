@@ -1,0 +1,107 @@
+"""ContinuousTable: the function that writes solver tables, one for every number of steps, grid and resolution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bases import BASES
+from .grid import make_grid
+from .prediction import Prediction
+from .table import SolverTable
+
+FEATURES = ("1", "u", "2u^2-1", "delta", "delta u", "first", "last")
+
+
+@dataclass(frozen=True, eq=False)
+class ContinuousTable:
+    """A base solver and corrections to it that fade as steps get small, so that the base's order of convergence stays.
+
+        sum_j w_ij d_{i-j} = sum_j base_ij d_{i-j} + sum_m f^(K-m) (C_m . phi_i) nabla^m d_i,    m = 0 .. K-1
+        s_i                = exp(f^K (C_K . phi_i)),                                        f = 1 / (1 + N / horizon)
+
+    nabla^m d is the m-th backward difference, of the size h^m: every correction is of the size h^K, times the step. phi
+    are ``FEATURES`` of a step: u = tanh(log(sigma / alpha) / 4), where it stands; delta, how much longer than the mean
+    it is in u; whether it is the first or the last.
+
+    Attributes:
+        coefficients: (K + 1, 7) C, dimensionless; zeros are the base solver.
+        grid: the nominal grid for every N, see :func:`dywspan.core.grid.make_grid`.
+        base: of ``BASES``, with K = ``order``.
+        horizon: number of steps at which f is 1/2.
+        provenance: where it comes from: free JSON.
+
+    Raises:
+        ValueError: wrong shape, non-finite numbers, no such base or grid, a horizon that is not positive.
+    """
+
+    coefficients: Tensor
+    grid: Mapping[str, Any]
+    base: str = "adams"
+    horizon: float = 8.0
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.coefficients.shape)
+        if len(shape) != 2 or shape[0] < 2 or shape[1] != len(FEATURES):
+            raise ValueError(f"coefficients must be (K + 1) x {len(FEATURES)} numbers; got shape {shape}.")
+        if not bool(self.coefficients.detach().isfinite().all()):
+            raise ValueError(f"coefficients must be finite; got {self.coefficients.tolist()}.")
+        if self.base not in BASES:
+            raise ValueError(f"Unknown base solver {self.base!r}: use one of {sorted(BASES)}.")
+        if not self.horizon > 0:
+            raise ValueError(f"horizon={self.horizon} must be a positive number of steps.")
+        if "sigmas" in self.grid:
+            raise ValueError("A solver for every number of steps needs a named grid, not a list of sigmas.")
+
+    @property
+    def order(self) -> int:
+        """K, derivatives a step uses."""
+        return len(self.coefficients) - 1
+
+    @classmethod
+    def initial(
+        cls, order: int, grid: Mapping[str, Any], *, base: str = "adams", horizon: float = 8.0
+    ) -> ContinuousTable:
+        """The base solver."""
+        return cls(torch.zeros(order + 1, len(FEATURES), dtype=torch.float64), dict(grid), base, horizon)
+
+    def table(
+        self, num_inference_steps: int, prediction: Prediction, mu: float | None = None, sigmas: Tensor | None = None
+    ) -> SolverTable:
+        """The table for one number of steps; differentiable in the coefficients.
+
+        Args:
+            mu: the pipeline's resolution-dependent shift.
+            sigmas: (N+1,) another grid than the nominal one.
+        """
+        grid = dict(self.grid) if sigmas is None else {"sigmas": sigmas.tolist()}
+        base = SolverTable.initial(num_inference_steps, self.order, grid, prediction, base=self.base, mu=mu)
+        levels = make_grid(grid, num_inference_steps, prediction, mu)
+        fade, order = 1 / (1 + num_inference_steps / self.horizon), self.order
+        powers = torch.tensor([fade ** (order - m) for m in range(order)] + [fade**order], dtype=torch.float64)
+        corrections = features(levels, prediction.signal(levels)) @ self.coefficients.double().T * powers
+        # nabla^m d = sum_j (-1)^j binomial(m, j) d_{i-j}; step i has i + 1 derivatives.
+        differences = torch.tensor(
+            [[(-1.0) ** j * math.comb(m, j) for j in range(order)] for m in range(order)], dtype=torch.float64
+        )
+        weights = base.weights + corrections[:, :order].tril() @ differences
+        return SolverTable(weights, corrections[:, order].exp(), grid, provenance=self.provenance)
+
+
+def features(sigmas: Tensor, alphas: Tensor) -> Tensor:
+    """(N, 7) phi of each step, see :class:`ContinuousTable`; bounded at sigma = 0 and at flow's sigma = 1.
+
+    Args:
+        sigmas, alphas: (N+1,) noise and signal levels.
+    """
+    u = torch.tanh((sigmas.double().log() - alphas.double().log()) / 4)
+    n, place = len(sigmas) - 1, u[:-1]
+    longer = n * (u[:-1] - u[1:]) / (u[0] - u[-1]) - 1
+    first, last = torch.eye(n, dtype=torch.float64)[[0, n - 1]]
+    return torch.stack([torch.ones_like(place), place, 2 * place**2 - 1, longer, longer * place, first, last], 1)
