@@ -24,6 +24,7 @@ from .core.table import SolverTable
 from .version import __version__
 
 _OPTIONAL = {"time_scale", "afs", "time_shifting", "provenance"}
+_SHOWN = (3, 5, 8, 15)  # numbers of steps, of a solver that has all
 _KEYS = {"weights", "grid"} | _OPTIONAL
 
 
@@ -121,6 +122,13 @@ def read_continuous(data: Mapping[str, Any] | None) -> ContinuousTable | None:
         return ContinuousTable(coefficients, data["grid"], **options, provenance=data.get("provenance") or {})
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"Damaged continuous table: {error}. Download or distil it again.") from error
+
+
+def shown_tables(scheduler: Any) -> dict[int, SolverTable]:
+    """The scheduler's tables, or some that its continuous one writes."""
+    if scheduler.tables or scheduler.continuous is None:
+        return scheduler.tables
+    return {n: scheduler.continuous.table(n, scheduler.host.prediction) for n in _SHOWN}
 
 
 def lift_to_json(lift: Lift) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .artifact import markdown
+from .artifact import markdown, shown_tables
+from .core.continuous import FEATURES
 from .evaluate.report import write_results
 from .schedulers.dyweight import DyWeightScheduler
 from .schedulers.spanlift import SpanLiftScheduler
@@ -100,7 +101,16 @@ def inspect(args: argparse.Namespace) -> None:
     config = DyWeightScheduler.load_config(args.artefact)
     lifted = config.get("_class_name") == SpanLiftScheduler.__name__
     scheduler: Any = (SpanLiftScheduler if lifted else DyWeightScheduler).from_pretrained(args.artefact)
-    for n, table in sorted(scheduler.tables.items()):
+    if (continuous := scheduler.continuous) is not None:
+        form = f"{continuous.base}({continuous.order}M) and corrections that halve at {continuous.horizon:g} steps"
+        print(f"any number of steps, grid {dict(continuous.grid)}: {form}")
+        names = [*(f"w, difference {m}" for m in range(continuous.order)), "log s"]
+        coefficients = continuous.coefficients.tolist()
+        print(markdown([{"to": name, **dict(zip(FEATURES, row))} for name, row in zip(names, coefficients)]))
+        for n, error in continuous.provenance.get("held_out_error", {}).items():
+            print(f"{n} steps: held-out error {error['before']:.5f} -> {error['after']:.5f}")
+        print()
+    for n, table in sorted(shown_tables(scheduler).items()):
         schedule = table.schedule(scheduler.host.prediction)
         timesteps = scheduler.host.prediction.timestep(schedule.queries)
         lift = scheduler.lifts.get(n) if lifted else None
@@ -119,7 +129,7 @@ def inspect(args: argparse.Namespace) -> None:
                 row |= {"alpha": float(lift.alpha[i]), "beta": float(lift.beta[i])}
             rows.append(row)
         print(markdown(rows))
-        for part in (table, lift):
+        for part in (scheduler.tables.get(n), lift):
             if part is not None and (error := part.provenance.get("held_out_error")):
                 print(f"{type(part).__name__}: held-out error {error['before']:.5f} -> {error['after']:.5f}")
         print()

@@ -9,17 +9,20 @@ from typing import Any
 from matplotlib import pyplot
 from PIL import Image, ImageDraw, ImageFont
 
+from .artifact import shown_tables
 from .core.grid import make_grid
 
 
 def plot_tables(scheduler: Any, path: str | os.PathLike[str]) -> None:
     """One row of three panels for each number of steps: weights, row sums with the time scale, and noise levels.
 
+    Of a continuous table without tables of its own, some numbers of steps are shown.
+
     Args:
         scheduler: a DyWeight or SpanLift scheduler with tables.
         path: of the picture, PNG, SVG or PDF.
     """
-    tables = sorted(scheduler.tables.items())
+    tables = sorted(shown_tables(scheduler).items())
     figure, axes = pyplot.subplots(len(tables), 3, figsize=(12, 2.6 * len(tables)), squeeze=False, layout="constrained")
     for (n, table), (left, middle, right) in zip(tables, axes):
         schedule = table.schedule(scheduler.host.prediction)

@@ -41,6 +41,15 @@ def draw_samples(
         picture(rows, [str(own.get("prompt", "")) for own in inputs]).save(path)
 
 
+def provenances(scheduler: Any) -> dict[int, Mapping[str, Any]]:
+    """Where the solver of each number of steps comes from that was learned or, for a continuous one, learned from."""
+    if hasattr(scheduler, "lifts"):
+        return {n: lift.provenance for n, lift in sorted(scheduler.lifts.items())}
+    shared = scheduler.continuous.provenance if scheduler.continuous is not None else {}
+    made = {int(n): {**shared, "held_out_error": error} for n, error in shared.get("held_out_error", {}).items()}
+    return dict(sorted((made | {n: table.provenance for n, table in scheduler.tables.items()}).items()))
+
+
 _USE = """```python
 from diffusers import DiffusionPipeline
 from dywspan import {kind}
@@ -64,8 +73,7 @@ def write_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     kind = type(scheduler).__name__
-    parts = scheduler.lifts if kind == "SpanLiftScheduler" else scheduler.tables
-    made = {n: dict(part.provenance) for n, part in sorted(parts.items())}
+    made = provenances(scheduler)
     model = str(settings["model"])
     rows = [
         {
@@ -82,9 +90,13 @@ def write_card(
     arguments = {k: v if isinstance(v, str) else [v] for k, v in own.items()} | settings["call"]
     given = [f"{k}={v!r}, " for k, v in arguments.items()]
     use = {"kind": kind, "model": model, "where": settings["push_to_hub"] or folder.name, "steps": max(made)}
+    counts = ", ".join(map(str, made))
+    continuous = scheduler.continuous is not None
+    if continuous and kind == "DyWeightScheduler":
+        counts += " and any other number of"
     text = [
         f"# Few-step solvers for {Path(model).name if Path(model).exists() else model}",
-        f"Learned with dywspan (`pip install dywspan`): `{kind}` for {', '.join(map(str, made))} steps. "
+        f"Learned with dywspan (`pip install dywspan`): `{kind}` for {counts} steps. "
         "The network is unchanged; only the solver is learned.",
         _USE.format(**use, arguments="".join(given)),
         "Error of the endpoint to the teacher's, from the same noise, on pairs never learned from:",
@@ -93,7 +105,7 @@ def write_card(
     for n in made:
         if (folder / f"samples-{n}.png").exists():
             text.append(f"![Teacher, base and learned solver at {n} steps](samples-{n}.png)")
-    if scheduler.tables:
+    if scheduler.tables or continuous:
         from ..plot import plot_tables
 
         plot_tables(scheduler, folder / "solver.png")

@@ -49,6 +49,7 @@ class LearningConfig:
     clip: float = option(1.0, "gradient norm")
     order: int = option(2, "K, derivatives a step may use")
     init: str = option("ipndm", "base solver a table starts from: ipndm, euler, uniform, adams, ...")
+    horizon: float = option(8.0, "continuous: number of steps from which on the solver turns into its start, init")
     afs: bool = option(False, "analytical first step: one network evaluation less, for VE and VP models")
     bounded: bool = option(False, "s = 0.5 + sigmoid(phi), the paper's choice for FLUX; else s is free")
     time_shifting: bool = option(True, "levels follow the weights' sums (DyWeight eq. 9); off for the ablation")
@@ -99,6 +100,7 @@ class DistillConfig(LearningConfig):
 
     solver: Literal["dyweight", "spanlift"] = option("dyweight", "what is learned")
     steps: list[int] = option([5], "numbers of steps to learn for")
+    continuous: bool = option(False, "learn from steps one function that writes a table for any number of them")
     grid: dict[str, Any] | None = option(None, 'nominal grid of tables, e.g. {"name": "flow", "shift": 3}')
     base: str = option("euler", "of SpanLift: a DyWeight artefact or a base solver")
     layout: str = option("image", f"of the latents, for SpanLift and decoding: {', '.join(sorted(LAYOUTS))}")
@@ -126,7 +128,7 @@ class DistillConfig(LearningConfig):
         for name, least in _LEAST.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}: {_help(name)}.")
-        for name in ("lr", "clip"):
+        for name in ("lr", "clip", "horizon"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0: {_help(name)}.")
         if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
@@ -140,6 +142,12 @@ class DistillConfig(LearningConfig):
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}: use one of {sorted(known)}.")
+        if self.continuous:
+            wrong = {"solver": self.solver != "dyweight", "afs": self.afs, "path_substeps": self.path_substeps}
+            wrong |= {"bounded": self.bounded, "time_shifting": not self.time_shifting}
+            wrong |= {"time_scaling": not self.time_scaling}
+            if named := [f"{name}={getattr(self, name)!r}" for name, is_wrong in wrong.items() if is_wrong]:
+                raise ValueError(f"continuous learns DyWeight tables of the usual form: leave out {', '.join(named)}.")
         if self.path_substeps and self.solver != "dyweight":
             raise ValueError("path_substeps supervises tables: leave it at 0 for SpanLift.")
         if self.optimizer == "least_squares" and self.solver == "spanlift":

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checkpoints import Checkpoints
 from .config import LearningConfig
-from .losses import Loss, latent_mse, residuals_of
+from .losses import Loss, residuals_of
 from .pairs import Pairs, Source
 from .processes import in_turn, is_main, total
-from .progress import PRECISIONS, Log, Progress, autocast
+from .progress import PRECISIONS, Progress, autocast
 from .replay import Replay
 from .rollout import denoisers, sample
 from .student import Student
@@ -36,6 +35,7 @@ from .student import Student
 DIFFERENCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 ITERATIONS, ATTEMPTS = 12, 6
 LEAST_GAIN = 1e-4  # of the loss, relative: below it the fit has converged
+FIRST_PAIRS, GROWTH_GAIN = 8, 0.05  # pairs it begins with; they double where an iteration gains less
 
 
 class Problem:
@@ -149,40 +149,30 @@ class Problem:
         return self.difference * max(1.0, abs(float(at[column])))
 
 
-def fit_least_squares(
-    pipe: Any,
-    student: Student,
-    steps: Sequence[int],
-    train: Pairs | Source,
-    held_out: Pairs,
-    *,
-    call: Mapping[str, Any],
-    config: LearningConfig,
-    loss: Loss = latent_mse,
-    checkpoints: Checkpoints | None = None,
-    log: Log | None = None,
-) -> tuple[dict[int, dict[str, float]], dict[str, int | float]]:
-    """:func:`dywspan.distill.train.fit` by Levenberg-Marquardt: few iterations over all pairs, forward passes only.
+def fit_least_squares(progress: Progress, train: Pairs | Source) -> None:
+    """Learn by Levenberg-Marquardt: few iterations, forward passes only.
 
-    A step that does not lower the loss on the training pairs is tried again, shorter. Ends when none does, or when they
-    gain less than 1e-4.
+    Far from the optimum a few pairs show the way: it begins with 8, which double whenever an iteration gains less than
+    5 %. A step that does not lower the loss on the pairs is tried again, shorter. Ends when none does on all pairs, or
+    when they gain less than 1e-4.
 
     Raises:
         ValueError: the pairs are made anew each time, or the loss is no sum of squares.
+        FloatingPointError: the loss is not finite where learning starts.
     """
     if not isinstance(train, Pairs) or train.is_path:
         raise ValueError(
             "least_squares needs the same endpoints each time: set on_the_fly to false, path_substeps to 0."
         )
-    settings: dict[str, Any] = {"call": call, "config": config, "loss": loss}
-    iterations = config.updates or ITERATIONS
-    progress = Progress(pipe, student, steps, held_out, checkpoints=checkpoints, log=log, **settings)
-    origin = student.snapshot()
+    pipe, student, steps, config = progress.pipe, progress.student, progress.steps, progress.config
+    settings: dict[str, Any] = {"call": progress.call, "config": config, "loss": progress.loss}
+    iterations, origin = config.updates or ITERATIONS, student.snapshot()
     with progress.meter.running():
         progress.begin()
         at = student.snapshot()
         student.restore(origin)
-        problem = Problem(pipe, student, train, steps, **settings)
+        count = min(progress.own.get("pairs", FIRST_PAIRS), len(train))
+        problem = Problem(pipe, student, train[:count], steps, **settings)
         student.restore(at)
         left = range(progress.update, 0 if progress.ended else iterations)
         if left:
@@ -212,11 +202,17 @@ def fit_least_squares(
                 damping *= 4
             else:
                 student.move(point)
-            progress.update, progress.own = iteration + 1, {"damping": damping}
-            progress.ended = progress.evaluate() or gain < LEAST_GAIN or progress.update == iterations
+            all_pairs, last = count == len(train), iteration + 1 == iterations
+            if gain < GROWTH_GAIN and not all_pairs:
+                count = min(2 * count, len(train))
+                problem.pairs = train[:count]
+            progress.update, progress.own = iteration + 1, {"damping": damping, "pairs": count}
+            # What few pairs say is not worth the evaluations of choosing.
+            bored = (all_pairs or last) and progress.evaluate()
+            progress.ended = bored or last or (all_pairs and gain < LEAST_GAIN)
             progress.report(bar, **{f"loss/{n}": value for n, value in zip(steps, losses)}, damping=damping)
             progress.save()
             if progress.ended:
                 break
         bar.close()
-        return progress.finish(), progress.cost()
+        progress.finish()

@@ -11,13 +11,14 @@ import torch
 import yaml
 
 from ..artifact import markdown
-from .config import UPDATES
+from .config import OPTIMIZERS, UPDATES
+from .least_squares import ITERATIONS
 from .memory import peak_bytes
 from .pairs import Pairs
 from .processes import is_main, share
 from .rollout import frozen, sample
-from .student import LiftStudent, Student, TableStudent
-from .train import autocast, batch_loss
+from .student import ContinuousStudent, LiftStudent, Student, TableStudent
+from .train import autocast, batch_loss, initial_continuous
 
 if TYPE_CHECKING:
     from .run import Task
@@ -35,7 +36,9 @@ def print_plan(task: Task) -> None:
         target, _ = sample(pipe, untrained, n, own, range(micro), config.call)
     per_evaluation = (time.perf_counter() - started) / (n * micro)
     student: Student
-    if task.base is None:
+    if config.continuous:
+        student = ContinuousStudent(untrained, initial_continuous(untrained, config, config.grid))
+    elif task.base is None:
         student = TableStudent(untrained, untrained.tables[n])
     else:
         size: dict[str, Any] = {"order": config.order, "layout": config.layout, "operator": config.operator}
@@ -47,21 +50,31 @@ def print_plan(task: Task) -> None:
         with torch.enable_grad(), autocast(pipe, config.mixed_precision):
             batch_loss(pipe, student, n, pairs, config.call, task.loss).backward()
 
+    def sampling() -> None:
+        student.apply()
+        with torch.no_grad(), autocast(pipe, config.mixed_precision):
+            batch_loss(pipe, student, n, pairs, config.call, task.loss)
+
+    squares = config.optimizer not in OPTIMIZERS
     with frozen(pipe, config.recompute, student.networks):
         started = time.perf_counter()
-        _, peak = peak_bytes(update, pipe.device)
-    per_step = (time.perf_counter() - started) * config.batch_size / (n * micro)  # of an update
+        _, peak = peak_bytes(sampling if squares else update, pipe.device)
+    per_step = (time.perf_counter() - started) / (n * micro)  # of one sample
 
     networks = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
     weights = sum(t.nbytes for m in networks for t in m.state_dict().values())
-    updates = config.updates or UPDATES
-    teacher, checks = task.teacher.num_inference_steps, updates // config.evaluate_every + 2
+    updates = config.updates or (ITERATIONS if squares else UPDATES)
+    teacher, checks = task.teacher.num_inference_steps, updates // (1 if squares else config.evaluate_every) + 2
     count = config.held_out + (0 if config.on_the_fly else config.pairs)
     rows = [("teacher", f"{count} pairs", count * teacher, count * teacher * per_evaluation)]
     for steps in config.steps:
-        seen, extra = updates * config.batch_size, teacher if config.on_the_fly else 0
-        seconds = updates * per_step * steps + seen * extra * per_evaluation
-        rows.append((f"{steps} steps, learning", f"{seen} samples", seen * (steps + extra), seconds))
+        seen, extra = updates * (config.pairs if squares else config.batch_size), teacher if config.on_the_fly else 0
+        if not squares:  # step counts that are learned together take turns
+            seen = seen * len(task.groups) // len(config.steps)
+        # Least squares: the residuals, how every number changes them, and the step that is tried.
+        calls = 2 * steps + student.calls(steps) if squares else steps
+        seconds = seen * (calls * per_step + extra * per_evaluation)
+        rows.append((f"{steps} steps, learning", f"{seen} samples", seen * (calls + extra), seconds))
         checked = checks * config.held_out
         rows.append(
             (f"{steps} steps, held out", f"{checked} samples", checked * steps, checked * steps * per_evaluation)

@@ -133,12 +133,16 @@ class Progress:
         if self.log is not None:
             self.log(numbers | {f"held_out/{n}": e for n, e in self.last.items()}, self.update)
 
-    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> dict[int, dict[str, float]]:
-        """Put the best parameters back; held-out loss before and after by number of steps, in full precision."""
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Put the best parameters back and measure them in full precision."""
         self.student.restore(self.best)
         if self.after is None:
             self.after = self.errors("no")
             self.save(optimizer)
+
+    def errors_by_steps(self) -> dict[int, dict[str, float]]:
+        """Held-out loss before and after learning, in full precision."""
+        assert self.after is not None
         return {n: {"before": self.before[n], "after": self.after[n]} for n in self.steps}
 
     def cost(self) -> dict[str, int | float]:

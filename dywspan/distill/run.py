@@ -20,7 +20,7 @@ from ..core.step import TWO_STAGE
 from ..schedulers.bind import bind
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import BASE, SpanLiftScheduler
-from .card import draw_samples, write_card
+from .card import draw_samples, provenances, write_card
 from .checkpoints import Checkpoints
 from .config import DistillConfig
 from .embeddings import remembered_prompts
@@ -31,7 +31,7 @@ from .plan import print_plan
 from .processes import is_main, share, wait
 from .rollout import Inputs, blocks, denoisers, load_pipeline, sample
 from .student import set_timesteps
-from .train import Log, distill, distill_lift, initial_table
+from .train import Log, distill, distill_continuous, distill_lift, initial_continuous, initial_table
 
 # Three ranges of seeds that never meet: a demo's or user's small ones, held-out pairs, training pairs.
 HELD_OUT_SEED, TRAIN_SEED = 10**6, 2 * 10**6
@@ -58,9 +58,10 @@ class Task:
 
     @property
     def groups(self) -> list[list[int]]:
-        """Step counts that are learned together: all where they share an operator."""
+        """Step counts that are learned together: all where they share an operator or a function."""
         config = self.config
-        return [config.steps] if config.solver == "spanlift" and config.shared else [[n] for n in config.steps]
+        together = config.continuous or (config.solver == "spanlift" and config.shared)
+        return [config.steps] if together else [[n] for n in config.steps]
 
     @property
     def key(self) -> str:
@@ -73,6 +74,8 @@ class Task:
         if self.base is not None:
             return self.base
         scheduler = DyWeightScheduler.from_config(self.pipe.scheduler.config)
+        if self.config.continuous:
+            return scheduler.with_continuous(initial_continuous(scheduler, self.config, self.config.grid))
         return scheduler.with_tables([initial_table(scheduler, steps, self.config, self.config.grid)])
 
 
@@ -140,9 +143,14 @@ def run(config: DistillConfig) -> DyWeightScheduler | SpanLiftScheduler | None:
         result = _artefact(config)  # again: another run may have ended since
         for group in task.groups:
             new = _learn(task, group, log)
-            if result is not None:
-                new = result.with_tables([*new.tables.values()]) if task.base is None else result.with_lifts(new)
-            result = new
+            if result is None:
+                result = new
+            elif config.solver == "spanlift":
+                result = result.with_lifts(new)
+            elif config.continuous:
+                result = result.with_continuous(new.continuous)
+            else:
+                result = result.with_tables([*new.tables.values()])
             if is_main():
                 # Two files are not written at once: whenever this is killed, one of the folders is whole.
                 for folder in (output / SPARE, output):
@@ -168,10 +176,16 @@ def _learn(task: Task, group: list[int], log: Log | None) -> Any:
         label = "shared" if config.shared else name
         options |= {"layout": config.layout, "operator": config.operator, "name": label}
         return distill_lift(task.pipe, task.teacher, *_pairs(task, task.teacher), task.base, group, **options)
+    scheduler = DyWeightScheduler.from_config(task.pipe.scheduler.config)
+    if config.continuous:
+        pairs = _pairs(task, task.teacher)
+        return scheduler.with_continuous(
+            distill_continuous(task.pipe, task.teacher, *pairs, group, grid=config.grid, **options)
+        )
     (n,) = group
     teacher = _path_teacher(task, n) if config.path_substeps else task.teacher
     table = distill(task.pipe, teacher, *_pairs(task, teacher), n, grid=config.grid, **options)
-    return DyWeightScheduler.from_config(task.pipe.scheduler.config).with_tables([table])
+    return scheduler.with_tables([table])
 
 
 def _pairs(task: Task, teacher: Teacher) -> tuple[Pairs | Source, Pairs]:
@@ -192,7 +206,7 @@ def _pairs(task: Task, teacher: Teacher) -> tuple[Pairs | Source, Pairs]:
 def _show(task: Task, result: Any, n: int) -> None:
     """Say and draw what was learned for n steps."""
     config, output = task.config, Path(task.config.output)
-    error = (result.tables if task.base is None else result.lifts)[n].provenance["held_out_error"]
+    error = provenances(result)[n]["held_out_error"]
     if is_main():
         print(f"{n} steps: held-out error {error['before']:.4g} -> {error['after']:.4g}, saved to {output}")
     rows = {"teacher": (task.teacher.scheduler, task.teacher.num_inference_steps)}

@@ -59,6 +59,10 @@ class Student(ABC):
         for (parameter, mask), values in zip(self.numbers(), parts):
             parameter[mask] = values.to(parameter)
 
+    def calls(self, steps: int) -> int:
+        """Denoiser calls that moving each of :meth:`numbers` once takes, those replayed not counted."""
+        return len(self.vector()) * steps
+
     def local(self, steps: int) -> tuple[Student, Tensor | None]:
         """A student whose Q numbers at this number of steps are cheaper to move one by one, and dQ/dP, (Q, P)."""
         return self, None
@@ -72,6 +76,11 @@ class Student(ABC):
         """Go back to a snapshot."""
         for parameter, value in zip(self.parameters(), state):
             parameter.copy_(value)
+
+
+def _tail_calls(steps: int, order: int) -> int:
+    """A weight of step i changes the calls after it; its time scale its own call too."""
+    return sum(min(i + 1, order) * (steps - 1 - i) + steps - i for i in range(steps))
 
 
 class TableStudent(Student):
@@ -107,6 +116,9 @@ class TableStudent(Student):
         asked = torch.arange(len(self.phi)) >= self.initial.afs
         return [(self.weights, exist), (self.phi, asked)] if self.time_scaling else [(self.weights, exist)]
 
+    def calls(self, steps: int) -> int:
+        return _tail_calls(steps, self.weights.shape[1])
+
     def apply(self) -> None:
         self.scheduler.tables = {self.initial.num_inference_steps: self.table()}
 
@@ -138,11 +150,15 @@ class ContinuousStudent(Student):
     def apply(self) -> None:
         self.scheduler.tables, self.scheduler.continuous = {}, self.table()
 
+    def calls(self, steps: int) -> int:
+        # With a shift that only the pipeline's call knows, a table cannot be written beforehand.
+        own, shifts = super().calls(steps), self.scheduler.config.get("use_dynamic_shifting")
+        return own if shifts else min(own, _tail_calls(steps, self.initial.order))
+
     def local(self, steps: int) -> tuple[Student, Tensor | None]:
         """The table's own numbers, most of which change only the end of a sampling, unless there are too many."""
-        order, prediction = self.initial.order, self.scheduler.host.prediction
-        calls = sum(min(i + 1, order) * (steps - 1 - i) + steps - i for i in range(steps))
-        if self.scheduler.config.get("use_dynamic_shifting") or calls > self.coefficients.numel() * steps:
+        prediction = self.scheduler.host.prediction
+        if self.calls(steps) == super().calls(steps):
             return self, None
 
         def numbers(coefficients: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm.auto import tqdm
 
+from ..core.continuous import ContinuousTable
 from ..core.prediction import EDM, Flow
 from ..core.table import SolverTable
 from ..schedulers.dyweight import DyWeightScheduler
@@ -28,7 +29,7 @@ from .pairs import Pairs, Source, Teacher, shuffled
 from .processes import is_main, share, total
 from .progress import Log, Progress, autocast
 from .rollout import frozen, sample
-from .student import LiftStudent, Student, TableStudent
+from .student import ContinuousStudent, LiftStudent, Student, TableStudent
 
 
 def default_grid(scheduler: DyWeightScheduler) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def learning_rate(update: int, updates: int) -> float:
     return 0.01 + 0.99 * (1 + math.cos(math.pi * (update - warmup) / max(1, updates - warmup))) / 2
 
 
-def fit(
+def learn(
     pipe: Any,
     student: Student,
     steps: Sequence[int],
@@ -68,28 +69,38 @@ def fit(
     checkpoints: Checkpoints | None = None,
     log: Log | None = None,
 ) -> tuple[dict[int, dict[str, float]], dict[str, int | float]]:
-    """Move the student's parameters to the best they are on ``held_out``, by gradients through the whole sampling.
-
-    Each update draws the next number of steps. The gradient is the mean over the batch however many processes and
-    micro-batches share it.
+    """Move the student's parameters to the best they are on ``held_out``, as ``config.optimizer`` does.
 
     Args:
-        train: pairs, gone through in shuffled order, or a source of endless ones.
+        train: pairs, or (for gradients) a source of endless ones.
         checkpoints: where to go on from and to save to.
         log: gets losses by name, and the update.
 
     Returns:
         Held-out loss before and after, per number of steps, in the pipeline's own precision; and the cost.
+    """
+    progress = Progress(
+        pipe, student, steps, held_out, call=call, config=config, loss=loss, checkpoints=checkpoints, log=log
+    )
+    (fit if config.optimizer in OPTIMIZERS else fit_least_squares)(progress, train)
+    return progress.errors_by_steps(), progress.cost()
+
+
+def fit(progress: Progress, train: Pairs | Source) -> None:
+    """Learn by gradients through the whole sampling.
+
+    Each update draws the next number of steps. The gradient is the mean over the batch however many processes and
+    micro-batches share it. Pairs are gone through in shuffled order.
 
     Raises:
         FloatingPointError: the loss is not finite; says at which update, sampling step and level, and for which seeds.
     """
+    pipe, student, steps, config = progress.pipe, progress.student, progress.steps, progress.config
     source = shuffled(train, config.seed) if isinstance(train, Pairs) else train
     parameters, peak_rate, updates = student.parameters(), config.lr or student.lr, config.updates or UPDATES
     optimizer = OPTIMIZERS[config.optimizer](parameters, lr=peak_rate, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(pipe.device.type, enabled=config.mixed_precision == "fp16")
-    settings: dict[str, Any] = {"call": call, "config": config, "loss": loss}
-    progress = Progress(pipe, student, steps, held_out, checkpoints=checkpoints, log=log, **settings)
+    settings: dict[str, Any] = {"call": progress.call, "config": config, "loss": progress.loss}
     with progress.meter.running(), frozen(pipe, config.recompute, student.networks):
         progress.begin(optimizer)
         scaler.load_state_dict(progress.own)
@@ -107,7 +118,9 @@ def fit(
                 # Some dependencies of diffusers switch gradients off globally: ask for them where they are needed.
                 with torch.enable_grad(), autocast(pipe, config.mixed_precision):
                     student.apply()
-                    fraction = batch_loss(pipe, student, n, part, call, loss) * (len(part) / config.batch_size)
+                    fraction = batch_loss(pipe, student, n, part, progress.call, progress.loss) * (
+                        len(part) / config.batch_size
+                    )
                 if not bool(fraction.detach().isfinite()):
                     raise FloatingPointError(_where_it_broke(pipe, student, n, part, update, rate, **settings))
                 # Step counts weigh alike, though few steps err more.
@@ -128,14 +141,14 @@ def fit(
                 last = progress.evaluate() or last
             progress.report(bar, **{f"loss/{n}": float(total(value)), "lr": rate})
             progress.ended = last
-            if last or (checkpoints is not None and progress.update % checkpoints.every == 0):
+            if last or (progress.checkpoints is not None and progress.update % progress.checkpoints.every == 0):
                 progress.save(optimizer)
             if last:
                 break
         bar.close()
         counts = progress.meter.counts
         counts["backward"] = counts["student"] // (1 + config.recompute)
-        return progress.finish(optimizer), progress.cost()
+        progress.finish(optimizer)
 
 
 def initial_table(
@@ -181,13 +194,49 @@ def distill(
     initial = initial_table(scheduler, steps, config, grid)
     student = TableStudent(scheduler, initial, config.bounded, config.time_scaling)
     options: dict[str, Any] = {"call": call, "config": config, "loss": loss}
-    learn = fit if config.optimizer in OPTIMIZERS else fit_least_squares
     errors, cost = learn(pipe, student, [steps], train, held_out, checkpoints=checkpoints, log=log, **options)
     with torch.no_grad():
         table = student.table()
     detached = {"weights": table.weights.detach(), "time_scale": table.time_scale.detach().clone()}
     provenance = _provenance(pipe, teacher, train, held_out, student, errors[steps], cost, **options)
     return replace(table, **detached, provenance=provenance)
+
+
+def initial_continuous(
+    scheduler: DyWeightScheduler, config: LearningConfig, grid: Mapping[str, Any] | None
+) -> ContinuousTable:
+    """Where the learning of a function that writes tables starts."""
+    grid = dict(grid) if grid is not None else default_grid(scheduler)
+    return ContinuousTable.initial(config.order, grid, base=config.init, horizon=config.horizon)
+
+
+def distill_continuous(
+    pipe: Any,
+    teacher: Teacher,
+    train: Pairs | Source,
+    held_out: Pairs,
+    steps: Sequence[int],
+    *,
+    call: Mapping[str, Any],
+    config: LearningConfig = LearningConfig(),
+    grid: Mapping[str, Any] | None = None,
+    loss: Loss = latent_mse,
+    checkpoints: Checkpoints | None = None,
+    log: Log | None = None,
+) -> ContinuousTable:
+    """Learn the function that writes the table of every number of steps, on some of them together.
+
+    Args:
+        steps: numbers of steps to learn from; few and many, for the function to hold between them.
+        others: as of :func:`distill`.
+    """
+    scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
+    student = ContinuousStudent(scheduler, initial_continuous(scheduler, config, grid))
+    options: dict[str, Any] = {"call": call, "config": config, "loss": loss}
+    errors, cost = learn(pipe, student, steps, train, held_out, checkpoints=checkpoints, log=log, **options)
+    by_steps = {str(n): error for n, error in errors.items()}
+    provenance = _provenance(pipe, teacher, train, held_out, student, by_steps, cost, **options)
+    return replace(student.table(), coefficients=student.coefficients.detach().clone(), provenance=provenance)
 
 
 def distill_lift(
@@ -219,7 +268,7 @@ def distill_lift(
     shape = held_out.endpoints.shape[1:]
     student = LiftStudent(base, steps, shape, order=config.order, layout=layout, operator=operator, name=name)
     options: dict[str, Any] = {"call": call, "config": config, "loss": loss}
-    errors, cost = fit(pipe, student, steps, train, held_out, checkpoints=checkpoints, log=log, **options)
+    errors, cost = learn(pipe, student, steps, train, held_out, checkpoints=checkpoints, log=log, **options)
     scheduler = student.lifted
     for network in scheduler.operators.values():
         network.requires_grad_(False)
