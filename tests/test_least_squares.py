@@ -14,34 +14,36 @@ from test_distill import CALL, EMOJI, INPUTS
 from test_trainable import Subject, float64  # noqa: F401  (a fixture)
 from test_trainable import fresh as fresh_subject
 
-from dywspan import DyWeightScheduler
+from dywspan import DyWeightScheduler, SpanLiftScheduler
 from dywspan.distill.checkpoints import Checkpoints
 from dywspan.distill.config import LearningConfig
 from dywspan.distill.least_squares import DIFFERENCE, Problem
 from dywspan.distill.losses import latent_mse, make_loss
 from dywspan.distill.pairs import Pairs, Teacher, fresh, make_pairs
+from dywspan.distill.progress import endpoint_error
 from dywspan.distill.replay import Meter
 from dywspan.distill.rollout import frozen, load_pipeline, sample
 from dywspan.distill.student import TableStudent
-from dywspan.distill.train import distill, initial_table
+from dywspan.distill.train import distill, distill_lift, initial_table
 
 CONFIG = LearningConfig(optimizer="least_squares", order=2, init="euler", batch_size=2, updates=3)
 
 
-def _problem(subject: Subject, **change: Any) -> Problem:
+def _problem(subject: Subject, solver: str = "dyweight", **change: Any) -> Problem:
     """Three steps of a tiny pipeline, two pairs."""
     pairs = subject.pairs(range(2))
-    student = subject.student("dyweight", pairs.endpoints.shape[1:])
+    student = subject.student(solver, pairs.endpoints.shape[1:])
     config = replace(CONFIG, **change)
     return Problem(subject.pipe, student, pairs, [3], call=subject.call, config=config, loss=latent_mse)
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline", "SanaPipeline"])
-def test_columns_are_those_of_autograd(name: str) -> None:
+@pytest.mark.parametrize("solver", ["dyweight", "spanlift"])
+def test_columns_are_those_of_autograd(name: str, solver: str) -> None:
     """u'J from differences beside the gradient of u'r, for some u."""
     subject = fresh_subject(name)
-    problem = _problem(subject, difference=1e-6)
+    problem = _problem(subject, solver, difference=1e-6)
     student, pairs = problem.student, problem.pairs
     columns = problem.columns(3, pairs)
     with frozen(subject.pipe):
@@ -139,6 +141,24 @@ def test_a_stopped_fit_ends_with_the_same_numbers(pipe: Any, pairs: Any, tmp_pat
     rest = distill(pipe, teacher, train, held_out, 2, checkpoints=Checkpoints(tmp_path / "b"), **options)
     assert torch.equal(whole.weights, rest.weights) and torch.equal(whole.time_scale, rest.time_scale)
     assert not any(name.startswith("optimizer") for name in load_file(files[-1]))
+
+
+def test_alpha_and_beta_are_fitted_and_the_operator_stays(pipe: Any, pairs: Any) -> None:
+    """For another guidance scale than that which the operator was learned for."""
+    learned = SpanLiftScheduler.from_pretrained(EMOJI.parent / "emoji-sd-spanlift")
+    teacher, call = pairs[0], {**CALL, "guidance_scale": 8.0}
+    train, held_out = (make_pairs(pipe, teacher, INPUTS, range(s, s + 4), call=call) for s in (0, 10))
+    config = replace(CONFIG, batch_size=4)
+    found = distill_lift(pipe, teacher, train, held_out, learned, [3], call=call, config=config)
+    error = found.lifts[3].provenance["held_out_error"]
+    assert error["after"] < 0.97 * error["before"]
+    assert endpoint_error(pipe, found, 3, held_out, call) == pytest.approx(error["after"], rel=1e-5)
+    assert sorted(found.lifts) == [3] and not torch.equal(found.lifts[3].alpha, learned.lifts[3].alpha)
+    before = learned.operators[learned.lifts[3].operator].state_dict()
+    for name, value in found.operators[found.lifts[3].operator].state_dict().items():
+        assert torch.equal(value, before[name])
+    with pytest.raises(ValueError, match=r"learned for \[3, 5, 7\] steps, not for \[4\]"):
+        distill_lift(pipe, teacher, train, held_out, learned, [4], call=call, config=config)
 
 
 @pytest.mark.parametrize("kind", ["int8", "compiled"])

@@ -196,7 +196,6 @@ def test_files_that_hold_no_settings(text: str, said: str, yaml_file: Callable[[
         ({"solver": "spanlift", "path_substeps": 2}, "path_substeps supervises tables"),
         ({"on_the_fly": True, "path_substeps": 2}, "path_substeps needs teacher paths from the cache"),
         ({"optimizer": "least_squares", "path_substeps": 2}, "least_squares needs the same endpoints each time"),
-        ({"optimizer": "least_squares", "solver": "spanlift"}, "least_squares learns tables"),
     ],
 )
 def test_settings_that_cannot_work_are_named_with_the_rule(settings: dict[str, Any], said: str) -> None:
@@ -513,6 +512,24 @@ def test_a_shared_operator_on_learned_tables(pixels: Path, learned: Path, lifted
         settings = {**LIFTED, "steps": [2, 3], "base": str(learned)}
         assert held_out_error(pixels, lifted, n, **settings) == pytest.approx(error["after"], rel=1e-4)
         assert table_to_json(scheduler.tables[n]) == table_to_json(base)
+
+
+def test_a_spanlift_artefact_is_gone_on_with(
+    pixels: Path, learned: Path, lifted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its scalars by least squares, whatever size of operator the settings would make."""
+    settings = {"solver": "spanlift", "optimizer": "least_squares", "steps": [2], "updates": 2, "pictures": 0}
+    assert learn(pixels, tmp_path / "on", base=lifted, **settings) == 0
+    before, after = (SpanLiftScheduler.from_pretrained(folder) for folder in (lifted, tmp_path / "on"))
+    error = after.lifts[2].provenance["held_out_error"]
+    assert error["before"] == pytest.approx(before.lifts[2].provenance["held_out_error"]["after"], rel=1e-4)
+    assert error["after"] <= error["before"] and not torch.equal(after.lifts[2].alpha, before.lifts[2].alpha)
+    assert held_out_error(pixels, tmp_path / "on", 2, base=str(lifted), **settings) == pytest.approx(error["after"])
+    for wrong, said in {learned: "must be a SpanLift artefact", "euler": "must be a SpanLift artefact"}.items():
+        assert learn(pixels, tmp_path / "not", base=wrong, **settings) == 2
+        assert said in capsys.readouterr().err
+    assert learn(pixels, lifted, base=lifted, **settings) == 2
+    assert "base and output are both" in capsys.readouterr().err
 
 
 def test_the_card_of_a_lifted_solver_runs_as_written(lifted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,7 @@ class DistillConfig(LearningConfig):
     steps: list[int] = option([5], "numbers of steps to learn for")
     continuous: bool = option(False, "learn from steps one function that writes a table for any number of them")
     grid: dict[str, Any] | None = option(None, 'nominal grid of tables, e.g. {"name": "flow", "shift": 3}')
-    base: str = option("euler", "of SpanLift: a DyWeight artefact or a base solver")
+    base: str = option("euler", "of SpanLift: a DyWeight artefact, a base solver, or a SpanLift artefact to go on from")
     layout: str = option("image", f"of the latents, for SpanLift and decoding: {', '.join(sorted(LAYOUTS))}")
     operator: dict[str, Any] = option({}, 'SpanLift operator, e.g. {"width": 32}')
     shared: bool = option(False, "one SpanLift operator for all steps, not one for each")
@@ -150,8 +150,6 @@ class DistillConfig(LearningConfig):
                 raise ValueError(f"continuous learns DyWeight tables of the usual form: leave out {', '.join(named)}.")
         if self.path_substeps and self.solver != "dyweight":
             raise ValueError("path_substeps supervises tables: leave it at 0 for SpanLift.")
-        if self.optimizer == "least_squares" and self.solver == "spanlift":
-            raise ValueError("least_squares learns tables, whose numbers are few: use adam or adamw for SpanLift.")
         if self.optimizer == "least_squares" and (self.path_substeps or self.on_the_fly):
             raise ValueError(
                 "least_squares needs the same endpoints each time: set on_the_fly to false, path_substeps to 0."

@@ -89,10 +89,10 @@ class Problem:
 
     def columns(self, n: int, part: Pairs) -> Tensor:
         """(1 + P, B * R): the residuals of some pairs, and how each number changes them."""
-        student, chain = self.student.local(n)
-        at = student.vector()
         with self.replay.recording():
-            base = self._run(student, n, part)
+            base = self._run(self.student, n, part)
+        student, chain = self.student.local(n)  # afterwards: the call may have chosen the grid
+        at = student.vector()
         changes = [(self._moved(student, n, part, at, c) - base) / self._step(at, c) for c in range(len(at))]
         student.move(at)
         self.replay.tape = []

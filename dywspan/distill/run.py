@@ -22,7 +22,7 @@ from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import BASE, SpanLiftScheduler
 from .card import draw_samples, provenances, write_card
 from .checkpoints import Checkpoints
-from .config import DistillConfig
+from .config import OPTIMIZERS, DistillConfig
 from .embeddings import remembered_prompts
 from .inputs import check_call, split_inputs
 from .losses import Loss, make_loss
@@ -66,7 +66,7 @@ class Task:
     @property
     def key(self) -> str:
         """Hash of everything a result depends on."""
-        base = self.base and {k: self.base.config[k] for k in BASE}
+        base = self.base and {k: self.base.config.get(k) for k in (*BASE, "lifts", "weights_sha256")}
         return digest([self.config.matters, self.model, base, self.inputs, self.held_out_inputs])
 
     def untrained(self, steps: int) -> DyWeightScheduler:
@@ -95,6 +95,11 @@ def prepare(config: DistillConfig, device: torch.device | str = "cpu") -> Task:
         bind(pipe)
     check_call(pipe, inputs, config.call)
     base = _base(config, pipe) if config.solver == "spanlift" else None
+    if isinstance(base, SpanLiftScheduler):  # its operators stay of their size
+        if Path(config.base).resolve() == Path(config.output).resolve():
+            raise ValueError(f"base and output are both {config.output}: a killed run could not go on from its base.")
+        size = base.config["operator"]
+        config = replace(config, layout=base.config["layout"], order=size["order"], operator=dict(size))
     teacher, model = find_teacher(config, pipe), fingerprint(pipe)
     size: Any = config.latent_size and tuple(config.latent_size)
     loss = make_loss(pipe, config.loss, config.features, config.latent_weight, config.layout, size)
@@ -234,10 +239,17 @@ def _encoded(task: Task) -> Iterator[None]:
 
 
 def _base(config: DistillConfig, pipe: Any) -> Any:
-    """SpanLift's base: a DyWeight artefact, or a classical solver for every number of steps."""
-    if config.base in BASES or config.base in TWO_STAGE:
+    """SpanLift's base: a DyWeight or SpanLift artefact, or a classical solver for every number of steps."""
+    classical = config.base in BASES or config.base in TWO_STAGE
+    lifted = not classical and DyWeightScheduler.load_config(config.base).get("_class_name") == "SpanLiftScheduler"
+    if config.optimizer not in OPTIMIZERS and not lifted:
+        raise ValueError(
+            f"least_squares fits alpha and beta of an operator that is there: base={config.base!r} must be a SpanLift "
+            "artefact. Learn one by adam or adamw first."
+        )
+    if classical:
         return DyWeightScheduler.from_config(pipe.scheduler.config, solver=config.base)
-    return DyWeightScheduler.from_pretrained(config.base)
+    return (SpanLiftScheduler if lifted else DyWeightScheduler).from_pretrained(config.base)
 
 
 def _artefact(config: DistillConfig) -> Any:

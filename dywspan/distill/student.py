@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.continuous import ContinuousTable
+from ..core.continuous import FEATURES, ContinuousTable
 from ..core.layout import LAYOUTS
 from ..core.operator import Lift
 from ..core.table import SolverTable
@@ -151,31 +152,36 @@ class ContinuousStudent(Student):
         self.scheduler.tables, self.scheduler.continuous = {}, self.table()
 
     def calls(self, steps: int) -> int:
-        # With a shift that only the pipeline's call knows, a table cannot be written beforehand.
-        own, shifts = super().calls(steps), self.scheduler.config.get("use_dynamic_shifting")
-        return own if shifts else min(own, _tail_calls(steps, self.initial.order))
+        return min(self._own_calls(steps), _tail_calls(steps, self.initial.order))
+
+    def _own_calls(self, steps: int) -> int:
+        """A coefficient acts from the first step with its difference on; those of "first" and "last" in one step."""
+        rows = sum(max(steps - 1 - m, 0) for m in range(self.initial.order))
+        return (len(FEATURES) - 2) * (rows + steps) + 2 * steps
 
     def local(self, steps: int) -> tuple[Student, Tensor | None]:
         """The table's own numbers, most of which change only the end of a sampling, unless there are too many."""
-        prediction = self.scheduler.host.prediction
-        if self.calls(steps) == super().calls(steps):
+        if self._own_calls(steps) < _tail_calls(steps, self.initial.order):
             return self, None
+        prediction, sigmas = self.scheduler.host.prediction, self.scheduler.nominal
+        # Many pipelines choose the grid in their call: it is known once they have sampled.
+        sigmas = sigmas if sigmas is not None and len(sigmas) == steps + 1 else None
 
         def numbers(coefficients: Tensor) -> Tensor:
-            table = replace(self.initial, coefficients=coefficients).table(steps, prediction)
+            table = replace(self.initial, coefficients=coefficients).table(steps, prediction, sigmas=sigmas)
             return torch.cat([table.weights[table.weights.new_ones(table.weights.shape).tril() > 0], table.time_scale])
 
         with torch.enable_grad():
             chain = torch.autograd.functional.jacobian(numbers, self.coefficients.detach()).flatten(1)
         with torch.no_grad():
-            return TableStudent(self.scheduler, self.table().table(steps, prediction)), chain
+            return TableStudent(self.scheduler, self.table().table(steps, prediction, sigmas=sigmas)), chain
 
 
 class LiftStudent(Student):
     """SpanLift on a frozen base: one operator shared by all ``steps``, alpha and beta of each.
 
     Args:
-        base: the base solver, tables included.
+        base: the base solver, tables included; a SpanLift solver is gone on with, operators and all.
         steps: numbers of steps to learn for.
         sample_shape: of a latent, without the batch.
         order: K, derivatives the operator reads.
@@ -197,17 +203,20 @@ class LiftStudent(Student):
         operator: Mapping[str, Any] | None = None,
         name: str = "shared",
     ) -> None:
-        channels = LAYOUTS[layout].channels((1, *sample_shape))
-        size = {"channels": channels, "order": order, **(operator or {})}
-        scheduler = SpanLiftScheduler.from_config(base.config, layout=layout, operator=size)
-        for n in steps:
-            set_timesteps(base, n)
-            count = len(base.timesteps) + (n in base.tables and base.tables[n].afs)
-            ones = torch.ones(count, dtype=torch.float64)  # as coefficients are when the artefact is used
-            # beta = 1 and a zero head: the gradient reaches the head at once, and the start is the base.
-            scheduler.lifts[n] = Lift(ones.clone().requires_grad_(), ones.clone().requires_grad_(), name)
-        self.scheduler = self.lifted = scheduler.initialize()
-        self.networks = list(scheduler.operators.values())
+        if isinstance(base, SpanLiftScheduler):
+            self.scheduler = self.lifted = _continued(base, steps)
+        else:
+            channels = LAYOUTS[layout].channels((1, *sample_shape))
+            size = {"channels": channels, "order": order, **(operator or {})}
+            scheduler = SpanLiftScheduler.from_config(base.config, layout=layout, operator=size)
+            for n in steps:
+                set_timesteps(base, n)
+                count = len(base.timesteps) + (n in base.tables and base.tables[n].afs)
+                ones = torch.ones(count, dtype=torch.float64)  # as coefficients are when the artefact is used
+                # beta = 1 and a zero head: the gradient reaches the head at once, and the start is the base.
+                scheduler.lifts[n] = Lift(ones.clone().requires_grad_(), ones.clone().requires_grad_(), name)
+            self.scheduler = self.lifted = scheduler.initialize()
+        self.networks = list(self.lifted.operators.values())
 
     def parameters(self) -> list[Tensor]:
         return self._scalars() + [p for network in self.networks for p in network.parameters()]
@@ -221,3 +230,19 @@ class LiftStudent(Student):
 
     def apply(self) -> None:
         """Nothing to do: the scheduler computes with the parameters themselves."""
+
+
+def _continued(base: SpanLiftScheduler, steps: Sequence[int]) -> SpanLiftScheduler:
+    """A copy with what these numbers of steps use, ready to be learned."""
+    if missing := sorted(set(steps) - base.lifts.keys()):
+        raise ValueError(f"The SpanLift base was learned for {sorted(base.lifts)} steps, not for {missing}.")
+    scheduler = copy.deepcopy(base)
+    scheduler.lifts = {
+        n: replace(lift, **{k: getattr(lift, k).double().clone().requires_grad_() for k in ("alpha", "beta")})
+        for n, lift in scheduler.lifts.items()
+        if n in steps
+    }
+    scheduler.operators = {lift.operator: scheduler.operators[lift.operator] for lift in scheduler.lifts.values()}
+    for network in scheduler.operators.values():
+        network.requires_grad_(True)
+    return scheduler
