@@ -112,15 +112,17 @@ def read_continuous(data: Mapping[str, Any] | None) -> ContinuousTable | None:
     try:
         if not isinstance(data, Mapping) or not data.keys() >= {"coefficients", "grid"}:
             raise ValueError("it is a mapping with at least 'coefficients' and 'grid'")
-        if list(data.get("features", FEATURES)) != list(FEATURES):
+        if data.get("features", [*FEATURES]) != [*FEATURES]:
             raise ValueError(f"its features are {data['features']}, this version's {list(FEATURES)}: upgrade dywspan")
         rows = data["coefficients"]
         if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
             raise ValueError("coefficients must be a list of rows")
+        if len({len(row) for row in rows}) != 1:
+            raise ValueError(f"coefficients must be rows of the same length; they have {[len(row) for row in rows]}")
         coefficients = torch.stack([_numbers(row, f"coefficients row {i}") for i, row in enumerate(rows)])
         options = {key: data[key] for key in ("base", "horizon") if key in data}
         return ContinuousTable(coefficients, data["grid"], **options, provenance=data.get("provenance") or {})
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"Damaged continuous table: {error}. Download or distil it again.") from error
 
 

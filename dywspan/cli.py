@@ -151,10 +151,12 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def overhead(args: argparse.Namespace) -> None:
-    """The time of a solver's step beside the network's."""
+    """Time and memory of a solver's step beside diffusers' own, and its time beside the network's."""
+    import torch
+
     from .evaluate.overhead import overhead
 
-    _show(overhead(), args.json)
+    _show(overhead(args.sizes, args.steps, args.repeats), args.json, threads=torch.get_num_threads())
 
 
 def memory(args: argparse.Namespace) -> None:
@@ -173,6 +175,7 @@ def table(args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     from .distill.config import add_arguments
+    from .evaluate.overhead import SIZES
     from .evaluate.quality import QualityConfig
 
     parser = argparse.ArgumentParser("dywspan", description="Learned few-step solvers for diffusers pipelines.")
@@ -216,7 +219,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("bench", help="Measure: quality, overhead, memory; and show what was measured.")
     what = sub.add_subparsers(required=True, metavar="what")
     add_arguments(command("quality", evaluate, what), QualityConfig)
-    command("overhead", overhead, what).add_argument("--json", help="also write the table here")
+    sub = command("overhead", overhead, what)
+    sub.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES], help="pipelines whose latents are stepped")
+    sub.add_argument("--steps", type=int, nargs="+", default=[3, 10, 50])
+    sub.add_argument("--repeats", type=int, default=30, help="runs by each solver, in turns")
+    sub.add_argument("--json", help="also write the table here")
     sub = command("memory", memory, what)
     sub.add_argument("--model", default=EXAMPLES / "emoji-sd", help="pipeline whose training memory is measured")
     sub.add_argument("--full", action="store_true", help="also Stable Diffusion 1.5's UNet, up to an hour on a CPU")
@@ -235,10 +242,10 @@ def _lines(path: str | os.PathLike[str], count: int) -> list[str]:
     return lines[:count]
 
 
-def _show(rows: Sequence[dict[str, Any]], path: str | None) -> None:
+def _show(rows: Sequence[dict[str, Any]], path: str | None, **facts: Any) -> None:
     print(markdown(rows))
     if path:
-        write_results(path, rows)
+        write_results(path, rows, **facts)
 
 
 if __name__ == "__main__":

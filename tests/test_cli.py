@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from PIL import Image
 from dywspan import DyWeightScheduler, SolverTable
 from dywspan.artifact import table_to_json
 from dywspan.cli import main
-from dywspan.evaluate import overhead
+from dywspan.core.continuous import ContinuousTable
 
 ROOT = Path(__file__).parent.parent
 GRID = {"name": "flow", "shift": 3.0}
@@ -36,6 +38,34 @@ def test_inspect_prints_weights_and_calibrated_levels(tmp_path: Path, capsys: py
     # sigma_1 = 3t/(1 + 2t) = 0.75 at t = 1/2; sigma~_1 = 1 + 1.25 * (0.75 - 1) = 0.6875; tau = 0.75 * sigma~_1
     assert second["w[i]"] == "1.5000" and second["w[i-1]"] == "-0.6250" and second["sum"] == "0.8750"
     assert second["sigma~"] == "0.6875" and second["tau"] == "0.5156" and second["timestep"] == "515.6250"
+
+
+def test_inspect_prints_a_function_and_tables_that_it_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    errors = {"4": {"before": 0.25, "after": 0.125}}
+    function = ContinuousTable.initial(2, GRID, base="euler", horizon=4.0)
+    function.coefficients[0, 0], function.coefficients[2, 5] = 0.5, -0.75
+    function = replace(function, provenance={"held_out_error": errors})
+    own = DyWeightScheduler(prediction_type="flow_prediction").with_continuous(function)
+    own.save_pretrained(tmp_path / "function")
+    assert main(["inspect", str(tmp_path / "function"), "--plot", str(tmp_path / "solver.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "any number of steps" in shown and "euler(2M)" in shown and "halve at 4 steps" in shown
+    assert "4 steps: held-out error 0.25000 -> 0.12500" in shown and "shift" in shown
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown.splitlines() if "|" in line]
+    coefficients = {row[0]: dict(zip(rows[0], row)) for row in rows[2:5]}
+    assert list(coefficients) == ["w, difference 0", "w, difference 1", "log s"]
+    assert coefficients["w, difference 0"]["1"] == "0.5000" and coefficients["log s"]["first"] == "-0.7500"
+    # f = 1 / (1 + 3 / 4): of the first step of three, w_00 = 1 + f^2 / 2 and s_0 = exp(-3/4 f^2)
+    assert f"{1 + (4 / 7) ** 2 / 2:.4f}" in shown and f"{math.exp(-0.75 * (4 / 7) ** 2):.4f}" in shown
+    with Image.open(tmp_path / "solver.png") as picture:
+        assert picture.convert("L").getextrema() == pytest.approx((0, 255), abs=60)
+    table = DyWeightScheduler.from_pretrained(_artefact(tmp_path / "table")).tables[2]
+    own.with_tables([table]).save_pretrained(tmp_path / "both")
+    assert main(["inspect", str(tmp_path / "both")]) == 0
+    both = capsys.readouterr().out
+    assert "any number of steps" in both and "1.5000" in both and f"{1 + (4 / 7) ** 2 / 2:.4f}" not in both
 
 
 @pytest.mark.parametrize(
@@ -108,18 +138,23 @@ def test_the_digits_example_learns(tmp_path: Path) -> None:
     assert line.startswith("3 steps, 32 pairs: iPNDM(3M)") and after < 0.3 * before
 
 
+def test_the_example_for_any_number_of_steps_learns(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    script, picture = str(ROOT / "examples" / "any_steps.py"), tmp_path / "any.png"
+    small = ["--pairs", "24", "--held-out", "64", "--updates", "6", "--fit", "3", "4", "6", "--show", "4", "5"]
+    lines = _python(script, *small, "--plot", str(picture)).splitlines()
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line)
+    shown = [dict(zip(header, row)) for row in rows]
+    assert [(row["steps"], row["fitted"]) for row in shown] == [("4", "yes"), ("5", "")]
+    for row, ratio in zip(shown, (0.7, 0.85)):
+        assert float(row["continuous"]) < ratio * float(row["its error"])
+    with Image.open(picture) as image:
+        assert image.convert("L").getextrema() == pytest.approx((0, 255), abs=60)
+
+
 def test_import_needs_no_extra() -> None:
     extras = ["transformers", "accelerate", "matplotlib"]
     _python("-c", f"import sys; sys.modules.update(dict.fromkeys({extras})); import dywspan, dywspan.cli")
-
-
-def test_bench_overhead_counts_no_host_reads_in_our_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overhead, "_denoiser_seconds", lambda x, device: 1.0)
-    assert main(["bench", "overhead", "--json", str(tmp_path / "o.json")]) == 0
-    rows = {r["scheduler"].split(",")[0]: r for r in json.loads((tmp_path / "o.json").read_text())["rows"]}
-    assert rows["DyWeight"]["syncs"] == rows["SpanLift"]["syncs"] == 0 < rows["DPM-Solver++(2M)"]["syncs"]
-    for row in rows.values():
-        assert row["percent_of_denoiser"] == pytest.approx(row["us_per_step"] / 1e4)
 
 
 def _run(*arguments: object) -> str:

@@ -15,7 +15,7 @@ from tiny_pipelines import build
 from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
 from dywspan.core.prediction import Flow
 from dywspan.distill.config import LearningConfig
-from dywspan.distill.losses import dinov2, encoder, feature_distance, latent_and_features
+from dywspan.distill.losses import dinov2, encoder, feature_distance, make_loss
 from dywspan.distill.pairs import Pairs, Teacher, make_pairs
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.rollout import frozen, generators, load_pipeline, rollout
@@ -287,7 +287,7 @@ def test_features_loss_is_equation_16_and_reaches_the_latents(pipe: Any) -> None
     features = dinov2(model=Dinov2Model(Dinov2Config(**size)))
     target = torch.randn(2, 4, 16, 16)
     z = (target + 0.1 * torch.randn_like(target)).requires_grad_()
-    loss = latent_and_features(features)(pipe, z, target)
+    loss = make_loss(pipe, features=features)(pipe, z, target)
     images = [features(pipe.vae.decode(v / pipe.vae.config.scaling_factor).sample)[0] for v in (z, target)]
     expected = 0.1 * (z - target).square().mean() + (images[0] - images[1]).square().mean()
     torch.testing.assert_close(loss, expected)

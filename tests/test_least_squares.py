@@ -19,6 +19,7 @@ from dywspan.distill.checkpoints import Checkpoints
 from dywspan.distill.config import LearningConfig
 from dywspan.distill.least_squares import DIFFERENCE, Problem
 from dywspan.distill.losses import latent_mse, make_loss
+from dywspan.distill.memory import peak_bytes
 from dywspan.distill.pairs import Pairs, Teacher, fresh, make_pairs
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.replay import Meter
@@ -116,6 +117,19 @@ def test_the_default_difference_stands_out_of_bfloat16s_rounding(pipe: Any, pair
 
     assert agreement(None, DIFFERENCE[torch.bfloat16]) > 0.6
     assert agreement(1e-3, 1e-3) < 0.3
+
+
+def test_memory_is_that_of_sampling(pipe: Any, pairs: Any) -> None:
+    """Here latents are 1/150 of a call's activations, far more than on a large network."""
+    train = pairs[1]
+    scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
+    student = TableStudent(scheduler, initial_table(scheduler, 3, CONFIG, None))
+    config = replace(CONFIG, batch_size=4)
+    problem = Problem(pipe, student, train, [3], call=CALL, config=config, loss=latent_mse)
+    problem.losses()  # what is made once and kept is not counted
+    _, sampling = peak_bytes(problem.losses)
+    _, learning = peak_bytes(problem.normal_equations)
+    assert sampling < learning < 1.05 * sampling
 
 
 def test_few_iterations_learn_more_than_many_gradient_steps(pipe: Any, pairs: Any) -> None:

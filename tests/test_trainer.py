@@ -482,6 +482,107 @@ def test_a_dry_run_prints_the_plan_and_leaves_no_trace(
     assert contents(tmp_path) == {} and list(tmp_path.iterdir()) == [] and contents(pixels) == before
 
 
+# ------------------------------------------------------------------------------------------------ any number of steps
+
+ANY: dict[str, dict[str, Any]] = {
+    "adam": {"continuous": True, "steps": [2, 4], "optimizer": "adam", "updates": 12},
+    "least_squares": {"continuous": True, "steps": [2, 4], "optimizer": "least_squares", "updates": 3},
+}
+
+
+@pytest.fixture(scope="module", params=ANY)
+def continuous(request: pytest.FixtureRequest, pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The artefact of a run that learned one function from two numbers of steps, and its settings."""
+    output = tmp_path_factory.mktemp("runs") / request.param
+    assert learn(pixels, output, pictures=1, **ANY[request.param]) == 0
+    return output, ANY[request.param]
+
+
+def test_one_function_is_learned_from_several_counts_and_samples_at_any(pixels: Path, continuous: Any) -> None:
+    folder, settings = continuous
+    scheduler = DyWeightScheduler.from_pretrained(folder)
+    assert scheduler.tables == {} and scheduler.continuous.base == "ipndm" and scheduler.continuous.order == 2
+    errors = scheduler.continuous.provenance["held_out_error"]
+    assert list(errors) == ["2", "4"]
+    for n, error in errors.items():
+        assert error["after"] < 0.99 * error["before"]
+        again = held_out_error(pixels, folder, int(n), **{**settings, "steps": [int(n)]})
+        assert again == pytest.approx(error["after"], rel=1e-5)
+    (state,) = (folder / "state").iterdir()
+    assert state.name.startswith("2-4-"), "learned together"
+    pipe = load_pipeline(str(pixels))
+    pipe.scheduler = scheduler
+    for n in (1, 3, 11):
+        assert len(pipe(num_inference_steps=n).images) == 1 and len(scheduler.timesteps) == n
+
+
+def test_its_card_names_what_it_was_learned_from_and_its_code_runs(
+    continuous: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = continuous
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "`DyWeightScheduler` for 2, 4 and any other number of steps" in card and "continuous: true" in card
+    for n, error in DyWeightScheduler.from_pretrained(folder).continuous.provenance["held_out_error"].items():
+        cells = [n, f"{error['before']:.5g}", f"{error['after']:.5g}", "latent_mse", "4"]
+        assert re.search(r"\| " + r" +\| ".join(map(re.escape, cells)) + r" +\|", card)
+    for name in ("samples-2.png", "samples-4.png", "solver.png"):
+        assert f"({name})" in card and (folder / name).exists()
+    assert len(run_usage(card, folder, monkeypatch)["result"].images) == 1
+
+
+def test_a_function_half_learned_is_gone_on_with(pixels: Path, continuous: Any, tmp_path: Path) -> None:
+    """From its first checkpoint, as after a kill: bit for bit the same."""
+    folder, settings = continuous
+    output = tmp_path / "again"
+    assert learn(pixels, output, **settings, checkpoint_every=1, keep_checkpoints=99, cache=folder / "cache") == 0
+    (state,) = (output / "state").iterdir()
+    files = sorted(state.glob("*.safetensors"))
+    assert len(files) == settings["updates"]
+    for file in files[1:]:
+        file.unlink()
+    (output / "scheduler_config.json").unlink()
+    assert learn(pixels, output, **settings, checkpoint_every=1, cache=folder / "cache") == 0
+    whole, rest = (DyWeightScheduler.from_pretrained(f).continuous for f in (folder, output))
+    assert torch.equal(whole.coefficients, rest.coefficients)
+    assert whole.provenance["held_out_error"] == rest.provenance["held_out_error"]
+
+
+def test_a_function_and_tables_lie_in_one_artefact(
+    pixels: Path, learned: Path, continuous: Any, tmp_path: Path
+) -> None:
+    folder, settings = continuous
+    output = tmp_path / "both"
+    shutil.copytree(learned, output)
+    assert learn(pixels, output, **settings, cache=folder / "cache") == 0
+    tables, both = DyWeightScheduler.from_pretrained(learned).tables, DyWeightScheduler.from_pretrained(output)
+    own = DyWeightScheduler.from_pretrained(folder).continuous
+    assert torch.equal(both.continuous.coefficients, own.coefficients)
+    assert {n: table_to_json(t) for n, t in both.tables.items()} == {n: table_to_json(t) for n, t in tables.items()}
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "for 2, 3, 4 and any other number of steps" in card
+    assert f"{tables[2].provenance['held_out_error']['after']:.5g}" in card, "the table's, which is what samples"
+    assert learn(pixels, output, steps=[5], updates=1) == 0, "and a table beside the function"
+    after = DyWeightScheduler.from_pretrained(output)
+    assert sorted(after.tables) == [2, 3, 5] and torch.equal(after.continuous.coefficients, own.coefficients)
+
+
+@pytest.mark.parametrize("optimizer", ANY)
+def test_the_plan_of_a_function_counts_what_learning_it_takes(
+    optimizer: str, pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ANY[optimizer]
+    assert learn(pixels, tmp_path / "out", **settings, dry_run=True) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    plan = {row[0]: (row[1], int(row[2])) for row in rows[1:]}
+    for n, tails in ((2, 4), (4, 19)):  # of K = 2, by hand: 1 + 0 weights' calls, 2 + 1 of s; 3 + 2 * (2 + 1), 4 + ...
+        if optimizer == "adam":  # they take turns
+            assert plan[f"{n} steps, learning"] == ("24 samples", 24 * n)
+        else:
+            assert plan[f"{n} steps, learning"] == ("12 samples", 12 * (2 * n + tails))
+    assert not (tmp_path / "out").exists()
+
+
 # ------------------------------------------------------------------------------------------------ spanlift
 
 LIFTED: dict[str, Any] = {

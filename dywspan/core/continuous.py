@@ -13,7 +13,7 @@ from torch import Tensor
 from .bases import BASES
 from .grid import make_grid
 from .prediction import Prediction
-from .table import SolverTable
+from .table import SOME_NETWORK, SolverTable
 
 FEATURES = ("1", "u", "2u^2-1", "delta", "delta u", "first", "last")
 
@@ -52,12 +52,13 @@ class ContinuousTable:
             raise ValueError(f"coefficients must be (K + 1) x {len(FEATURES)} numbers; got shape {shape}.")
         if not bool(self.coefficients.detach().isfinite().all()):
             raise ValueError(f"coefficients must be finite; got {self.coefficients.tolist()}.")
-        if self.base not in BASES:
+        if self.base not in [*BASES]:
             raise ValueError(f"Unknown base solver {self.base!r}: use one of {sorted(BASES)}.")
-        if not self.horizon > 0:
-            raise ValueError(f"horizon={self.horizon} must be a positive number of steps.")
-        if "sigmas" in self.grid:
+        if not isinstance(self.horizon, (int, float)) or not self.horizon > 0:
+            raise ValueError(f"horizon={self.horizon!r} must be a positive number of steps.")
+        if isinstance(self.grid, Mapping) and "sigmas" in self.grid:
             raise ValueError("A solver for every number of steps needs a named grid, not a list of sigmas.")
+        make_grid(self.grid, 2, SOME_NETWORK)
 
     @property
     def order(self) -> int:
@@ -100,7 +101,7 @@ def features(sigmas: Tensor, alphas: Tensor) -> Tensor:
     Args:
         sigmas, alphas: (N+1,) noise and signal levels.
     """
-    u = torch.tanh((sigmas.double().log() - alphas.double().log()) / 4)
+    u = torch.tanh((sigmas.double().log() - alphas.double().clamp(min=0).log()) / 4)  # sigma = 1 may be rounded up
     n, place = len(sigmas) - 1, u[:-1]
     longer = n * (u[:-1] - u[1:]) / (u[0] - u[-1]) - 1
     first, last = torch.eye(n, dtype=torch.float64)[[0, n - 1]]

@@ -56,7 +56,7 @@ def flow(n: int, *, shift: float | None = None, mu: float | None = None) -> Tens
         raise ValueError(f"Grid 'flow' takes one of shift and mu (the pipeline's, if neither); got {shift=}, {mu=}.")
     a = math.exp(mu) if mu is not None else float(shift or 0)
     t = torch.linspace(1, 0, n + 1, dtype=torch.float64)
-    return a * t / (a * t + 1 - t)
+    return a * t / (a * t + (1 - t))  # exactly 1 at t = 1
 
 
 def resolution_mu(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .step import combine
+
 Level = Any  # float or Tensor
 
 
@@ -40,12 +42,20 @@ class Prediction(ABC):
         """Inverse of :meth:`timestep`."""
 
     @abstractmethod
-    def denoised(self, x: Tensor, output: Tensor, tau: Level) -> Tensor:
-        """D: the estimate of x0, given the state ``x`` (solver frame) and the network's ``output`` at level tau."""
+    def slope(self, sigma: Level, tau: Level) -> tuple[Level, Level]:
+        """(p, q) of d = p * x + q * output, the derivative at level sigma of a network told tau: two numbers a step.
+
+        d = (x - D) / sigma. Source: EDM (Karras et al. 2022) eq. (3); DyWeight algorithm 1, line 4.
+        """
 
     def derivative(self, x: Tensor, output: Tensor, sigma: Level, tau: Level) -> Tensor:
-        """d = (x - D) / sigma. Source: EDM (Karras et al. 2022) eq. (3); DyWeight algorithm 1, line 4."""
-        return (x - self.denoised(x, output, tau)) / sigma
+        """d, given the state ``x`` (solver frame) and the network's ``output``."""
+        p, q = self.slope(sigma, tau)
+        return combine((q, output), (p, x))
+
+    def denoised(self, x: Tensor, output: Tensor, tau: Level) -> Tensor:
+        """D = x - tau * d: the estimate of x0, given the state ``x`` (solver frame) and the network's ``output``."""
+        return x - tau * self.derivative(x, output, tau, tau)
 
 
 class VariancePreserving(Prediction):
@@ -83,28 +93,25 @@ class VariancePreserving(Prediction):
 
 
 class Epsilon(VariancePreserving):
-    """Output = eps: D = x - tau * eps, so d = (tau / sigma) * eps."""
+    """Output = eps: D = x - tau * eps."""
 
-    def denoised(self, x: Tensor, output: Tensor, tau: Level) -> Tensor:
-        return x - tau * output
-
-    def derivative(self, x: Tensor, output: Tensor, sigma: Level, tau: Level) -> Tensor:
-        return (tau / sigma) * output  # the same, without subtracting x from itself
+    def slope(self, sigma: Level, tau: Level) -> tuple[Level, Level]:
+        return 0.0, tau / sigma
 
 
 class Velocity(VariancePreserving):
     """Output = v = alpha * eps - sigma_vp * x0: D = c_in^2 * x - tau * c_in * v."""
 
-    def denoised(self, x: Tensor, output: Tensor, tau: Level) -> Tensor:
-        c_in = self.input_scale(tau)
-        return c_in**2 * x - (tau * c_in) * output
+    def slope(self, sigma: Level, tau: Level) -> tuple[Level, Level]:
+        noise = tau * self.input_scale(tau)  # sigma_vp; 1 - c_in^2 = sigma_vp^2
+        return noise**2 / sigma, noise / sigma
 
 
 class Sample(VariancePreserving):
-    """Output = x0."""
+    """Output = x0 = D."""
 
-    def denoised(self, x: Tensor, output: Tensor, tau: Level) -> Tensor:
-        return output
+    def slope(self, sigma: Level, tau: Level) -> tuple[Level, Level]:
+        return 1 / sigma, -1 / sigma
 
 
 class EDM(Prediction):
@@ -129,9 +136,9 @@ class EDM(Prediction):
     def sigma(self, timestep: Tensor) -> Tensor:
         return (4 * timestep.double()).exp()
 
-    def denoised(self, x: Tensor, output: Tensor, tau: Level) -> Tensor:
-        c_in = self.input_scale(tau)
-        return (self.sigma_data * c_in) ** 2 * x + (self.sign * self.sigma_data * tau * c_in) * output
+    def slope(self, sigma: Level, tau: Level) -> tuple[Level, Level]:
+        noise = tau * self.input_scale(tau)  # c_skip = 1 - noise^2, c_out = sign * sigma_data * noise
+        return noise**2 / sigma, -self.sign * self.sigma_data * noise / sigma
 
 
 class Flow(Prediction):
@@ -159,11 +166,8 @@ class Flow(Prediction):
         tau = timestep.double() / self.num_train_timesteps
         return 1 - tau if self.inverted else tau
 
-    def denoised(self, x: Tensor, output: Tensor, tau: Level) -> Tensor:
-        return x - tau * self.derivative(x, output, tau, tau)
-
-    def derivative(self, x: Tensor, output: Tensor, sigma: Level, tau: Level) -> Tensor:
-        return -output if self.inverted else output
+    def slope(self, sigma: Level, tau: Level) -> tuple[Level, Level]:
+        return 0.0, -1.0 if self.inverted else 1.0
 
 
 PREDICTIONS: dict[str, type[Prediction]] = {

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 History = tuple[Tensor, ...]
+Term = tuple[Any, Tensor]  # a coefficient, float or 0-dim tensor, and what it multiplies
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,24 +82,45 @@ def fold(coefficients: Sequence[Any] | Tensor, available: int) -> list[Any]:
     return kept
 
 
+def combine(first: Term, *others: Term) -> Tensor:
+    """sum_k c_k v_k, in new memory and one pass over memory a term; terms of weight 0 after the first cost nothing.
+
+    Args:
+        first, others: (c_k, v_k); c_k a number, or a differentiable 0-dim tensor on the CPU: nothing waits for v_k's
+            device. The v_k have one shape and dtype.
+    """
+    total = first[0] * first[1]
+    for c, v in others:
+        if number := c.item() if isinstance(c, Tensor) else c:
+            total = total.add_(v, alpha=number)  # a fused multiply-add; autograd keeps nothing of ``total``
+        if isinstance(c, Tensor):
+            total = total + (c - c.detach()) * v  # adds 0, and the gradient: same bits with a graph and without
+    return total
+
+
 def step(
-    coefficients: Sequence[Any] | Tensor, x: Tensor, derivative: Tensor, history: History
+    coefficients: Sequence[Any] | Tensor,
+    x: Tensor,
+    derivative: Tensor,
+    history: History,
+    scale: Any = 1.0,
+    next_scale: Any = 1.0,
 ) -> tuple[Tensor, History]:
-    """One update. Source: DyWeight eq. (5).
+    """One update, s' x_{i+1} = (s' / s) (s x_i) + sum_j (s' c_ij) d_{i-j}. Source: DyWeight eq. (5).
 
     Args:
         coefficients: row i of ``Schedule.increments`` (K floats, or a differentiable 1-D tensor).
-        x: the state x_i, any shape.
+        x: the state s x_i, any shape.
         derivative: d_i, same shape.
         history: d_{i-1}, d_{i-2}, ..., newest first.
+        scale, next_scale: s and s', the frames of the state given and returned.
 
     Returns:
-        x_{i+1} and the history for the next step (at most K derivatives).
+        s' x_{i+1} and the history for the next step (at most K derivatives).
     """
     history = (derivative, *history)[: len(coefficients)]
-    for c, d in zip(fold(coefficients, len(history)), history):
-        x = x + c * d
-    return x, history
+    terms = ((next_scale * c, d) for c, d in zip(fold(coefficients, len(history)), history))
+    return combine((next_scale / scale, x), *terms), history
 
 
 def analytical_derivative(x: Tensor, sigma: Any) -> Tensor:

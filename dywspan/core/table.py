@@ -15,7 +15,7 @@ from .prediction import Epsilon, Prediction
 from .step import Schedule
 
 # Grid "discrete" needs a network: this one serves to check its name and parameters before the real one is known.
-_SOME_NETWORK = Epsilon(torch.linspace(0.999, 0.001, 1000, dtype=torch.float64))
+SOME_NETWORK = Epsilon(torch.linspace(0.999, 0.001, 1000, dtype=torch.float64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class SolverTable:
             raise ValueError("weights on derivatives that do not exist yet (j > i) must be zero.")
         if self.afs and n < 2:
             raise ValueError("An AFS table needs at least two steps: the first one costs no evaluation.")
-        make_grid(self.grid, n, _SOME_NETWORK)
+        make_grid(self.grid, n, SOME_NETWORK)
 
     @property
     def num_inference_steps(self) -> int:

@@ -12,33 +12,30 @@ from ..artifact import markdown, write_atomically
 from .processes import is_main
 from .rollout import Inputs, sample
 
+Images = Sequence[Any]  # PIL
 
-def draw_samples(
-    pipe: Any,
-    solvers: Mapping[str, tuple[Any, int]],
-    inputs: Inputs,
-    seeds: Sequence[int],
-    call: Mapping[str, Any],
-    path: Path,
-) -> None:
-    """One solver a row, one sample a column, on the same noise; nothing for pipelines that make no images.
 
-    All processes sample, as a sharded network needs; the main one writes.
-    """
+def sample_images(
+    pipe: Any, scheduler: Any, steps: int, inputs: Inputs, seeds: Sequence[int], call: Mapping[str, Any]
+) -> Images | None:
+    """What a solver samples; None from pipelines that make no images. All processes do, as a sharded network needs."""
     from PIL import Image
 
+    if not inputs:
+        return None
+    with torch.no_grad():
+        _, output = sample(pipe, scheduler, steps, inputs, seeds, call, decode=True)
+    images = getattr(output, "images", None)
+    return images if isinstance(images, list) and all(isinstance(image, Image.Image) for image in images) else None
+
+
+def draw_samples(rows: Mapping[str, Images | None], inputs: Inputs, path: Path) -> None:
+    """One solver a row, one sample a column; nothing where there is nothing to see."""
     from ..plot import picture
 
-    rows = []
-    for name, (scheduler, steps) in solvers.items() if inputs else ():
-        with torch.no_grad():
-            _, output = sample(pipe, scheduler, steps, inputs, seeds, call, decode=True)
-        images = getattr(output, "images", None)
-        if not isinstance(images, list) or not all(isinstance(image, Image.Image) for image in images):
-            return
-        rows.append((f"{name}, {steps} steps", images))
-    if rows and is_main():
-        picture(rows, [str(own.get("prompt", "")) for own in inputs]).save(path)
+    shown = [(label, images) for label, images in rows.items() if images is not None]
+    if shown and is_main():
+        picture(shown, [str(own.get("prompt", "")) for own in inputs]).save(path)
 
 
 def provenances(scheduler: Any) -> dict[int, Mapping[str, Any]]:

@@ -93,11 +93,13 @@ class Problem:
             base = self._run(self.student, n, part)
         student, chain = self.student.local(n)  # afterwards: the call may have chosen the grid
         at = student.vector()
-        changes = [(self._moved(student, n, part, at, c) - base) / self._step(at, c) for c in range(len(at))]
+        columns = base.new_empty(1 + len(at), len(base))
+        columns[0] = base
+        for c in range(len(at)):
+            columns[1 + c] = (self._moved(student, n, part, at, c) - base) / self._step(at, c)
         student.move(at)
         self.replay.tape = []
-        jacobian = torch.stack(changes)
-        return torch.cat([base[None], jacobian if chain is None else chain.T.to(jacobian) @ jacobian])
+        return columns if chain is None else torch.cat([base[None], chain.T.to(base) @ columns[1:]])
 
     def check_replay(self) -> None:
         """Compute one batch again: a network that answers otherwise than before cannot be replayed."""

@@ -113,11 +113,6 @@ def _scaled_difference(a: Tensor, b: Tensor) -> Tensor:
     return ((a - b) / a[0].numel() ** 0.5).flatten(1)
 
 
-def latent_and_features(features: Features, layout: str = "image", weight: float = 0.1) -> Loss:
-    """:func:`make_loss` of the squared error and a feature network, for any pipeline."""
-    return make_loss(None, "mse", features, weight, layout)
-
-
 @torch.no_grad()
 def feature_distance(features: Features, images: Tensor, reference: Tensor) -> Tensor:
     """(B,) distance of each image to its reference: the mean over feature maps of their squared difference."""

@@ -20,7 +20,7 @@ from ..core.step import TWO_STAGE
 from ..schedulers.bind import bind
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import BASE, SpanLiftScheduler
-from .card import draw_samples, provenances, write_card
+from .card import Images, draw_samples, provenances, sample_images, write_card
 from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, DistillConfig
 from .embeddings import remembered_prompts
@@ -146,6 +146,7 @@ def run(config: DistillConfig) -> DyWeightScheduler | SpanLiftScheduler | None:
     output.mkdir(parents=True, exist_ok=True)
     with _written(), _locked(output), _encoded(task), _tracked(accelerator, config) as log:
         result = _artefact(config)  # again: another run may have ended since
+        teacher = _samples(task, task.teacher.scheduler, task.teacher.num_inference_steps)
         for group in task.groups:
             new = _learn(task, group, log)
             if result is None:
@@ -161,7 +162,7 @@ def run(config: DistillConfig) -> DyWeightScheduler | SpanLiftScheduler | None:
                 for folder in (output / SPARE, output):
                     result.save_pretrained(folder)
             for n in group:
-                _show(task, result, n)
+                _show(task, result, n, teacher)
         assert result is not None
         if is_main():
             write_card(result, output, asdict(config), task.inputs[0])
@@ -208,18 +209,21 @@ def _pairs(task: Task, teacher: Teacher) -> tuple[Pairs | Source, Pairs]:
     return pairs(task.inputs, TRAIN_SEED), held_out
 
 
-def _show(task: Task, result: Any, n: int) -> None:
+def _show(task: Task, result: Any, n: int, teacher: Images | None) -> None:
     """Say and draw what was learned for n steps."""
-    config, output = task.config, Path(task.config.output)
-    error = provenances(result)[n]["held_out_error"]
+    output, error = Path(task.config.output), provenances(result)[n]["held_out_error"]
     if is_main():
         print(f"{n} steps: held-out error {error['before']:.4g} -> {error['after']:.4g}, saved to {output}")
-    rows = {"teacher": (task.teacher.scheduler, task.teacher.num_inference_steps)}
-    rows |= {"base": (task.untrained(n), n), "learned": (result, n)}
-    own = task.held_out_inputs[: config.pictures]
-    draw_samples(
-        task.pipe, rows, own, range(HELD_OUT_SEED, HELD_OUT_SEED + len(own)), config.call, output / f"samples-{n}.png"
-    )
+    rows = {f"teacher, {task.teacher.num_inference_steps} steps": teacher}
+    for label, scheduler in {"base": task.untrained(n), "learned": result}.items() if teacher else ():
+        rows[f"{label}, {n} steps"] = _samples(task, scheduler, n)
+    draw_samples(rows, task.held_out_inputs[: task.config.pictures], output / f"samples-{n}.png")
+
+
+def _samples(task: Task, scheduler: Any, steps: int) -> Images | None:
+    own = task.held_out_inputs[: task.config.pictures]
+    seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(own))
+    return sample_images(task.pipe, scheduler, steps, own, seeds, task.config.call)
 
 
 def _cache(config: DistillConfig) -> Path:

@@ -1,22 +1,53 @@
-"""What a solver costs beside the network: time of ``step`` on the CPU or GPU, as ratios within one run."""
+"""What a solver costs beside the network and beside diffusers' own: time and memory of ``step``, within one run."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..core.operator import Lift
 from ..core.table import SolverTable
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import SpanLiftScheduler
 
-SHAPE, STEPS = (1, 4, 64, 64), 5
+REFERENCE = "DPM-Solver++(2M), diffusers"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A latent as some pipeline has it.
+
+    Attributes:
+        shape: of one sample.
+        config: of the diffusers schedulers that suit its network.
+        grid: of a table.
+        channels: of the latent that SpanLift's operator reads, with Stable Diffusion 1.5's UNet beside the solvers;
+            without it, neither is measured.
+    """
+
+    shape: tuple[int, ...]
+    config: dict[str, Any]
+    grid: dict[str, Any]
+    channels: int | None = None
+
+
+_VP = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+_FLOW_GRID = {"name": "flow", "shift": 3.0}
+SIZES = {
+    "sd15": Size((1, 4, 64, 64), _VP, {"name": "discrete", "sigma_min": 0.0, "sigma_max": 14.6146}, channels=4),
+    "flux": Size((1, 4096, 64), _FLOW, _FLOW_GRID),  # 1024 x 1024 pixels, packed
+    "wan": Size((1, 16, 21, 60, 104), _FLOW, _FLOW_GRID),  # 81 frames of 480 x 832
+}
 
 
 class _HostReads(TorchDispatchMode):
@@ -32,78 +63,108 @@ class _HostReads(TorchDispatchMode):
 
 
 @torch.no_grad()
-def overhead(repeats: int = 20, device: str | None = None) -> list[dict[str, Any]]:
-    """Time one step of each solver beside one evaluation of Stable Diffusion 1.5's UNet (random weights, float32).
+def overhead(
+    sizes: Sequence[str] = tuple(SIZES),
+    steps: Sequence[int] = (3, 10, 50),
+    repeats: int = 30,
+    device: str | None = None,
+) -> list[dict[str, Any]]:
+    """Time and memory of one step of each solver; at "sd15" also as a share of one evaluation of its UNet.
+
+    Untrained tables stand for learned ones, random weights for the UNet's: neither changes the time. Float32.
 
     Args:
-        repeats: runs of 5 steps; the fastest counts.
+        sizes: keys of ``SIZES``.
+        steps: numbers of steps N.
+        repeats: runs of N steps by each solver; they take turns, so that what else the machine does slows all alike.
+            Of each step the fastest repeat counts, and of a run the mean of its steps.
 
     Returns:
         Rows of ``scheduler``, ``shape``, ``num_inference_steps``, ``us_per_step``, ``ratio_to_dpmpp2m``, ``syncs``
-        (host reads a run), ``percent_of_denoiser``.
+        (host reads a run), ``state_bytes`` (most that is held after a step in tensors of the sample's shape) and
+        ``percent_of_denoiser`` (or None).
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    x = torch.randn(SHAPE, device=device)
-    network = _denoiser_seconds(x, device)
-    config = diffusers.DPMSolverMultistepScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1
-    ).config
-    learned = DyWeightScheduler.from_config(config)
-    grid = {"name": "discrete", "sigma_min": 0.0, "sigma_max": 14.6146}
-    learned = learned.with_tables([SolverTable.initial(STEPS, 2, grid, learned.host.prediction)])
-    lifted = SpanLiftScheduler.from_config(learned.config, operator={"channels": SHAPE[1], "order": 2})
-    lifted.lifts[STEPS] = Lift(torch.ones(STEPS), torch.ones(STEPS))
-    lifted.initialize()
-    for operator in lifted.operators.values():
-        nn.init.normal_(operator.head.weight, std=0.01)
-
-    solvers = {
-        "DPM-Solver++(2M), diffusers": diffusers.DPMSolverMultistepScheduler.from_config(config),
-        "DyWeight, K = 2": learned,
-        "SpanLift, K = 2": lifted,
-    }
     rows: list[dict[str, Any]] = []
-    for name, scheduler in solvers.items():
-        seconds = _fastest(lambda s=scheduler: _run(s, x, device), repeats, device) / STEPS
-        with _HostReads() as reads:
-            _run(scheduler, x, device, counted=reads)
-        first = rows[0]["us_per_step"] if rows else 1e6 * seconds
-        rows.append(
-            {
-                "scheduler": name,
-                "shape": list(SHAPE),
-                "num_inference_steps": STEPS,
-                "us_per_step": 1e6 * seconds,
-                "ratio_to_dpmpp2m": 1e6 * seconds / first,
-                "syncs": reads.count,
-                "percent_of_denoiser": 100 * seconds / network,
-            }
-        )
+    for size in (SIZES[name] for name in sizes):
+        x, output = torch.randn(2, *size.shape, device=device)
+        network = _denoiser_seconds(x, device) if size.channels else None
+        for n in steps:
+            solvers = _solvers(size, n)
+            runs = [{k: _laps(_steps(s, n, x, output), device) for k, s in solvers.items()} for _ in range(repeats)]
+            seconds = {name: sum(map(min, zip(*(run[name] for run in runs)))) / n for name in solvers}
+            for name, scheduler in solvers.items():
+                taken = _steps(scheduler, n, x, output)
+                next(taken)  # choosing the steps may read; stepping may not
+                with _HostReads() as reads:
+                    held = max(state_bytes(scheduler, x.shape) for _ in taken)
+                rows.append(
+                    {
+                        "scheduler": name,
+                        "shape": list(size.shape),
+                        "num_inference_steps": n,
+                        "us_per_step": 1e6 * seconds[name],
+                        "ratio_to_dpmpp2m": seconds[name] / seconds[REFERENCE],
+                        "syncs": reads.count,
+                        "state_bytes": held,
+                        "percent_of_denoiser": network and 100 * seconds[name] / network,
+                    }
+                )
     return rows
 
 
+def state_bytes(scheduler: Any, shape: Sequence[int]) -> int:
+    """Bytes of the tensors of this shape among a scheduler's attributes, each counted once."""
+    leaves = tree_leaves([*vars(scheduler).values()])
+    held = [v for v in leaves if isinstance(v, Tensor) and v.shape == torch.Size(shape)]
+    return sum({v.data_ptr(): v.nbytes for v in held}.values())
+
+
+def _solvers(size: Size, n: int) -> dict[str, Any]:
+    """Those measured, the reference first."""
+    host = diffusers.DPMSolverMultistepScheduler(**size.config)
+    solvers: dict[str, Any] = {REFERENCE: host, "UniPC, diffusers": diffusers.UniPCMultistepScheduler(**size.config)}
+    if size.grid["name"] == "flow":
+        solvers["Euler, diffusers"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=size.grid["shift"])
+    plain = DyWeightScheduler.from_config(host.config)
+    for order in (2, 3):
+        table = SolverTable.initial(n, order, size.grid, plain.host.prediction)
+        solvers[f"DyWeight, K = {order}"] = plain.with_tables([table])
+    if size.channels:
+        base = solvers["DyWeight, K = 2"].config
+        lifted = SpanLiftScheduler.from_config(base, operator={"channels": size.channels, "order": 2})
+        lifted.lifts[n] = Lift(torch.ones(n), torch.ones(n))
+        lifted.initialize()
+        for operator in lifted.operators.values():
+            nn.init.normal_(operator.head.weight, std=0.01)
+        solvers["SpanLift, K = 2"] = lifted
+    return solvers
+
+
 def _denoiser_seconds(x: Tensor, device: str) -> float:
-    unet: Any = diffusers.UNet2DConditionModel(sample_size=SHAPE[-1], cross_attention_dim=768)
+    unet: Any = diffusers.UNet2DConditionModel(sample_size=x.shape[-1], cross_attention_dim=768)
     unet.eval().to(device)
     text, t = torch.randn(1, 77, 768, device=device), torch.tensor(500.0, device=device)
-    return _fastest(lambda: unet(x, t, text).sample, 3, device)
+    return min(_laps((unet(x, t, text) for _ in range(5)), device))  # the first one, which warms up, is no lap
 
 
-def _run(scheduler: Any, x: Tensor, device: str, counted: _HostReads | None = None) -> Tensor:
-    scheduler.set_timesteps(STEPS, device=device)
-    if counted is not None:
-        counted.count = 0  # choosing the steps may read; stepping may not
-    for t in scheduler.timesteps:
-        x = scheduler.step(x, t, x, return_dict=False)[0]
-    return x
+def _steps(scheduler: Any, n: int, x: Tensor, output: Tensor) -> Iterator[None]:
+    """Yields before the first step and after each, as a pipeline takes them, ``output`` being the network's."""
+    scheduler.set_timesteps(n, device=x.device)
+    times = list(scheduler.timesteps)
+    yield
+    for t in times:
+        x = scheduler.step(output, t, x, return_dict=False)[0]
+        yield
 
 
-def _fastest(run: Callable[[], Any], repeats: int, device: str) -> float:
-    times = []
-    for _ in range(repeats + 1):  # the first one warms up
-        started = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+def _laps(events: Iterable[Any], device: str) -> list[float]:
+    """Seconds between one event and the next, on the device's own clock."""
+    if torch.device(device).type != "cuda":
+        return [after - before for before, after in pairwise([time.perf_counter() for _ in events])]
+    marks: list[torch.cuda.Event] = []
+    for _ in events:
+        marks.append(torch.cuda.Event(enable_timing=True))
+        marks[-1].record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]

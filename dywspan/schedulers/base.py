@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..artifact import compact, write_atomically
 from ..core.prediction import Flow, VariancePreserving
-from ..core.step import History, Schedule, analytical_derivative, step
+from ..core.step import History, Schedule, analytical_derivative, combine, step
 from ._host import Host, host_class_name
 
 
@@ -216,17 +216,18 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             self._start_at(i)
         row = i + self._skipped
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        x = sample.to(dtype) / self._scales[row]
+        x, scale = sample.to(dtype), self._scales[row]
         if i == 0 and self._noise_is_raw and self._start != 1:
             x = x * self._start  # this pipeline does not scale its noise by init_noise_sigma
         if self._skipped and i == 0:
-            self._history = (analytical_derivative(x / self._afs_factor, self._levels[0]),)
+            self._history = (analytical_derivative(1 / (scale * self._afs_factor), self._levels[0]) * x,)
         if model_output.shape[1:2] != sample.shape[1:2]:
             model_output = model_output[:, : sample.shape[1]]
-        d = self.host.prediction.derivative(x, model_output.to(dtype), self._levels[row], self._queries[row])
-        x = self._advance(row, x, d)
+        # x stays in the network's frame: what leads out of it and into the next is in the coefficients.
+        p, q = self.host.prediction.slope(self._levels[row], self._queries[row])
+        d = combine((q, model_output.to(dtype)), (p / scale, x))
+        prev_sample = self._advance(row, x, d).to(sample.dtype)
         self._step_index = i + 1
-        prev_sample = (x * self._scales[row + 1]).to(sample.dtype)
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
     def state(self, i: int, prev_sample: Tensor) -> Tensor:
@@ -234,8 +235,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         return prev_sample / self._scales[i + self._skipped + 1]
 
     def _advance(self, row: int, x: Tensor, d: Tensor) -> Tensor:
-        """x_{i+1} from the state and the newest derivative, in the solver frame; keeps the history."""
-        x, self._history = step(self._rows[row], x, d, self._history)
+        """x_{i+1} from the state and the newest derivative, each state in its network's frame; keeps the history."""
+        x, self._history = step(self._rows[row], x, d, self._history, *self._scales[row : row + 2])
         return x
 
     def _start_at(self, i: int) -> None:

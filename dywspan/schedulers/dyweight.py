@@ -82,6 +82,7 @@ class DyWeightScheduler(SolverScheduler):
         warn_if_newer(dywspan_version)
         self.tables: dict[int, SolverTable] = read_tables(tables)
         self.continuous: ContinuousTable | None = read_continuous(continuous)
+        self.nominal: Tensor | None = None  # the grid that the continuous one wrote its last table for
         self._prepare(num_train_timesteps)
 
     # ------------------------------------------------------------------ configuration
@@ -142,8 +143,12 @@ class DyWeightScheduler(SolverScheduler):
         if table is not None and custom is not None:
             logger.info("The table for %d steps has its own grid: the given values are not used.", n)
         if table is None and self.continuous is not None:
-            given = None if custom is None else self.host.grid(num_inference_steps, sigmas, timesteps, mu)
-            table = self.continuous.table(n, self.host.prediction, mu, given)
+            if custom is None:
+                self.nominal = make_grid(self.continuous.grid, n, self.host.prediction, mu)
+            else:
+                self.nominal = self.host.grid(num_inference_steps, sigmas, timesteps, mu)
+            # diffusers' Euler takes sigmas with the last one, of no step: not their number counts then.
+            table = self.continuous.table(len(self.nominal) - 1, self.host.prediction, sigmas=self.nominal)
         if table is not None:
             self._grid, schedule = None, table.schedule(self.host.prediction, mu)
         elif self._solver is not None:

@@ -318,16 +318,16 @@ class SpanLiftScheduler(DyWeightScheduler):
         # The operator may look further back than the base: keep what it wants, at no weight.
         coefficients = [self._alpha[row] * c for c in self._rows[row]]
         coefficients += [0.0] * (operator.order - len(coefficients))
-        state = x * self._scales[row]
-        x, self._history = step(coefficients, x, d, self._history)
-        images = [layout.to_grid(v, self.latent_size) for v in (state, *self._history[: operator.order])]
+        moved, self._history = step(coefficients, x, d, self._history, *self._scales[row : row + 2])
+        images = [layout.to_grid(v, self.latent_size) for v in (x, *self._history[: operator.order])]
         if images[0].shape[1] != operator.channels:
             raise ValueError(
                 f"The operator was made for {operator.channels} channels; layout {self.config['layout']!r} finds "
                 f"{images[0].shape[1]} in a sample of shape {tuple(x.shape)}."
             )
         lift = residual(operator, images[0], images[1:], self._conditions[row].to(operator.stem.weight.dtype))
-        return x + (self._beta[row] * self._sizes[row]) * layout.from_grid(lift, x, self.latent_size)
+        size = self._beta[row] * self._sizes[row] * self._scales[row + 1]
+        return moved + size * layout.from_grid(lift, x, self.latent_size)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
