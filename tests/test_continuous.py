@@ -1,0 +1,455 @@
+"""One function that writes the tables of every number of steps: what it keeps, what it learns, what holds it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_pipelines as tp
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_core import FRAMES, GRID_SPECS, HIGH, INSTANCES, LOW, Gaussian, slope
+from test_trainable import Subject, fresh
+from test_trainable import float64 as float64
+from torch import Tensor
+
+from dywspan import DyWeightScheduler, SpanLiftScheduler
+from dywspan.artifact import continuous_to_json, read_continuous, shown_tables
+from dywspan.core.bases import BASES, MAX_ORDER
+from dywspan.core.continuous import FEATURES, ContinuousTable, features
+from dywspan.core.grid import make_grid, resolution_mu
+from dywspan.core.prediction import EDM, Flow, Prediction
+from dywspan.core.step import step
+from dywspan.core.table import SolverTable
+from dywspan.distill.config import LearningConfig
+from dywspan.distill.least_squares import Problem
+from dywspan.distill.losses import latent_mse
+from dywspan.distill.pairs import Teacher, make_pairs
+from dywspan.distill.progress import endpoint_error
+from dywspan.distill.replay import Meter
+from dywspan.distill.student import ContinuousStudent, Student
+from dywspan.distill.train import default_grid, distill_continuous
+
+EPSILON = INSTANCES["epsilon"][0]
+FLOW_GRID = {"name": "flow", "shift": 3.0}
+GRIDS: dict[str, tuple[dict[str, Any], Prediction, float | None]] = {
+    "discrete": ({"name": "discrete", **GRID_SPECS["discrete"]}, EPSILON, None),
+    "discrete to 0": ({"name": "discrete", "sigma_min": 0.0, "sigma_max": 14.6146}, EPSILON, None),
+    "polynomial": ({"name": "polynomial", **GRID_SPECS["polynomial"]}, EDM(), None),
+    "flow": (FLOW_GRID, Flow(), None),
+    "flow with mu": ({"name": "flow"}, Flow(), 0.83),
+}
+
+
+def learned(order: int = 2, grid: Any = None, size: float = 0.3, **options: Any) -> ContinuousTable:
+    """As training leaves it: no coefficient is zero, no number is round."""
+    draw = torch.Generator().manual_seed(order)
+    coefficients = size * torch.randn(order + 1, len(FEATURES), generator=draw, dtype=torch.float64)
+    return ContinuousTable(coefficients, FLOW_GRID if grid is None else grid, **options)
+
+
+def on(tiny: tp.Tiny, table: ContinuousTable) -> DyWeightScheduler:
+    return DyWeightScheduler.from_config(tiny.pipe.scheduler.config).with_continuous(table)
+
+
+def assert_same(table: SolverTable, other: SolverTable) -> None:
+    assert torch.equal(table.weights, other.weights) and torch.equal(table.time_scale, other.time_scale)
+
+
+# ---------------------------------------------------------------------- the function
+
+
+@given(
+    n=st.integers(2, 50),
+    order=st.integers(1, 3),
+    base=st.sampled_from(sorted(BASES)),
+    grid=st.sampled_from(sorted(GRIDS)),
+)
+def test_without_corrections_it_is_its_base_bit_for_bit(n: int, order: int, base: str, grid: str) -> None:
+    spec, prediction, mu = GRIDS[grid]
+    table = ContinuousTable.initial(order, spec, base=base).table(n, prediction, mu)
+    assert_same(table, SolverTable.initial(n, order, spec, prediction, base=base, mu=mu))
+    sigmas = make_grid(spec, n, prediction, mu)
+    rows = BASES[base](sigmas, prediction.signal(sigmas), min(order, MAX_ORDER[base]))
+    if rows.shape[1] <= order:  # others look back further than K
+        assert torch.equal(table.weights[:, : rows.shape[1]], rows) and not table.weights[:, rows.shape[1] :].any()
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionPipeline"])
+@pytest.mark.parametrize(("base", "order"), [("adams", 2), ("deis", 3)])
+def test_in_a_pipeline_an_unlearned_one_is_the_classical_solver(name: str, base: str, order: int) -> None:
+    tiny = tp.build(name)
+    config = tiny.pipe.scheduler.config
+    grid = default_grid(DyWeightScheduler.from_config(config))
+    ours = on(tiny, ContinuousTable.initial(order, grid, base=base))
+    classical = DyWeightScheduler.from_config(config, solver=base, order=order, grid=grid, lower_order_final=False)
+    changes: list[dict[str, Any]] = [{}, {}]
+    if not tiny.flow:  # a learned solver starts from sigma_0 * noise, a classical one at unit variance
+        ours.set_timesteps(4)
+        noise = tp.normal([0], 4, 16, 16)
+        changes = [{"latents": noise}, {"latents": noise * ours.init_noise_sigma}]
+    for n in (2, 4):
+        one, two = (tp.run(tiny, s, [0], num_inference_steps=n, **c) for s, c in zip((ours, classical), changes))
+        assert torch.equal(one.output, two.output) and torch.equal(one.timesteps, two.timesteps)
+
+
+def told(problem: Gaussian) -> Callable[[Tensor, Any, Any], Tensor]:
+    """The derivative by a network that is told tau: d = (x - D(x; tau)) / sigma in the VE frame, v(x; tau) in flow."""
+    return lambda x, sigma, tau: problem.derivative(x, tau) * (1 if problem.is_flow else tau / sigma)
+
+
+@pytest.mark.parametrize("problem", FRAMES)
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_corrections_keep_the_order_of_convergence(order: int, problem: Gaussian) -> None:
+    """Horizon 1, to see the limit at few steps. Of K = 3 the first row, which alone would cap it, is exact history."""
+    prediction, begin = (Flow() if problem.is_flow else EDM()), max(0, order - 2)
+
+    def error(function: ContinuousTable, n: int) -> Tensor:
+        sigmas = (HIGH**0.5 + torch.arange(-begin, n + 1).double() / n * (LOW**0.5 - HIGH**0.5)) ** 2
+        schedule = function.table(n + begin, prediction, sigmas=sigmas).schedule(prediction)
+        x = problem.exact(schedule.levels[begin])
+        history = tuple(problem.derivative(problem.exact(s), s) for s in sigmas[:begin].flip(0))
+        for row, level, tau in list(zip(schedule.increments, schedule.levels, schedule.queries))[begin:]:
+            # What a network that is told tau says: (x - D(x; tau)) / sigma in the VE frame, v(x; tau) in flow.
+            d = problem.derivative(x, tau) * (1 if problem.is_flow else tau / level)
+            x, history = step(row, x, d, history)
+        return x - problem.exact(sigmas[-1])
+
+    corrected = learned(order, size=2.0, horizon=1.0)
+    base = replace(corrected, coefficients=torch.zeros_like(corrected.coefficients))
+    assert abs(slope(lambda n: float(error(corrected, n).norm())) - order) < 0.35
+    assert abs(slope(lambda n: float((error(corrected, n) - error(base, n)).norm())) - order) < 0.35
+
+
+@pytest.mark.parametrize("mu", [0.01 * k for k in range(0, 120, 7)])
+def test_no_shift_takes_flows_first_level_past_1(mu: float) -> None:
+    """Rounded up, sigma_0 = 1 would have a negative signal level, whose logarithm is no number."""
+    for base in ("adams", "dpmpp", "unipc"):
+        assert bool(learned(grid={"name": "flow"}, base=base).table(4, Flow(), mu).weights.isfinite().all())
+    above = torch.tensor([1 + 2**-52, 0.5, 0.0], dtype=torch.float64)
+    assert torch.equal(features(above, 1 - above)[:, 1], features(above.clamp(max=1), 1 - above.clamp(max=1))[:, 1])
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 50])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_features_are_bounded_and_mean_what_they_say(grid: str, n: int) -> None:
+    spec, prediction, mu = GRIDS[grid]
+    sigmas = make_grid(spec, n, prediction, mu)
+    phi = dict(zip(FEATURES, features(sigmas, prediction.signal(sigmas)).unbind(1)))
+    assert all(bool(value.isfinite().all()) for value in phi.values())
+    u, ones = phi["u"], torch.ones(n, dtype=torch.float64)
+    ratio = (sigmas / prediction.signal(sigmas))[:-1]  # tanh(log(r) / 4) = (sqrt r - 1) / (sqrt r + 1), infinite r too
+    torch.testing.assert_close(u, torch.where(ratio.isinf(), 1.0, (ratio.sqrt() - 1) / (ratio.sqrt() + 1)))
+    assert bool((u.diff() < 0).all()) and torch.equal(phi["1"], ones)
+    torch.testing.assert_close(phi["2u^2-1"], torch.cos(2 * torch.acos(u)), rtol=0, atol=1e-9)
+    assert abs(float(phi["delta"].sum())) < 1e-9 and bool((phi["delta"] > -1).all())
+    torch.testing.assert_close(phi["delta u"], phi["delta"] * u)
+    assert phi["first"].tolist() == [float(i == 0) for i in range(n)]
+    assert phi["last"].tolist() == [float(i == n - 1) for i in range(n)]
+
+
+def test_delta_is_zero_where_steps_are_equally_long_in_u() -> None:
+    u = torch.linspace(0.9, -0.8, 7, dtype=torch.float64)
+    sigmas = ((1 + u) / (1 - u)) ** 2
+    delta = features(sigmas, torch.ones(7))[:, FEATURES.index("delta")]
+    torch.testing.assert_close(delta, torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_each_coefficient_moves_what_it_belongs_to() -> None:
+    """A row of C at a time, only "1": nabla^m at f^(K-m); s = exp(f^K c)."""
+    n, order, c, horizon = 6, 3, 0.37, 4.0
+    fade, start = 1 / (1 + n / horizon), ContinuousTable.initial(order, FLOW_GRID, horizon=horizon)
+    base = start.table(n, Flow())
+    for m, difference in enumerate([[1, 0, 0], [1, -1, 0], [1, -2, 1]]):
+        coefficients = start.coefficients.clone()
+        coefficients[m, 0] = c
+        table = replace(start, coefficients=coefficients).table(n, Flow())
+        expected = c * fade ** (order - m) * torch.tensor(difference, dtype=torch.float64).repeat(n, 1)
+        expected[:m] = 0  # m + 1 derivatives make the first difference
+        torch.testing.assert_close(table.weights - base.weights, expected)
+        assert torch.equal(table.time_scale, base.time_scale)
+    coefficients = start.coefficients.clone()
+    coefficients[order, 0] = c
+    table = replace(start, coefficients=coefficients).table(n, Flow())
+    torch.testing.assert_close(table.time_scale.log(), torch.full((n,), c * fade**order, dtype=torch.float64))
+    assert torch.equal(table.weights, base.weights)
+
+
+# ---------------------------------------------------------------------- in an artefact
+
+
+def test_it_survives_an_artefact_bit_for_bit(tmp_path: Path) -> None:
+    made = {"held_out_error": {"3": {"before": 0.3, "after": 0.1}}}
+    table = learned(3, base="deis", horizon=5.5, provenance=made)
+    own = DyWeightScheduler(prediction_type="flow_prediction").with_continuous(table)
+    own.save_pretrained(tmp_path)
+    again = DyWeightScheduler.from_pretrained(tmp_path)
+    for other in (
+        again,
+        copy.deepcopy(own),
+        DyWeightScheduler.from_config(again.config, continuous=again.config["continuous"]),
+    ):
+        found = other.continuous
+        assert torch.equal(found.coefficients, table.coefficients) and found.provenance == made
+        assert (found.grid, found.base, found.horizon) == (FLOW_GRID, "deis", 5.5)
+        assert_same(found.table(7, Flow()), table.table(7, Flow()))
+    text = (tmp_path / "scheduler_config.json").read_text(encoding="utf-8")
+    assert json.loads(text)["continuous"]["features"] == list(FEATURES)
+    assert len([line for line in text.splitlines() if line.count(",") >= len(FEATURES) - 1]) >= 4, "a row is one line"
+
+
+GOOD = continuous_to_json(learned())
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"coefficients": [[0.0] * 6] * 3}, r"\(K \+ 1\) x 7 numbers; got shape \(3, 6\)"),
+        ({"coefficients": [[0.0] * 7]}, r"\(K \+ 1\) x 7 numbers; got shape \(1, 7\)"),
+        ({"coefficients": [[0.0] * 7, [0.0] * 6]}, r"rows of the same length; they have \[7, 6\]"),
+        ({"coefficients": []}, r"rows of the same length; they have \[\]"),
+        ({"coefficients": "zeros"}, "must be a list of rows"),
+        ({"coefficients": [["a"] * 7] * 2}, "row 0 must hold numbers only"),
+        ({"coefficients": [[10**400] * 7] * 2}, "too large"),
+        ({"coefficients": [[float("nan")] * 7] * 2}, "must be finite; got .*nan"),
+        ({"coefficients": [[0.0, float("inf"), 0.0, 0.0, 0.0, 0.0, 0.0]] * 2}, "must be finite; got .*inf"),
+        ({"base": "heun"}, r"Unknown base solver 'heun': use one of \['adams'"),
+        ({"base": ["adams"]}, "Unknown base solver"),
+        ({"features": ["1", "u"]}, r"features are \['1', 'u'\], this version's .*upgrade dywspan"),
+        ({"features": None}, "features are None"),
+        ({"grid": {"sigmas": [1.0, 0.5, 0.0]}}, "needs a named grid, not a list of sigmas"),
+        ({"grid": {"name": "cosine"}}, "Unknown grid 'cosine'"),
+        ({"grid": {"name": "polynomial", "sigma_max": 2.0}}, "sigma_min"),
+        ({"grid": "flow"}, "A grid is a mapping"),
+        ({"grid": 5}, "A grid is a mapping"),
+        ({"horizon": 0}, "horizon=0 must be a positive number"),
+        ({"horizon": "8"}, "horizon='8' must be a positive number"),
+        ({"horizon": float("nan")}, "horizon=nan"),
+    ],
+    ids=str,
+)
+def test_damage_is_named(damage: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"(?s)Damaged continuous table: .*{said}.*Download or distil it again"):
+        DyWeightScheduler(prediction_type="flow_prediction", continuous={**GOOD, **damage})
+
+
+@pytest.mark.parametrize("data", [{}, {"grid": FLOW_GRID}, [], "adams", 3], ids=str)
+def test_what_is_no_continuous_table_is_said(data: Any) -> None:
+    with pytest.raises(ValueError, match="Damaged continuous table: it is a mapping with at least 'coefficients' and"):
+        read_continuous(data)
+
+
+def test_base_and_horizon_may_be_left_out() -> None:
+    table = read_continuous({"coefficients": GOOD["coefficients"], "grid": FLOW_GRID})
+    assert table is not None and (table.base, table.horizon, dict(table.provenance)) == ("adams", 8.0, {})
+    assert read_continuous(None) is None
+
+
+# ---------------------------------------------------------------------- in a scheduler
+
+
+def test_tables_win_for_their_own_count_and_the_function_writes_all_others() -> None:
+    function, prediction = learned(), Flow()
+    table = SolverTable(learned(1).table(3, prediction).weights, torch.full((3,), 0.9).double(), FLOW_GRID)
+    empty = DyWeightScheduler(prediction_type="flow_prediction", solver="heun")
+    for both in (
+        empty.with_tables([table]).with_continuous(function),
+        empty.with_continuous(function).with_tables([table]),
+    ):
+        for n in (1, 2, 3, 4, 17):
+            both.set_timesteps(n)
+            expected = (table if n == 3 else function.table(n, prediction)).schedule(prediction)
+            assert torch.equal(both.sigmas, expected.levels.float()) and both.order == 1
+            assert torch.equal(both.timesteps, (1000 * expected.queries).float())
+            assert both._rows == expected.increments.tolist()
+    assert sorted(shown_tables(both)) == [3]
+    shown = shown_tables(empty.with_continuous(function))
+    assert len(shown) > 1 and all(len(table.weights) == n for n, table in shown.items())
+
+
+def test_the_resolution_that_a_pipeline_is_called_with_shapes_the_table() -> None:
+    tiny, function = tp.build("FluxPipeline"), learned(grid={"name": "flow"})
+    scheduler, prediction, outputs = on(tiny, function), Flow(), []
+    for side in (32, 64):
+        outputs.append(tp.run(tiny, scheduler, [0], height=side, width=side).output)
+        mu = resolution_mu((side // 4) ** 2)
+        expected = function.table(3, prediction, mu)
+        torch.testing.assert_close(scheduler.sigmas, expected.schedule(prediction, mu).levels.float())
+        found = torch.tensor(scheduler._rows, dtype=torch.float64)
+        torch.testing.assert_close(found, expected.schedule(prediction, mu).increments, rtol=1e-5, atol=1e-6)
+        other = function.table(3, prediction, mu + 0.1)
+        assert float((other.weights - expected.weights).abs().max()) > 1e-4, "the weights too depend on mu"
+        with_table = DyWeightScheduler.from_config(tiny.pipe.scheduler.config).with_tables([expected])
+        same = tp.run(tiny, with_table, [0], height=side, width=side).output
+        torch.testing.assert_close(outputs[-1], same, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "levels"),
+    [
+        ("StableDiffusion3Pipeline", {"sigmas": [1.0, 0.7, 0.2]}, lambda s: 3 * s / (1 + 2 * s)),
+        ("StableDiffusionPipeline (v-prediction)", {"sigmas": [14.0, 3.0, 0.4, 0.0]}, lambda s: s),
+        ("StableDiffusionPipeline (v-prediction)", {"timesteps": [990, 480, 35]}, EPSILON.sigma),
+    ],
+    ids=["flow sigmas", "sigmas", "timesteps"],
+)
+def test_values_given_in_the_call_are_the_grid(name: str, given: Any, levels: Callable[[Tensor], Tensor]) -> None:
+    tiny = tp.build(name)
+    function = learned(grid=default_grid(DyWeightScheduler.from_config(tiny.pipe.scheduler.config)))
+    scheduler = on(tiny, function)
+    prediction = scheduler.host.prediction
+    (values,) = given.values()
+    sigmas = torch.zeros(4, dtype=torch.float64)
+    sigmas[: len(values)] = levels(torch.tensor(values, dtype=torch.float64))
+    expected = function.table(3, prediction, sigmas=sigmas)
+    trace = tp.run(tiny, scheduler, [0], num_inference_steps=3, **given)
+    torch.testing.assert_close(scheduler.sigmas, expected.schedule(prediction).levels.float(), rtol=1e-4, atol=1e-5)
+    found = torch.tensor(scheduler._rows, dtype=torch.float64)
+    torch.testing.assert_close(found, expected.schedule(prediction).increments, rtol=1e-3, atol=1e-4)
+    nominal = tp.run(tiny, scheduler, [0], num_inference_steps=3).output
+    assert not torch.allclose(trace.output, nominal, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionImg2ImgPipeline", "StableDiffusion3Img2ImgPipeline"])
+def test_img2img_starts_in_the_middle_of_the_table(name: str) -> None:
+    tiny = tp.build(name)
+    own = DyWeightScheduler.from_config(tiny.pipe.scheduler.config)
+    function = learned(3, default_grid(own))
+    whole = function.table(4, own.host.prediction)
+    trace, expected = (tp.run(tiny, s, [0]) for s in (own.with_continuous(function), own.with_tables([whole])))
+    assert len(trace.steps) == 2 and torch.equal(trace.output, expected.output)
+    level = prediction_time(own, whole)
+    assert trace.noised[0][0] == pytest.approx(level) and trace.told[0].item() == pytest.approx(level)
+
+
+def prediction_time(scheduler: DyWeightScheduler, table: SolverTable) -> float:
+    """The model time of the third step."""
+    prediction = scheduler.host.prediction
+    return float(prediction.timestep(table.schedule(prediction).queries)[2])
+
+
+def test_an_operator_of_beta_zero_leaves_a_continuous_base_as_it_is(tmp_path: Path) -> None:
+    tiny = tp.build("StableDiffusionPipeline")
+    base = on(tiny, learned(2, default_grid(DyWeightScheduler.from_config(tiny.pipe.scheduler.config))))
+    outputs = [tp.run(tiny, base, [0]).output]
+    for beta in (0.0, 1.0):
+        lift = {"alpha": [1.0] * 3, "beta": [beta] * 3}
+        size = {"channels": 4, "order": 2, "width": 8}
+        lifted = SpanLiftScheduler.from_config(base.config, operator=size, lifts={"3": lift}).initialize()
+        torch.nn.init.normal_(lifted.operators["shared"].head.weight)
+        lifted.save_pretrained(tmp_path / str(beta))
+        outputs.append(tp.run(tiny, SpanLiftScheduler.from_pretrained(tmp_path / str(beta)), [0]).output)
+    assert torch.equal(outputs[0], outputs[1]) and not torch.allclose(outputs[0], outputs[2], rtol=1e-2)
+
+
+# ---------------------------------------------------------------------- learning
+
+
+def student_of(subject: Subject, order: int = 2, size: float = 0.3) -> ContinuousStudent:
+    scheduler = subject.solver()
+    return ContinuousStudent(scheduler, learned(order, default_grid(scheduler), size))
+
+
+def problem_of(subject: Subject, student: Student, n: int, **change: Any) -> Problem:
+    config = LearningConfig(optimizer="least_squares", batch_size=2, **change)
+    pairs = subject.pairs(range(2))
+    return Problem(subject.pipe, student, pairs, [n], call=subject.call, config=config, loss=latent_mse)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline", "MochiPipeline"])
+def test_columns_by_the_tables_numbers_are_those_of_the_coefficients(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the grid is known to the pipeline's call only: by a shift (FLUX), or all of it (Mochi)."""
+    subject = fresh(name)
+    student = student_of(subject)
+    problem = problem_of(subject, student, 4, difference=1e-6)
+    by_table = problem.columns(4, problem.pairs)
+    assert student.local(4)[1] is not None
+    monkeypatch.setattr(ContinuousStudent, "local", Student.local)
+    direct = problem.columns(4, problem.pairs)
+    assert torch.equal(by_table[0], direct[0])
+    scale = direct[1:].norm(dim=1)
+    torch.testing.assert_close(by_table[1:] / scale.max(), direct[1:] / scale.max(), rtol=0, atol=1e-4)
+    moved = scale > 1e-3 * scale.max()
+    assert int(moved.sum()) >= 15
+    assert float(((by_table - direct)[1:].norm(dim=1) / scale)[moved].max()) < 1e-4
+
+
+@pytest.mark.parametrize(("order", "n"), [(1, 1), (2, 2), (3, 4), (2, 7), (3, 12)])
+def test_calls_are_those_really_made(order: int, n: int) -> None:
+    subject = fresh("StableDiffusionPipeline")
+    student = student_of(subject, order)
+    problem, meter = problem_of(subject, student, n), Meter(subject.pipe)
+    with meter.running(), problem.replay.installed():
+        problem.columns(n, problem.pairs)
+    made = meter.counts["student"] / (len(problem.pairs) * 2)  # of a sample, guidance counted as one
+    assert made - n == student.calls(n)
+    assert (student.local(n)[1] is None) == (n > 10), "many steps are moved by the coefficients themselves"
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline"])
+def test_gradients_are_those_of_central_differences(name: str) -> None:
+    subject, eps = fresh(name), 1e-5
+    student, pairs = student_of(subject, size=0.1), subject.pairs(range(2))
+    (gradient,) = subject.gradients(student, pairs)
+    values, slopes, differences = student.coefficients.detach().view(-1), gradient.flatten(), []
+    for i in range(len(values)):
+        own, ends = float(values[i]), []
+        for moved in (own + eps, own - eps):
+            values[i] = moved
+            with torch.no_grad():
+                ends.append(float(subject.loss(student, pairs)))
+        values[i] = own
+        differences.append((ends[0] - ends[1]) / (2 * eps))
+    torch.testing.assert_close(slopes, torch.tensor(differences), rtol=1e-6, atol=1e-8 * float(slopes.abs().max()))
+    acts = gradient.abs() > 1e-9 * gradient.abs().max()
+    assert not acts[1, FEATURES.index("first")] and int(acts.sum()) == 20, "the first step has no difference"
+
+
+@pytest.fixture(scope="module")
+def digits() -> Any:
+    """The exact denoiser of the digits, its teacher, and pairs."""
+    pytest.importorskip("sklearn")
+    examples = str(Path(__file__).parents[1] / "examples")
+    sys.path.insert(0, examples)
+    try:
+        import digits as module  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(examples)
+    pipe = module.DDPMPipeline(module.ExactDenoiser(), module.EDMEulerScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, solver="heun"), 30)
+    made = [
+        make_pairs(pipe, teacher, [{}] * count, range(first, first + count), call={}, batch_size=64)
+        for first, count in ((10**6, 32), (0, 64))
+    ]
+    return pipe, teacher, *made
+
+
+def test_what_is_learned_at_some_counts_helps_at_counts_between(digits: Any) -> None:
+    pipe, teacher, train, held_out = digits
+    config = LearningConfig(optimizer="least_squares", order=3, batch_size=32, updates=8, ridge=1e-3, difference=1e-3)
+    table = distill_continuous(pipe, teacher, train, held_out, [3, 4, 6, 8], call={}, config=config)
+    own = DyWeightScheduler.from_config(pipe.scheduler.config)
+    start = replace(table, coefficients=torch.zeros_like(table.coefficients))
+
+    def error(function: ContinuousTable, n: int) -> float:
+        return endpoint_error(pipe, own.with_continuous(function), n, held_out, {})
+
+    assert sorted(table.provenance["held_out_error"]) == ["3", "4", "6", "8"]
+    for n, measured in table.provenance["held_out_error"].items():
+        assert measured["before"] == pytest.approx(error(start, int(n)), rel=1e-6)
+        assert measured["after"] == pytest.approx(error(table, int(n)), rel=1e-6)
+    for n, ratio in ((5, 0.5), (7, 0.85)):
+        assert error(table, n) < ratio * error(start, n), n
+    assert not table.coefficients.requires_grad and bool(table.coefficients.any(dim=1).all())
