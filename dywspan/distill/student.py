@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.continuous import FEATURES, ContinuousTable
+from ..core.continuous import ContinuousTable
 from ..core.layout import LAYOUTS
 from ..core.operator import Lift
 from ..core.table import SolverTable
@@ -152,17 +152,12 @@ class ContinuousStudent(Student):
         self.scheduler.tables, self.scheduler.continuous = {}, self.table()
 
     def calls(self, steps: int) -> int:
-        return min(self._own_calls(steps), _tail_calls(steps, self.initial.order))
-
-    def _own_calls(self, steps: int) -> int:
-        """A coefficient acts from the first step with its difference on; those of "first" and "last" in one step."""
-        rows = sum(max(steps - 1 - m, 0) for m in range(self.initial.order))
-        return (len(FEATURES) - 2) * (rows + steps) + 2 * steps
+        return _tail_calls(steps, self.initial.order)
 
     def local(self, steps: int) -> tuple[Student, Tensor | None]:
-        """The table's own numbers, most of which change only the end of a sampling, unless there are too many."""
-        if self._own_calls(steps) < _tail_calls(steps, self.initial.order):
-            return self, None
+        """The table's own numbers: most change only the end of a sampling, and each moves it more than a coefficient's
+        many small changes, so that differences stand out of the network's rounding.
+        """
         prediction, sigmas = self.scheduler.host.prediction, self.scheduler.nominal
         # Many pipelines choose the grid in their call: it is known once they have sampled.
         sigmas = sigmas if sigmas is not None and len(sigmas) == steps + 1 else None
