@@ -100,6 +100,16 @@ class Subject:
         student.apply()
         return batch_loss(self.pipe, student, 3, pairs, self.call, latent_mse)
 
+    @torch.no_grad()
+    def central_difference(self, student: Student, pairs: Pairs, values: Tensor, i: int, eps: float) -> float:
+        """Of the loss, in one of the student's ``values``, which are left as they were."""
+        own, ends = float(values[i]), []
+        for moved in (own + eps, own - eps):
+            values[i] = moved
+            ends.append(float(self.loss(student, pairs)))
+        values[i] = own
+        return (ends[0] - ends[1]) / (2 * eps)
+
     def gradients(self, student: Student, pairs: Pairs, recompute: bool = True, precision: str = "no") -> list[Tensor]:
         """Of the loss, taken as in training."""
         with frozen(self.pipe, recompute, student.networks), torch.enable_grad(), autocast(self.pipe, precision):
@@ -240,13 +250,7 @@ def test_gradients_are_those_of_central_differences(name: str, solver: str) -> N
         values, slopes = parameter.detach().view(-1), gradient.flatten()
         # All of a solver's numbers; of a network's tensors the entry that matters most.
         for i in slopes.abs().argsort(descending=True)[: len(values) if len(values) <= 6 else 1].tolist():
-            own, ends = float(values[i]), []
-            for moved in (own + eps, own - eps):
-                values[i] = moved
-                with torch.no_grad():
-                    ends.append(float(subject.loss(student, pairs)))
-            values[i] = own
-            difference = (ends[0] - ends[1]) / (2 * eps)
+            difference = subject.central_difference(student, pairs, values, i, eps)
             assert float(slopes[i]) == pytest.approx(difference, rel=1e-6, abs=1e-9 * float(slopes.abs().max()))
 
 
