@@ -18,6 +18,7 @@ from ..core.operator import Lift
 from ..core.table import SolverTable
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import SpanLiftScheduler
+from .memory import sd15
 
 REFERENCE = "DPM-Solver++(2M), diffusers"
 
@@ -142,8 +143,7 @@ def _solvers(size: Size, n: int) -> dict[str, Any]:
 
 
 def _denoiser_seconds(x: Tensor, device: str) -> float:
-    unet: Any = diffusers.UNet2DConditionModel(sample_size=x.shape[-1], cross_attention_dim=768)
-    unet.eval().to(device)
+    unet = sd15(device).unet
     text, t = torch.randn(1, 77, 768, device=device), torch.tensor(500.0, device=device)
     return min(_laps((unet(x, t, text) for _ in range(5)), device))  # the first one, which warms up, is no lap
 

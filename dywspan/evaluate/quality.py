@@ -571,11 +571,15 @@ def find_images(folder: str, batch_size: int = 1) -> list[Path]:
                 sizes.setdefault(image.size, file)
                 image.verify()
         except (OSError, SyntaxError, ValueError) as error:
-            raise OSError(f"{file} is not an image that can be read: {error}. Replace it, or take it out.") from error
+            raise _unreadable(file, error) from error
     if len(sizes) > 1 and batch_size > 1:
         shown = ", ".join(f"{w} x {h} ({file.name})" for (w, h), file in [*sizes.items()][:3])
         raise ValueError(f"{folder} holds images of several sizes: {shown}. Resize them, or set batch_size to 1.")
     return files
+
+
+def _unreadable(file: Path, error: Exception) -> OSError:
+    return OSError(f"{file} is not an image that can be read: {error}. Replace it, or take it out.")
 
 
 _PARTS = re.compile(r"(\d+)")
@@ -594,4 +598,4 @@ def read_image(file: Path) -> Tensor:
         with Image.open(file) as image:
             return torch.from_numpy(numpy.array(image.convert("RGB"))).movedim(-1, 0).float() / 255
     except (OSError, SyntaxError, ValueError) as error:
-        raise OSError(f"{file} is not an image that can be read: {error}. Replace it, or take it out.") from error
+        raise _unreadable(file, error) from error
