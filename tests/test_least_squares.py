@@ -185,9 +185,10 @@ def test_pipelines_without_gradients_are_learned_from(kind: str) -> None:
         pipe.unet.forward = torch.compile(pipe.unet.forward, backend="eager")
     teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, solver="ipndm"), 8)
     train, held_out = (make_pairs(pipe, teacher, INPUTS, range(s, s + 4), call=CALL) for s in (0, 10))
-    table = distill(pipe, teacher, train, held_out, 2, call=CALL, config=replace(CONFIG, batch_size=4, updates=2))
+    config = replace(CONFIG, init="ipndm", batch_size=4, updates=2)  # a start that any fit leaves far behind
+    table = distill(pipe, teacher, train, held_out, 2, call=CALL, config=config)
     error = table.provenance["held_out_error"]
-    assert error["after"] < 0.97 * error["before"]
+    assert error["after"] < 0.6 * error["before"]
     assert Counter(map(type, (table.weights, table.time_scale)))[torch.Tensor] == 2
 
 
