@@ -1,6 +1,7 @@
 # On a fresh clone: `make demo` renders the comparison, `make test` runs the tests. Both set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS := -n logical --maxprocesses 4
 
 .PHONY: demo test test-slow lint solvers clean
 
@@ -8,10 +9,10 @@ demo: .venv/installed-train
 	HF_HUB_OFFLINE=1 $(BIN)/dywspan demo --output demo/demo.png --json demo/demo.json
 
 test: .venv/installed-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(WORKERS)
 
 test-slow: .venv/installed-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(WORKERS) -m slow
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
