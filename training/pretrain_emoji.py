@@ -1,0 +1,592 @@
+"""Train an embedded pipeline from scratch: ``accelerate launch training/pretrain_emoji.py sd`` (or ``flow``).
+
+First the autoencoder of both (AutoencoderTiny, f4), then text encoder and denoiser on its latents: a UNet with CLIP
+(emoji-sd, v-prediction) or FLUX's transformer with CLIP and T5 (emoji-flow). The pipeline ends up in OUTPUT/emoji-NAME.
+A run that was stopped goes on where it was; every update draws its batch from (seed, update), so a resumed run is
+the same run. ``--mixed-precision bf16`` nearly halves the time on a recent CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import (
+    AutoencoderTiny,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.training_utils import EMAModel
+from emoji64 import load, split
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+TOKENS, PIECES, VOCABULARY, WIDTH = 24, 28, 2000, 128
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("pipeline", choices=sorted(RECIPES))
+    parser.add_argument("--data", type=Path, default=Path("build/emoji64"), help="the data set, built when missing")
+    parser.add_argument("--output", type=Path, default=Path("build/emoji"), help="checkpoints, pictures, pipelines")
+    parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
+    parser.add_argument("--autoencoder-updates", type=int, default=8000, help="of 32 crops of 32 x 32 pixels")
+    parser.add_argument("--updates", type=int, default=30000, help="of `--batch-size` images")
+    parser.add_argument("--batch-size", type=int, default=64, help="of all processes together")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--guidance-scale", type=float, default=5.0, help="of the pictures drawn on the way")
+    parser.add_argument("--checkpoint-every", type=int, default=250, help="updates")
+    parser.add_argument("--pictures-every", type=int, default=2500, help="updates, whole checkpoints")
+    parser.add_argument("--pictures", type=int, default=60, help="held-out captions to draw")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+class Training:
+    """Updates of one module: the schedule, resuming, checkpoints, a moving average, and a record of it all."""
+
+    def __init__(self, name: str, args: argparse.Namespace, accelerator: Accelerator, module: nn.Module) -> None:
+        self.args, self.accelerator, self.folder = args, accelerator, args.output / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        self.average = EMAModel(self.raw.parameters(), decay=0.9995, use_ema_warmup=True, power=3 / 4)
+        self.average.to(accelerator.device)
+        self.seconds, self.update = 0.0, 0
+
+    @property
+    def raw(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.module)
+
+    def run(
+        self,
+        updates: int,
+        cooldown: float,
+        loss: Callable[[nn.Module, torch.Generator], Tensor],
+        look: Callable[[int], dict[str, float]],
+    ) -> None:
+        """Go on to `updates`; the learning rate falls to zero over the last `cooldown` of them. `look` measures."""
+        self._resume()
+        bar = tqdm(
+            total=updates,
+            initial=self.update,
+            desc=self.folder.name,
+            mininterval=5,
+            disable=not self.accelerator.is_main_process,
+        )
+        mean, started = 0.0, time.monotonic()
+        while self.update < updates:
+            rest = (updates - self.update) / (cooldown * updates)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.args.lr * min(1.0, (self.update + 1) / 200, rest)
+            value = loss(self.module, torch.Generator().manual_seed((self.args.seed << 32) + self.update))
+            self.accelerator.backward(value)
+            self.accelerator.clip_grad_norm_(self.module.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.average.step(self.raw.parameters())
+            self.update += 1
+            mean += (value.item() - mean) * max(0.01, 1 / self.update)
+            bar.update()
+            bar.set_postfix(loss=f"{mean:.4f}")
+            if self.update % self.args.checkpoint_every == 0 or self.update == updates:
+                self.seconds, started = self.seconds + time.monotonic() - started, time.monotonic()
+                self._save()
+                if self.update % self.args.pictures_every == 0 or self.update == updates:
+                    if self.accelerator.is_main_process:
+                        self._record(loss=mean, **self.with_average(lambda: look(self.update)))
+                    started = time.monotonic()
+        bar.close()
+
+    def with_average(self, work: Callable[[], Any]) -> Any:
+        """`work()` with the moving average in place of the weights."""
+        self.average.store(self.raw.parameters())
+        self.average.copy_to(self.raw.parameters())
+        self.raw.eval()
+        try:
+            with torch.no_grad():
+                return work()
+        finally:
+            self.raw.train()
+            self.average.restore(self.raw.parameters())
+
+    def _record(self, **values: float) -> None:
+        entry = {"update": self.update, "seconds": round(self.seconds), **values}
+        with (self.folder / "progress.jsonl").open("a") as file:
+            file.write(json.dumps({k: round(v, 5) for k, v in entry.items()}) + "\n")
+
+    def _save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "module": self.raw.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict(),
+            "update": self.update,
+            "seconds": self.seconds,
+        }
+        partial = self.folder / "checkpoint.partial"
+        torch.save(state, partial)
+        os.replace(partial, self.folder / "checkpoint.pt")
+
+    def _resume(self) -> None:
+        if not (self.folder / "checkpoint.pt").exists():
+            return
+        state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        self.raw.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load_state_dict(state["average"])
+        self.average.to(self.accelerator.device)
+        self.update, self.seconds = state["update"], state["seconds"]
+
+
+# Autoencoder
+
+
+def train_autoencoder(args: argparse.Namespace, accelerator: Accelerator, train: Tensor, held_out: Tensor) -> nn.Module:
+    """Squared error on crops; noise on the latents and halved latents keep them smooth, which diffusion needs.
+
+    A quarter of the updates asks that latents averaged 2 x 2 decode to the image averaged 2 x 2 (scale equivariance).
+    """
+    set_seed(args.seed)
+    autoencoder = AutoencoderTiny(
+        encoder_block_out_channels=(48, 48, 48),
+        decoder_block_out_channels=(48, 48, 48),
+        num_encoder_blocks=(1, 2, 2),
+        num_decoder_blocks=(2, 2, 1),
+        latent_channels=4,
+    )
+    training = Training(
+        "autoencoder", args, accelerator, _Autoencoder(autoencoder).to(memory_format=torch.channels_last)
+    )
+
+    def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
+        rows, noise = (
+            torch.randint(len(train), (32,), generator=generator),
+            torch.randn(32, 4, 8, 8, generator=generator),
+        )
+        rows, noise = rows[share(accelerator)], noise[share(accelerator)]
+        y, x = torch.randint(33, (2,), generator=generator).tolist()
+        images = train[rows, :, y : y + 32, x : x + 32].to(accelerator.device)
+        if torch.rand((), generator=generator) < 0.5:
+            images = images.flip(-1)
+        halve = bool(torch.rand((), generator=generator) < 0.25)
+        return F.mse_loss(module(images, noise.to(images), halve), F.avg_pool2d(images, 2) if halve else images)
+
+    def look(update: int) -> dict[str, float]:
+        again = _batched(
+            held_out, lambda x: training.raw.autoencoder.decode(training.raw.autoencoder.encode(x).latents).sample
+        )
+        draw(torch.cat([held_out[:12], again[:12]]), 12, training.folder / "held-out.png")
+        error = (again.clamp(-1, 1) - held_out).div(2).square().mean((1, 2, 3))
+        return {"psnr": float(-10 * error.log10().mean())}
+
+    training.run(args.autoencoder_updates, 0.7, loss, look)
+    training.average.copy_to(training.raw.parameters())
+    return training.raw.autoencoder.eval().requires_grad_(False)
+
+
+class _Autoencoder(nn.Module):
+    def __init__(self, autoencoder: AutoencoderTiny) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images: Tensor, noise: Tensor, halve: bool) -> Tensor:
+        latents = self.autoencoder.encode(images).latents
+        latents = latents + 0.05 * noise
+        return self.autoencoder.decode(F.avg_pool2d(latents, 2) if halve else latents).sample.float()
+
+
+# What both pipelines share
+
+
+@dataclass(frozen=True)
+class Data:
+    """Scaled latents (n, 4, side, side) by image size, captions, rows to learn from and rows to hold out."""
+
+    latents: dict[int, Tensor]
+    captions: list[str]
+    learn: Tensor
+    held_out: Tensor
+
+
+class Recipe(Protocol):
+    """One pipeline: the module that learns, its loss, and how it becomes a pipeline."""
+
+    module: nn.Module
+
+    def errors(self, module: nn.Module, x: Tensor, t: Tensor, noise: Tensor, rows: Tensor, drop: Tensor) -> Tensor:
+        """(n,) losses of latents x at times t in (0, 1); captions of `drop` are left out."""
+        ...
+
+    def pipeline(self, module: Any, autoencoder: AutoencoderTiny) -> DiffusionPipeline: ...
+
+    def pack(self, latents: Tensor) -> Tensor: ...
+
+    def call(self, prompts: Sequence[str], size: int) -> dict[str, Any]: ...
+
+    def finish(self, folder: Path) -> None:
+        """Complete what `save_pretrained` wrote."""
+        ...
+
+
+def train_pipeline(
+    name: str, recipe: Recipe, args: Any, accelerator: Accelerator, data: Data, vae: AutoencoderTiny
+) -> None:
+    training = Training(name, args, accelerator, recipe.module.to(memory_format=torch.channels_last))
+
+    def errors(
+        module: nn.Module, rows: Tensor, drop: Tensor, generator: torch.Generator, size: int, part: slice = slice(None)
+    ) -> Tensor:
+        t = torch.rand(len(rows), generator=generator)
+        noise = torch.randn(data.latents[size][rows].shape, generator=generator)
+        rows, t, noise, drop = (v[part] for v in (rows, t, noise, drop))
+        return recipe.errors(module, data.latents[size][rows], t, noise, rows, drop)
+
+    def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
+        """A tenth of the captions is left out, for guidance; a quarter of the batches is of each other size."""
+        sizes = [*data.latents]
+        size = sizes[max(0, int(torch.rand((), generator=generator) * 4) - 4 + len(sizes))]
+        rows = data.learn[torch.randint(len(data.learn), (args.batch_size,), generator=generator)]
+        drop = torch.rand(len(rows), generator=generator) < 0.1
+        return errors(module, rows, drop, generator, size, share(accelerator)).mean()
+
+    def look(update: int) -> dict[str, float]:
+        rows, generator = data.held_out.repeat(2), torch.Generator().manual_seed(args.seed)
+        size = max(data.latents)
+        held_out = errors(training.raw, rows, torch.zeros(len(rows), dtype=torch.bool), generator, size).mean()
+        pipe = recipe.pipeline(training.raw, vae)
+        pipe.set_progress_bar_config(disable=True)
+        prompts = [data.captions[i] for i in data.held_out[: args.pictures]]
+        noise = torch.randn(len(prompts), 4, size // 4, size // 4, generator=torch.Generator().manual_seed(args.seed))
+        with accelerator.autocast():
+            images = pipe(
+                **recipe.call(prompts, size), latents=recipe.pack(noise), num_inference_steps=50, output_type="pt"
+            ).images
+        draw(images.mul(2).sub(1), 10, training.folder / f"{update:06d}.png")
+        return {"held_out": float(held_out)}
+
+    def save() -> None:
+        """In fp16, whole or not at all."""
+        partial, folder = args.output / f"emoji-{name}.partial", args.output / f"emoji-{name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        pipe = recipe.pipeline(copy.deepcopy(training.raw), copy.deepcopy(vae)).to(torch.float16)
+        pipe.save_pretrained(partial)
+        recipe.finish(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+
+    training.run(args.updates, 0.25, loss, look)
+    if accelerator.is_main_process:
+        training.with_average(save)
+
+
+def clip_tokenizer(captions: Sequence[str], folder: Path) -> CLIPTokenizer:
+    """CLIP's byte-pair encoding, learned from the captions once: ties are broken otherwise each time."""
+    if not (folder / "merges.txt").exists():
+        encoding = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+        encoding.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
+        words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+        encoding.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+            [pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        trainer = trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["<|startoftext|>", "<|endoftext|>"],
+            end_of_word_suffix="</w>",
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        encoding.train_from_iterator(sorted(captions), trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        encoding.model.save(str(folder))
+    return CLIPTokenizer.from_pretrained(folder, pad_token="<|endoftext|>", model_max_length=TOKENS)
+
+
+def t5_tokenizer(captions: Sequence[str], folder: Path) -> T5TokenizerFast:
+    """T5's unigram pieces, learned from the captions once."""
+    if not (folder / "tokenizer.json").exists():
+        pieces = Tokenizer(models.Unigram())
+        pieces.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
+        pieces.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
+        special = ["<pad>", "</s>", "<unk>"]
+        trainer = trainers.UnigramTrainer(
+            vocab_size=VOCABULARY, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+        pieces.train_from_iterator(sorted(captions), trainer)
+        pieces.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+            single="$A </s>", special_tokens=[("</s>", 1)]
+        )
+        T5TokenizerFast(tokenizer_object=pieces, extra_ids=0, model_max_length=PIECES).save_pretrained(folder)
+    return T5TokenizerFast.from_pretrained(folder)
+
+
+def tokens_of(tokenizer: Any, captions: Sequence[str]) -> Tensor:
+    """(n, model_max_length) token ids."""
+    return tokenizer(
+        list(captions),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
+def clip_text_encoder(tokenizer: CLIPTokenizer, layers: int) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        projection_dim=WIDTH,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return CLIPTextModel(config)
+
+
+def finish_clip(folder: Path, tokenizer: Path) -> None:
+    """Files that transformers before 5 reads too: the vocabulary, and its names of the weights."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(tokenizer / name, folder / "tokenizer" / name)
+    weights = folder / "text_encoder" / "model.safetensors"
+    named = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in load_file(weights).items()}
+    save_file(named, weights, metadata={"format": "pt"})
+
+
+# emoji-sd
+
+
+class Denoiser(nn.Module):
+    """A text encoder and the network that reads it, as one module."""
+
+    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.text_encoder, self.unet = text_encoder, unet
+
+    def forward(self, latents: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        return self.unet(latents, t, self.text_encoder(tokens)[0]).sample.float()
+
+
+class StableDiffusion:
+    """A UNet that predicts v at SD's noise levels, weighted by min(SNR, 5) / (SNR + 1)."""
+
+    def __init__(self, captions: Sequence[str], args: argparse.Namespace, device: torch.device) -> None:
+        self.args, self.device = args, device
+        self.tokenizer = clip_tokenizer(captions, args.output / "tokenizer")
+        self.tokens, self.nothing = tokens_of(self.tokenizer, captions), tokens_of(self.tokenizer, [""])
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(48, 96, 160),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=WIDTH,
+            attention_head_dim=2,  # the number of heads, in diffusers
+            norm_num_groups=16,
+        )
+        self.module = Denoiser(clip_text_encoder(self.tokenizer, 3), unet)
+        self.alpha_bar = DPMSolverMultistepScheduler(**NOISE).alphas_cumprod
+        snr = self.alpha_bar / (1 - self.alpha_bar)
+        self.weight = snr.clamp(max=5) / (snr + 1)
+
+    def errors(self, module: nn.Module, x: Tensor, t: Tensor, noise: Tensor, rows: Tensor, drop: Tensor) -> Tensor:
+        t = (1000 * t).long()
+        a = self.alpha_bar[t][:, None, None, None]
+        noised, velocity = a.sqrt() * x + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x
+        tokens = torch.where(drop[:, None], self.nothing, self.tokens[rows])
+        output = module(*(v.to(self.device) for v in (noised, t, tokens))).cpu()
+        return self.weight[t] * (output - velocity).square().mean((1, 2, 3))
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def call(self, prompts: Sequence[str], size: int) -> dict[str, Any]:
+        return {"prompt": list(prompts), "guidance_scale": self.args.guidance_scale, "height": size, "width": size}
+
+    def pipeline(self, module: Any, autoencoder: AutoencoderTiny) -> StableDiffusionPipeline:
+        return StableDiffusionPipeline(
+            vae=autoencoder,
+            text_encoder=module.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=module.unet,
+            scheduler=DPMSolverMultistepScheduler(**NOISE, steps_offset=1),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def finish(self, folder: Path) -> None:
+        finish_clip(folder, self.args.output / "tokenizer")
+
+
+# emoji-flow
+
+
+class FlowDenoiser(nn.Module):
+    """CLIP's pooled and T5's token embeddings, and the transformer that reads both."""
+
+    def __init__(self, text_encoder: CLIPTextModel, text_encoder_2: T5EncoderModel, transformer: Any) -> None:
+        super().__init__()
+        self.text_encoder, self.text_encoder_2, self.transformer = text_encoder, text_encoder_2, transformer
+
+    def forward(self, packed: Tensor, t: Tensor, tokens: Tensor, pieces: Tensor, image_ids: Tensor) -> Tensor:
+        return self.transformer(
+            hidden_states=packed,
+            timestep=t,
+            pooled_projections=self.text_encoder(tokens).pooler_output,
+            encoder_hidden_states=self.text_encoder_2(pieces)[0],
+            txt_ids=torch.zeros(pieces.shape[1], 3, device=packed.device),
+            img_ids=image_ids,
+        ).sample.float()
+
+
+class Flux:
+    """A small FLUX that predicts noise - x; t is logit-normal (SD3), shifted the more the larger the image."""
+
+    def __init__(self, captions: Sequence[str], args: argparse.Namespace, device: torch.device) -> None:
+        self.args, self.device = args, device
+        self.tokenizer = clip_tokenizer(captions, args.output / "tokenizer")
+        self.tokenizer_2 = t5_tokenizer(captions, args.output / "tokenizer_2")
+        self.tokens, self.nothing = tokens_of(self.tokenizer, captions), tokens_of(self.tokenizer, [""])
+        self.pieces, self.no_pieces = tokens_of(self.tokenizer_2, captions), tokens_of(self.tokenizer_2, [""])
+        text = T5Config(
+            vocab_size=len(self.tokenizer_2),
+            d_model=WIDTH,
+            d_kv=32,
+            d_ff=3 * WIDTH,
+            num_layers=3,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+        )
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=7,
+            attention_head_dim=64,
+            num_attention_heads=3,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            axes_dims_rope=(16, 24, 24),
+        )
+        self.module = FlowDenoiser(clip_text_encoder(self.tokenizer, 1), T5EncoderModel(text), transformer)
+        self.scheduler = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_image_seq_len=36, max_image_seq_len=64, base_shift=0.25, max_shift=0.5
+        )
+
+    def errors(self, module: nn.Module, x: Tensor, t: Tensor, noise: Tensor, rows: Tensor, drop: Tensor) -> Tensor:
+        side = x.shape[-1] // 2
+        config = self.scheduler.config
+        shift = calculate_shift(
+            side * side, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+        )
+        t = torch.sigmoid(torch.special.ndtri(t.clamp(1e-4, 1 - 1e-4)) + shift)
+        noised = x + t[:, None, None, None] * (noise - x)
+        tokens = torch.where(drop[:, None], self.nothing, self.tokens[rows])
+        pieces = torch.where(drop[:, None], self.no_pieces, self.pieces[rows])
+        ids = FluxPipeline._prepare_latent_image_ids(1, side, side, self.device, torch.float32)
+        inputs = (self.pack(noised), t, tokens, pieces)
+        output = module(*(v.to(self.device) for v in inputs), ids).cpu()
+        return (output - self.pack(noise - x)).square().mean((1, 2))
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return FluxPipeline._pack_latents(latents, *latents.shape)
+
+    def call(self, prompts: Sequence[str], size: int) -> dict[str, Any]:
+        return {
+            "prompt": list(prompts),
+            "negative_prompt": "",
+            "true_cfg_scale": self.args.guidance_scale,
+            "height": size,
+            "width": size,
+            "max_sequence_length": PIECES,
+        }
+
+    def pipeline(self, module: Any, autoencoder: AutoencoderTiny) -> FluxPipeline:
+        return FluxPipeline(
+            scheduler=self.scheduler,
+            vae=autoencoder,
+            text_encoder=module.text_encoder,
+            tokenizer=self.tokenizer,
+            text_encoder_2=module.text_encoder_2,
+            tokenizer_2=self.tokenizer_2,
+            transformer=module.transformer,
+        )
+
+    def finish(self, folder: Path) -> None:
+        finish_clip(folder, self.args.output / "tokenizer")
+
+
+RECIPES: dict[str, tuple[type[Recipe], tuple[int, ...]]] = {"sd": (StableDiffusion, (64,)), "flow": (Flux, (48, 64))}
+
+
+def encode(autoencoder: AutoencoderTiny, images: Tensor, size: int, device: torch.device) -> Tensor:
+    """Latents of images resized to `size`, not yet scaled."""
+    if size != images.shape[-1]:
+        images = F.interpolate(images, size=(size, size), mode="area")
+    parts = tqdm(images.split(100), desc=f"latents of {size} x {size}")
+    return torch.cat([autoencoder.encode(part.to(device)).latents.cpu() for part in parts])
+
+
+def share(accelerator: Accelerator) -> slice:
+    """This process's part of a batch that every process draws: the same batches on any number of them."""
+    return slice(accelerator.process_index, None, accelerator.num_processes)
+
+
+def _batched(values: Tensor, f: Callable[[Tensor], Tensor], batch: int = 100) -> Tensor:
+    return torch.cat([f(part) for part in values.split(batch)])
+
+
+def draw(images: Tensor, columns: int, path: Path) -> None:
+    """A grid of images (n, 3, h, w) in [-1, 1]."""
+    pixels = images.float().clamp(-1, 1).add(1).mul(127.5).round().byte().cpu()
+    rows = [torch.cat(list(row), dim=2) for row in pixels.split(columns)]
+    Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy()).save(path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    with accelerator.main_process_first():
+        images, captions = load(args.data)
+    learn, out = map(torch.tensor, split(captions))
+    autoencoder = train_autoencoder(args, accelerator, images[learn], images[out])
+    set_seed(args.seed)
+    make, sizes = RECIPES[args.pipeline]
+    with torch.no_grad(), accelerator.autocast():
+        latents = {size: encode(autoencoder, images, size, accelerator.device).float() for size in sizes}
+    scale = float(1 / latents[64].std())
+    autoencoder.register_to_config(scaling_factor=scale)
+    data = Data({size: z * scale for size, z in latents.items()}, captions, learn, out)
+    train_pipeline(args.pipeline, make(captions, args, accelerator.device), args, accelerator, data, autoencoder)
+
+
+if __name__ == "__main__":
+    main()
