@@ -13,15 +13,18 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from .core.continuous import FEATURES, ContinuousTable
+from .core.continuous import FEATURES, ContinuousLift, ContinuousTable
 from .core.operator import Lift
 from .core.table import SolverTable
 from .version import __version__
+
+Continuous = TypeVar("Continuous", ContinuousTable, ContinuousLift)
 
 _OPTIONAL = {"time_scale", "afs", "time_shifting", "provenance"}
 _SHOWN = (3, 5, 8, 15)  # numbers of steps, of a solver that has all
@@ -89,29 +92,26 @@ def read_tables(tables: Mapping[str, Any] | None) -> dict[int, SolverTable]:
     return result
 
 
-def continuous_to_json(table: ContinuousTable) -> dict[str, Any]:
-    """The JSON form of a continuous table; columns are ``FEATURES``."""
-    return {
-        "coefficients": table.coefficients.detach().double().tolist(),
-        "features": list(FEATURES),
-        "grid": dict(table.grid),
-        "base": table.base,
-        "horizon": table.horizon,
-        "provenance": dict(table.provenance),
-    }
+def continuous_to_json(function: ContinuousTable | ContinuousLift) -> dict[str, Any]:
+    """The JSON form of a continuous table or lift; columns are ``FEATURES``."""
+    own = {f.name: getattr(function, f.name) for f in fields(function) if f.name != "coefficients"}
+    rest = {name: dict(value) if isinstance(value, Mapping) else value for name, value in own.items()}
+    return {"coefficients": function.coefficients.detach().double().tolist(), "features": list(FEATURES), **rest}
 
 
-def read_continuous(data: Mapping[str, Any] | None) -> ContinuousTable | None:
-    """Read a continuous table.
+def read_continuous(data: Mapping[str, Any] | None, kind: type[Continuous] = ContinuousTable) -> Continuous | None:
+    """Read a continuous table or lift.
 
     Raises:
-        ValueError: missing keys, features this version does not know, or anything :class:`ContinuousTable` refuses.
+        ValueError: missing keys, features this version does not know, or anything ``kind`` refuses.
     """
     if data is None:
         return None
+    optional = {f.name for f in fields(kind) if f.default is not MISSING or f.default_factory is not MISSING}
+    needed = [f.name for f in fields(kind) if f.name not in optional]
     try:
-        if not isinstance(data, Mapping) or not data.keys() >= {"coefficients", "grid"}:
-            raise ValueError("it is a mapping with at least 'coefficients' and 'grid'")
+        if not isinstance(data, Mapping) or not data.keys() >= {*needed}:
+            raise ValueError(f"it is a mapping with at least {' and '.join(map(repr, needed))}")
         if data.get("features", [*FEATURES]) != [*FEATURES]:
             raise ValueError(f"its features are {data['features']}, this version's {list(FEATURES)}: upgrade dywspan")
         rows = data["coefficients"]
@@ -120,17 +120,24 @@ def read_continuous(data: Mapping[str, Any] | None) -> ContinuousTable | None:
         if len({len(row) for row in rows}) != 1:
             raise ValueError(f"coefficients must be rows of the same length; they have {[len(row) for row in rows]}")
         coefficients = torch.stack([_numbers(row, f"coefficients row {i}") for i, row in enumerate(rows)])
-        options = {key: data[key] for key in ("base", "horizon") if key in data}
-        return ContinuousTable(coefficients, data["grid"], **options, provenance=data.get("provenance") or {})
+        own = {f.name: data[f.name] for f in fields(kind) if f.name in data}
+        return kind(**{**own, "coefficients": coefficients, "provenance": data.get("provenance") or {}})
     except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"Damaged continuous table: {error}. Download or distil it again.") from error
+        what = kind.__name__.removeprefix("Continuous").lower()
+        raise ValueError(f"Damaged continuous {what}: {error}. Download or distil it again.") from error
 
 
 def shown_tables(scheduler: Any) -> dict[int, SolverTable]:
     """The scheduler's tables, or some that its continuous one writes."""
     if scheduler.tables or scheduler.continuous is None:
         return scheduler.tables
-    return {n: scheduler.continuous.table(n, scheduler.host.prediction) for n in _SHOWN}
+    counts = sorted(getattr(scheduler, "lifts", ())) or _SHOWN
+    return {n: scheduler.continuous.table(n, scheduler.host.prediction) for n in counts}
+
+
+def for_every_count(scheduler: Any) -> ContinuousTable | ContinuousLift | None:
+    """What a scheduler holds for every number of steps, if it was not learned for some only."""
+    return getattr(scheduler, "continuous_lift" if hasattr(scheduler, "lifts") else "continuous", None)
 
 
 def lift_to_json(lift: Lift) -> dict[str, Any]:

@@ -103,17 +103,15 @@ def inspect(args: argparse.Namespace) -> None:
     scheduler: Any = (SpanLiftScheduler if lifted else DyWeightScheduler).from_pretrained(args.artefact)
     if (continuous := scheduler.continuous) is not None:
         form = f"{continuous.base}({continuous.order}M) and corrections that halve at {continuous.horizon:g} steps"
-        print(f"any number of steps, grid {dict(continuous.grid)}: {form}")
         names = [*(f"w, difference {m}" for m in range(continuous.order)), "log s"]
-        coefficients = continuous.coefficients.tolist()
-        print(markdown([{"to": name, **dict(zip(FEATURES, row))} for name, row in zip(names, coefficients)]))
-        for n, error in continuous.provenance.get("held_out_error", {}).items():
-            print(f"{n} steps: held-out error {error['before']:.5f} -> {error['after']:.5f}")
-        print()
+        _show_continuous(f"any number of steps, grid {dict(continuous.grid)}: {form}", names, continuous)
+    if lifted and (function := scheduler.continuous_lift) is not None:
+        form = f"of order {function.order} that halve at {function.horizon:g} steps, operator {function.operator!r}"
+        _show_continuous(f"lifts for any number of steps, {form}", ["alpha - 1", "beta"], function)
     for n, table in sorted(shown_tables(scheduler).items()):
         schedule = table.schedule(scheduler.host.prediction)
         timesteps = scheduler.host.prediction.timestep(schedule.queries)
-        lift = scheduler.lifts.get(n) if lifted else None
+        lift = scheduler.lift(n, schedule) if lifted else None
         print(f"{n} steps, grid {dict(table.grid)}{', AFS' if table.afs else ''}")
         columns = [f"w[i-{j}]" if j else "w[i]" for j in range(table.weights.shape[1])]
         rows = []
@@ -129,7 +127,7 @@ def inspect(args: argparse.Namespace) -> None:
                 row |= {"alpha": float(lift.alpha[i]), "beta": float(lift.beta[i])}
             rows.append(row)
         print(markdown(rows))
-        for part in (scheduler.tables.get(n), lift):
+        for part in (scheduler.tables.get(n), scheduler.lifts.get(n) if lifted else None):
             if part is not None and (error := part.provenance.get("held_out_error")):
                 print(f"{type(part).__name__}: held-out error {error['before']:.5f} -> {error['after']:.5f}")
         print()
@@ -166,8 +164,22 @@ def memory(args: argparse.Namespace) -> None:
     _show(memory(str(args.model), args.full), args.json)
 
 
+def learning(args: argparse.Namespace) -> None:
+    """What learning a solver costs, by optimizer: evaluations and error of runs, which go on or are found finished."""
+    from .distill.processes import is_main
+    from .evaluate.cost import learning_cost, plot
+    from .evaluate.report import table
+
+    own = ("run", "config", "output", "plot")
+    rows = learning_cost(args.config, **{k: v for k, v in vars(args).items() if k not in own})
+    if is_main():
+        print(table(write_results(args.output, rows)))
+        if args.plot:
+            plot(rows, Path(args.output).with_suffix(".png"))
+
+
 def table(args: argparse.Namespace) -> None:
-    """The Markdown of an evaluation's JSON file."""
+    """The Markdown of an evaluation's or a bench's JSON file."""
     from .evaluate.report import read_results, table
 
     print(table(read_results(args.results), args.metrics, args.steps))
@@ -182,10 +194,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dywspan {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name: str, run: Any, among: Any = None) -> argparse.ArgumentParser:
-        sub = (among or commands).add_parser(
-            name, help=run.__doc__, description=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+    def command(name: str, run: Any, among: Any = None, **options: Any) -> argparse.ArgumentParser:
+        options |= {"help": run.__doc__, "description": run.__doc__}
+        sub = (among or commands).add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
         sub.set_defaults(run=run)
         return sub
 
@@ -216,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_arguments(command("eval", evaluate), QualityConfig)
 
-    sub = commands.add_parser("bench", help="Measure: quality, overhead, memory; and show what was measured.")
+    sub = commands.add_parser("bench", help="Measure: quality, overhead, memory, learning; and show what was measured.")
     what = sub.add_subparsers(required=True, metavar="what")
     add_arguments(command("quality", evaluate, what), QualityConfig)
     sub = command("overhead", overhead, what)
@@ -228,11 +239,25 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", default=EXAMPLES / "emoji-sd", help="pipeline whose training memory is measured")
     sub.add_argument("--full", action="store_true", help="also Stable Diffusion 1.5's UNet, up to an hour on a CPU")
     sub.add_argument("--json", help="also write the table here")
+    sub = command("distill", learning, what, conflict_handler="resolve")
+    add_arguments(sub)
+    sub.add_argument("--config", action="append", required=True, help="YAML file of a distillation; repeat for each")
+    sub.add_argument("--output", default="distill-cost.json", help="results; what is learned is where its file says")
+    sub.add_argument("--plot", action="store_true", help="also draw error over evaluations, beside output as .png")
     sub = command("table", table, what)
-    sub.add_argument("results", help="JSON file of an evaluation")
-    sub.add_argument("--metrics", nargs="+", help="only these")
+    sub.add_argument("results", help="JSON file of an evaluation or a bench")
+    sub.add_argument("--metrics", nargs="+", help="only these, or only these columns")
     sub.add_argument("--steps", type=int, nargs="+", help="only these numbers of evaluations")
     return parser
+
+
+def _show_continuous(form: str, names: Sequence[str], function: Any) -> None:
+    print(form)
+    coefficients = function.coefficients.tolist()
+    print(markdown([{"to": name, **dict(zip(FEATURES, row))} for name, row in zip(names, coefficients)]))
+    for n, error in function.provenance.get("held_out_error", {}).items():
+        print(f"{n} steps: held-out error {error['before']:.5f} -> {error['after']:.5f}")
+    print()
 
 
 def _lines(path: str | os.PathLike[str], count: int) -> list[str]:

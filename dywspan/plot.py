@@ -36,7 +36,7 @@ def plot_tables(scheduler: Any, path: str | os.PathLike[str]) -> None:
         middle.axhline(1, color="grey", lw=0.8)
         middle.plot(table.weights.sum(1), "o-", label=r"$\sum_j w_{ij}$")
         middle.plot(table.time_scale, "s-", label="$s_i$")
-        lift = getattr(scheduler, "lifts", {}).get(n)
+        lift = scheduler.lift(n, schedule) if hasattr(scheduler, "lift") else None
         if lift is not None:
             middle.plot(lift.alpha, "^--", label=r"$\alpha_i$")
             middle.plot(lift.beta, "v--", label=r"$\beta_i$")

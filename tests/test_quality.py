@@ -29,9 +29,10 @@ from dywspan.distill.pairs import Teacher, make_pairs
 from dywspan.distill.replay import Meter
 from dywspan.distill.rollout import load_pipeline, sample
 from dywspan.evaluate.baselines import BASELINES, Cell, Solver, find_solvers, make_cell, of_diffusers
-from dywspan.evaluate.metrics import METRICS, Metric, interval
+from dywspan.evaluate.images import find_images
+from dywspan.evaluate.metrics import METRICS, Metric, Sample, interval
 from dywspan.evaluate.quality import QualityConfig, evaluate, run, to_images, with_gaps
-from dywspan.evaluate.report import number, plots, read_results, table
+from dywspan.evaluate.report import by_variant, number, plots, read_results, table
 
 ROOT = Path(__file__).parent.parent
 MODEL, LEARNED = ROOT / "examples" / "emoji-sd", str(ROOT / "examples" / "emoji-sd-solvers")
@@ -364,10 +365,31 @@ def test_images_already_there_give_the_numbers_of_their_samples(tmp_path: Path) 
     )
     (row,) = read_results(result)["rows"]
     metric = METRICS["fid"](pipe, **options["fid"])
-    rows = metric.rows(quality.Sample(images[:6]))
+    rows = metric.rows(Sample(images[:6]))
     assert row[metric.name] == pytest.approx(metric.value(rows), rel=1e-4) and row["samples"] == 6
     assert row["interval"][metric.name] == pytest.approx([*interval(metric, rows)], rel=1e-3)
-    assert [f.name for f in quality.find_images(str(tmp_path / "mine"))] == [f"{i}.png" for i in (6, 7, 8, 9, 10, 11)]
+    assert [f.name for f in find_images(str(tmp_path / "mine"))] == [f"{i}.png" for i in (6, 7, 8, 9, 10, 11)]
+
+
+def test_variants_of_the_call_are_compared_each_alone(whole: Path, tmp_path: Path) -> None:
+    """Each has its own reference: what has the call of another run has its rows, and is shown as it is."""
+    variants = {"as it is": {}, "with guidance 3": {"guidance_scale": 3.0}}
+    results = run(config(tmp_path, variants=variants, pictures=str(tmp_path / "pictures"), picture_steps=[2]))
+    alone = by_variant(read_results(tmp_path / "results.json"))
+    assert [*alone] == [*variants] and alone["as it is"]["rows"] == measured(whole)
+    other = alone["with guidance 3"]["rows"]
+    assert [row["solver"] for row in other] == [row["solver"] for row in measured(whole)]
+    assert all(a["latent_mse"] != b["latent_mse"] for a, b in zip(other, measured(whole)))
+    assert table(results) == "\n\n".join(f"### {name}\n\n{table(part)}" for name, part in alone.items())
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
+        f"results-{name}-{what}.png"
+        for name in ("as-it-is", "with-guidance-3")
+        for what in ("latent_mse", "feature_distance", "samples-2")
+    }
+    with pytest.raises(ValueError, match="must be arguments of the call by name"):
+        config(tmp_path, variants={"a": 3})
+    with pytest.raises(ValueError, match="no_such_argument"):
+        run(config(tmp_path, variants={**variants, "b": {"no_such_argument": 1}}))
 
 
 def _wrong(tmp_path: Path) -> None:

@@ -266,7 +266,9 @@ def held_out_error(model: Path, output: Path, n: int, **settings: Any) -> float:
     config = make_config({**TINY, "model": str(model), "output": str(output), "steps": [n], **settings})
     task = run.prepare(config)
     kind = SpanLiftScheduler if config.solver == "spanlift" else DyWeightScheduler
-    _, held_out = run._pairs(task, run._path_teacher(task, n) if config.path_substeps else task.teacher)
+    _, held_out = run._pairs(
+        task, run._path_teacher(task, n, config.path_substeps) if config.path_substeps else task.teacher
+    )
     return endpoint_error(task.pipe, kind.from_pretrained(output), n, held_out, config.call, loss=task.loss)
 
 
@@ -420,7 +422,7 @@ def test_a_path_ends_at_the_endpoint_and_starts_where_the_student_does(pixels: P
     settings = {**TINY, "model": str(pixels), "output": str(tmp_path), "steps": [3], "afs": False}
     for substeps in (1, 4):
         task = run.prepare(make_config({**settings, "path_substeps": substeps}))
-        teacher = run._path_teacher(task, 3)
+        teacher = run._path_teacher(task, 3, substeps)
         pairs, _ = run._pairs(task, teacher)
         assert isinstance(pairs, Pairs)
         assert teacher.num_inference_steps == 3 * substeps and pairs[:].targets.shape == (4, 3, 3, 8, 8)

@@ -1,4 +1,4 @@
-"""ContinuousTable: the function that writes solver tables, one for every number of steps, grid and resolution."""
+"""Functions of the grid that write a solver's numbers for every number of steps: a table's, and SpanLift's scalars."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .bases import BASES
 from .grid import make_grid
+from .operator import Lift
 from .prediction import Prediction
 from .table import SOME_NETWORK, SolverTable
 
@@ -47,15 +48,9 @@ class ContinuousTable:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape = tuple(self.coefficients.shape)
-        if len(shape) != 2 or shape[0] < 2 or shape[1] != len(FEATURES):
-            raise ValueError(f"coefficients must be (K + 1) x {len(FEATURES)} numbers; got shape {shape}.")
-        if not bool(self.coefficients.detach().isfinite().all()):
-            raise ValueError(f"coefficients must be finite; got {self.coefficients.tolist()}.")
+        _check(self.coefficients, self.horizon)
         if self.base not in [*BASES]:
             raise ValueError(f"Unknown base solver {self.base!r}: use one of {sorted(BASES)}.")
-        if not isinstance(self.horizon, (int, float)) or not self.horizon > 0:
-            raise ValueError(f"horizon={self.horizon!r} must be a positive number of steps.")
         if isinstance(self.grid, Mapping) and "sigmas" in self.grid:
             raise ValueError("A solver for every number of steps needs a named grid, not a list of sigmas.")
         make_grid(self.grid, 2, SOME_NETWORK)
@@ -93,6 +88,68 @@ class ContinuousTable:
         )
         weights = base.weights + corrections[:, :order].tril() @ differences
         return SolverTable(weights, corrections[:, order].exp(), grid, provenance=self.provenance)
+
+
+@dataclass(frozen=True, eq=False)
+class ContinuousLift:
+    """SpanLift's scalars for every number of steps, which fade as a continuous table's corrections do.
+
+        alpha_i = 1 + f^K (C_0 . phi_i),    beta_i = f^K (C_1 . phi_i),    f = 1 / (1 + N / horizon)
+
+    A base of order K so keeps its order of convergence, whatever the operator. phi are ``FEATURES`` of a step between
+    the levels of the base's schedule, on any grid.
+
+    Attributes:
+        coefficients: (2, 7) C, dimensionless; zeros are the base.
+        order: K, of the base.
+        horizon: number of steps at which f is 1/2.
+        operator: name of the operator it uses.
+        provenance: where it comes from: free JSON.
+
+    Raises:
+        ValueError: wrong shape, non-finite numbers, an order or a horizon that is not positive, no name.
+    """
+
+    coefficients: Tensor
+    order: int
+    horizon: float = 8.0
+    operator: str = "shared"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self.coefficients, self.horizon, 2)
+        if type(self.order) is not int or self.order < 1:
+            raise ValueError(f"order={self.order!r} must be a positive whole number.")
+        if not isinstance(self.operator, str):
+            raise ValueError(f"operator={self.operator!r} must be the name of one.")
+
+    @classmethod
+    def initial(cls, order: int, *, horizon: float = 8.0, operator: str = "shared") -> ContinuousLift:
+        """alpha_i = 1, beta_i = f^K: the base while the operator's head is zero, which a gradient reaches at once."""
+        coefficients = torch.zeros(2, len(FEATURES), dtype=torch.float64)
+        coefficients[1, 0] = 1.0
+        return cls(coefficients, order, horizon, operator)
+
+    def lift(self, levels: Tensor, prediction: Prediction) -> Lift:
+        """alpha and beta of N steps; differentiable in the coefficients.
+
+        Args:
+            levels: (N+1,) of the states, see :class:`dywspan.core.step.Schedule`.
+        """
+        fade = 1 / (1 + (len(levels) - 1) / self.horizon)
+        phi = features(levels, prediction.signal(levels))
+        alpha, beta = (fade**self.order * (phi @ self.coefficients.double().T)).unbind(1)
+        return Lift(1 + alpha, beta, self.operator, self.provenance)
+
+
+def _check(coefficients: Tensor, horizon: float, rows: int | None = None) -> None:
+    shape = tuple(coefficients.shape)
+    if len(shape) != 2 or shape[1] != len(FEATURES) or (shape[0] < 2 if rows is None else shape[0] != rows):
+        raise ValueError(f"coefficients must be {rows or '(K + 1)'} x {len(FEATURES)} numbers; got shape {shape}.")
+    if not bool(coefficients.detach().isfinite().all()):
+        raise ValueError(f"coefficients must be finite; got {coefficients.tolist()}.")
+    if not isinstance(horizon, (int, float)) or not horizon > 0:
+        raise ValueError(f"horizon={horizon!r} must be a positive number of steps.")
 
 
 def features(sigmas: Tensor, alphas: Tensor) -> Tensor:

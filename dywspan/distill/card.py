@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..artifact import markdown, write_atomically
+from ..artifact import for_every_count, markdown, write_atomically
 from .processes import is_main
 from .rollout import Inputs, sample
 
@@ -40,11 +40,10 @@ def draw_samples(rows: Mapping[str, Images | None], inputs: Inputs, path: Path) 
 
 def provenances(scheduler: Any) -> dict[int, Mapping[str, Any]]:
     """Where the solver of each number of steps comes from that was learned or, for a continuous one, learned from."""
-    if hasattr(scheduler, "lifts"):
-        return {n: lift.provenance for n, lift in sorted(scheduler.lifts.items())}
-    shared = scheduler.continuous.provenance if scheduler.continuous is not None else {}
+    own, function = getattr(scheduler, "lifts", scheduler.tables), for_every_count(scheduler)
+    shared = function.provenance if function is not None else {}
     made = {int(n): {**shared, "held_out_error": error} for n, error in shared.get("held_out_error", {}).items()}
-    return dict(sorted((made | {n: table.provenance for n, table in scheduler.tables.items()}).items()))
+    return dict(sorted((made | {n: part.provenance for n, part in own.items()}).items()))
 
 
 _USE = """```python
@@ -88,8 +87,7 @@ def write_card(
     given = [f"{k}={v!r}, " for k, v in arguments.items()]
     use = {"kind": kind, "model": model, "where": settings["push_to_hub"] or folder.name, "steps": max(made)}
     counts = ", ".join(map(str, made))
-    continuous = scheduler.continuous is not None
-    if continuous and kind == "DyWeightScheduler":
+    if for_every_count(scheduler) is not None:
         counts += " and any other number of"
     text = [
         f"# Few-step solvers for {Path(model).name if Path(model).exists() else model}",
@@ -102,7 +100,7 @@ def write_card(
     for n in made:
         if (folder / f"samples-{n}.png").exists():
             text.append(f"![Teacher, base and learned solver at {n} steps](samples-{n}.png)")
-    if scheduler.tables or continuous:
+    if scheduler.tables or scheduler.continuous is not None:
         from ..plot import plot_tables
 
         plot_tables(scheduler, folder / "solver.png")

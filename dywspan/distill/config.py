@@ -49,7 +49,10 @@ class LearningConfig:
     clip: float = option(1.0, "gradient norm")
     order: int = option(2, "K, derivatives a step may use")
     init: str = option("ipndm", "base solver a table starts from: ipndm, euler, uniform, adams, ...")
-    horizon: float = option(8.0, "continuous: number of steps from which on the solver turns into its start, init")
+    regression: int = option(
+        0, "teacher paths that a table's first weights are fitted to, row by row; 0: init's weights"
+    )
+    horizon: float = option(8.0, "continuous: steps from which on the solver turns into its start, init or base")
     afs: bool = option(False, "analytical first step: one network evaluation less, for VE and VP models")
     bounded: bool = option(False, "s = 0.5 + sigmoid(phi), the paper's choice for FLUX; else s is free")
     time_shifting: bool = option(True, "levels follow the weights' sums (DyWeight eq. 9); off for the ablation")
@@ -100,7 +103,9 @@ class DistillConfig(LearningConfig):
 
     solver: Literal["dyweight", "spanlift"] = option("dyweight", "what is learned")
     steps: list[int] = option([5], "numbers of steps to learn for")
-    continuous: bool = option(False, "learn from steps one function that writes a table for any number of them")
+    continuous: bool = option(
+        False, "learn from steps one function that writes a table, or a lift, for any number of them"
+    )
     grid: dict[str, Any] | None = option(None, 'nominal grid of tables, e.g. {"name": "flow", "shift": 3}')
     base: str = option("euler", "of SpanLift: a DyWeight artefact, a base solver, or a SpanLift artefact to go on from")
     layout: str = option("image", f"of the latents, for SpanLift and decoding: {', '.join(sorted(LAYOUTS))}")
@@ -142,12 +147,14 @@ class DistillConfig(LearningConfig):
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}: use one of {sorted(known)}.")
-        if self.continuous:
-            wrong = {"solver": self.solver != "dyweight", "afs": self.afs, "path_substeps": self.path_substeps}
+        if self.continuous and self.solver == "dyweight":
+            wrong = {"afs": self.afs, "path_substeps": self.path_substeps}
             wrong |= {"bounded": self.bounded, "time_shifting": not self.time_shifting}
             wrong |= {"time_scaling": not self.time_scaling}
             if named := [f"{name}={getattr(self, name)!r}" for name, is_wrong in wrong.items() if is_wrong]:
                 raise ValueError(f"continuous learns DyWeight tables of the usual form: leave out {', '.join(named)}.")
+        if self.regression and (self.solver != "dyweight" or self.continuous or self.afs):
+            raise ValueError("regression fits the rows of tables without afs: leave it at 0 for anything else.")
         if self.path_substeps and self.solver != "dyweight":
             raise ValueError("path_substeps supervises tables: leave it at 0 for SpanLift.")
         if self.optimizer == "least_squares" and (self.path_substeps or self.on_the_fly):
@@ -167,7 +174,7 @@ _POSITIVE = (
     *("updates", "batch_size", "micro_batch_size", "order", "evaluate_every", "pairs", "held_out"),
     *("teacher_steps", "teacher_order", "teacher_batch_size", "checkpoint_every", "keep_checkpoints"),
 )
-_LEAST = dict.fromkeys(_POSITIVE, 1) | dict.fromkeys(("patience", "path_substeps", "pictures"), 0)
+_LEAST = dict.fromkeys(_POSITIVE, 1) | dict.fromkeys(("patience", "path_substeps", "pictures", "regression"), 0)
 _DO_NOT_MATTER = {
     *("output", "cache", "checkpoint_every", "keep_checkpoints", "trackers", "pictures", "push_to_hub", "dry_run"),
     *("steps", "micro_batch_size", "recompute", "fsdp", "release_text_encoders", "guidance_scale"),

@@ -174,11 +174,12 @@ def fit_least_squares(progress: Progress, train: Pairs | Source) -> None:
         at = student.snapshot()
         student.restore(origin)
         count = min(progress.own.get("pairs", FIRST_PAIRS), len(train))
-        problem = Problem(pipe, student, train[:count], steps, **settings)
-        student.restore(at)
         left = range(progress.update, 0 if progress.ended else iterations)
-        if left:
-            with progress.meter.counting("jacobian"):
+        # What a run that was stopped repeats is no part of what learning costs.
+        with progress.meter.counting("again" if progress.update else "jacobian"):
+            problem = Problem(pipe, student, train[:count], steps, **settings)
+            student.restore(at)
+            if left:
                 problem.check_replay()
         label = f"{', '.join(map(str, steps))} steps, least squares"
         bar = tqdm(left, label, initial=progress.update, total=iterations, disable=not left or not is_main())

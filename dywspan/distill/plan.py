@@ -36,13 +36,14 @@ def print_plan(task: Task) -> None:
         target, _ = sample(pipe, untrained, n, own, range(micro), config.call)
     per_evaluation = (time.perf_counter() - started) / (n * micro)
     student: Student
-    if config.continuous:
-        student = ContinuousStudent(untrained, initial_continuous(untrained, config, config.grid))
-    elif task.base is None:
-        student = TableStudent(untrained, untrained.tables[n])
-    else:
+    if task.base is not None:
         size: dict[str, Any] = {"order": config.order, "layout": config.layout, "operator": config.operator}
+        size["horizon"] = config.horizon if config.continuous else None
         student = LiftStudent(task.base, [n], target.shape[1:], **size)
+    elif config.continuous:
+        student = ContinuousStudent(untrained, initial_continuous(untrained, config, config.grid))
+    else:
+        student = TableStudent(untrained, untrained.tables[n])
     pairs = Pairs(own, range(micro), target.float().cpu())
 
     def update() -> None:

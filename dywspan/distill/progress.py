@@ -21,6 +21,8 @@ from .student import Student
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Log = Callable[[Mapping[str, float], int], None]
+# What is counted, in denoiser evaluations: a backward pass takes two. Teacher pairs made while learning are "fresh".
+WORTH = {"fresh": 1, "student": 1, "jacobian": 1, "backward": 2, "held_out": 1}
 
 
 def autocast(pipe: Any, precision: str | None) -> AbstractContextManager[Any]:
@@ -59,6 +61,8 @@ class Progress:
         best: the parameters that were best on ``held_out``, by the geometric mean over step counts of the loss relative
             to the start's, and ``best_error``, that mean.
         meter: denoiser evaluations spent.
+        curve: held-out losses in the order of ``steps``, at the start and whenever they were the best so far, by what
+            was :meth:`spent` until then.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Progress:
         self.start: dict[int, float] = {}
         self.after: dict[int, float] | None = None
         self.last: dict[int, float] = {}
+        self.curve: dict[int, list[float]] = {}
         self.own: dict[str, Any] = {}  # what a way of learning keeps besides
         self.best = student.snapshot()
 
@@ -93,8 +98,9 @@ class Progress:
             self.before = self.errors("no")
             same = self.config.mixed_precision in (None, "no")
             self.start = self.last = self.before if same else self.errors(self.config.mixed_precision)
+            self.curve[self.spent()] = [*self.before.values()]
             return
-        for name in _KEPT:
+        for name in saved.facts.keys() & _KEPT:
             setattr(self, name, saved.facts[name])
         self.meter.counts.update(saved.facts["counts"])
         self.best = saved.restore(self.student.parameters(), optimizer)
@@ -116,6 +122,7 @@ class Progress:
         self.stale += 1
         if mean < self.best_error:
             self.best, self.best_error, self.stale = self.student.snapshot(), mean, 0
+            self.curve[self.spent()] = [*self.last.values()]
         return bool(self.config.patience) and self.stale >= self.config.patience
 
     def save(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -140,22 +147,34 @@ class Progress:
             self.after = self.errors("no")
             self.save(optimizer)
 
-    def errors_by_steps(self) -> dict[int, dict[str, float]]:
-        """Held-out loss before and after learning, in full precision."""
+    def errors_by_steps(self) -> dict[int, dict[str, Any]]:
+        """Held-out loss before and after learning, in full precision, and :attr:`curve`, in that of learning."""
         assert self.after is not None
-        return {n: {"before": self.before[n], "after": self.after[n]} for n in self.steps}
+        spent, losses = [*self.curve], [*zip(*self.curve.values())] or [()] * len(self.steps)
+        return {
+            n: {"before": self.before[n], "after": self.after[n], "curve": [spent, [*values]]}
+            for n, values in zip(self.steps, losses)
+        }
 
     def cost(self) -> dict[str, int | float]:
         """Denoiser evaluations of all processes by purpose, how many a step of one sample takes, and seconds."""
-        names = ("student", "jacobian", "backward", "held_out")
-        counts = total(torch.tensor([self.meter.counts[name] for name in names], device=self.pipe.device)).tolist()
+        counts = self._counts()
         steps = self.checks * len(self.held_out) * sum(self.steps)
-        cost: dict[str, int | float] = {name: int(count) for name, count in zip(names, counts) if count}
-        cost |= {"per_step": round(counts[-1] / steps, 2), "seconds": round(self._seconds(), 1)}
+        cost: dict[str, int | float] = {name: count for name, count in counts.items() if count}
+        cost |= {"per_step": round(counts["held_out"] / steps, 2), "seconds": round(self._seconds(), 1)}
         return cost
+
+    def spent(self) -> int:
+        """What learning took until now, held-out checks included, as so many denoiser evaluations."""
+        return sum(WORTH[name] * count for name, count in self._counts().items())
+
+    def _counts(self) -> dict[str, int]:
+        counts = torch.tensor([self.meter.counts[name] for name in WORTH], device=self.pipe.device)
+        return dict(zip(WORTH, total(counts).tolist()))
 
     def _seconds(self) -> float:
         return self.seconds + time.monotonic() - self.started
 
 
-_KEPT = ("update", "ended", "best_error", "stale", "checks", "before", "start", "last", "after", "own", "seconds")
+_KEPT = {"update", "ended", "best_error", "stale", "checks", "before", "start", "last", "curve", "after", "own"}
+_KEPT |= {"seconds"}

@@ -30,7 +30,7 @@ from .pairs import UNWRITABLE, Pairs, Source, Teacher, digest, fingerprint, fres
 from .plan import print_plan
 from .processes import is_main, share, wait
 from .rollout import Inputs, blocks, denoisers, load_pipeline, sample
-from .student import set_timesteps
+from .student import gone_on_with, set_timesteps
 from .train import Log, distill, distill_continuous, distill_lift, initial_continuous, initial_table
 
 # Three ranges of seeds that never meet: a demo's or user's small ones, held-out pairs, training pairs.
@@ -66,7 +66,7 @@ class Task:
     @property
     def key(self) -> str:
         """Hash of everything a result depends on."""
-        base = self.base and {k: self.base.config.get(k) for k in (*BASE, "lifts", "weights_sha256")}
+        base = self.base and {k: self.base.config.get(k) for k in (*BASE, "lifts", "continuous_lift", "weights_sha256")}
         return digest([self.config.matters, self.model, base, self.inputs, self.held_out_inputs])
 
     def untrained(self, steps: int) -> DyWeightScheduler:
@@ -179,8 +179,9 @@ def _learn(task: Task, group: list[int], log: Log | None) -> Any:
     options: dict[str, Any] = {"call": config.call, "config": config, "loss": task.loss, "log": log}
     options["checkpoints"] = Checkpoints(state, config.checkpoint_every, config.keep_checkpoints)
     if task.base is not None:
-        label = "shared" if config.shared else name
+        label = "continuous" if config.continuous else "shared" if config.shared else name
         options |= {"layout": config.layout, "operator": config.operator, "name": label}
+        options["continuous"] = config.continuous
         return distill_lift(task.pipe, task.teacher, *_pairs(task, task.teacher), task.base, group, **options)
     scheduler = DyWeightScheduler.from_config(task.pipe.scheduler.config)
     if config.continuous:
@@ -189,7 +190,10 @@ def _learn(task: Task, group: list[int], log: Log | None) -> Any:
             distill_continuous(task.pipe, task.teacher, *pairs, group, grid=config.grid, **options)
         )
     (n,) = group
-    teacher = _path_teacher(task, n) if config.path_substeps else task.teacher
+    teacher = _path_teacher(task, n, config.path_substeps) if config.path_substeps else task.teacher
+    if config.regression:
+        paths = _path_teacher(task, n, -(-config.teacher_steps // n))
+        options["paths"] = _made(task, paths, task.inputs[: config.regression], TRAIN_SEED)
     table = distill(task.pipe, teacher, *_pairs(task, teacher), n, grid=config.grid, **options)
     return scheduler.with_tables([table])
 
@@ -197,16 +201,16 @@ def _learn(task: Task, group: list[int], log: Log | None) -> Any:
 def _pairs(task: Task, teacher: Teacher) -> tuple[Pairs | Source, Pairs]:
     """Training and held-out pairs."""
     config = task.config
-    made: dict[str, Any] = {"call": config.call, "batch_size": config.teacher_batch_size, "model": task.model}
-    made["cache"] = _cache(config)
-
-    def pairs(inputs: Inputs, first_seed: int) -> Pairs:
-        return make_pairs(task.pipe, teacher, inputs, range(first_seed, first_seed + len(inputs)), **made)
-
-    held_out = pairs(task.held_out_inputs, HELD_OUT_SEED)
+    held_out = _made(task, teacher, task.held_out_inputs, HELD_OUT_SEED)
     if config.on_the_fly:
         return fresh(task.pipe, teacher, task.inputs, TRAIN_SEED, config.call), held_out
-    return pairs(task.inputs, TRAIN_SEED), held_out
+    return _made(task, teacher, task.inputs, TRAIN_SEED), held_out
+
+
+def _made(task: Task, teacher: Teacher, inputs: Inputs, first_seed: int) -> Pairs:
+    config, seeds = task.config, range(first_seed, first_seed + len(inputs))
+    options: dict[str, Any] = {"batch_size": config.teacher_batch_size, "model": task.model, "cache": _cache(config)}
+    return make_pairs(task.pipe, teacher, inputs, seeds, call=config.call, **options)
 
 
 def _show(task: Task, result: Any, n: int, teacher: Images | None) -> None:
@@ -253,7 +257,13 @@ def _base(config: DistillConfig, pipe: Any) -> Any:
         )
     if classical:
         return DyWeightScheduler.from_config(pipe.scheduler.config, solver=config.base)
-    return (SpanLiftScheduler if lifted else DyWeightScheduler).from_pretrained(config.base)
+    base: Any = (SpanLiftScheduler if lifted else DyWeightScheduler).from_pretrained(config.base)
+    if config.continuous and base.continuous is None and base._solver is None:
+        raise ValueError(
+            f"base={config.base!r} has tables for {sorted(base.tables)} steps only, and continuous needs a base for "
+            "every number: one learned with continuous, or a base solver."
+        )
+    return gone_on_with(base, config.steps, config.continuous) if lifted else base
 
 
 def _artefact(config: DistillConfig) -> Any:
@@ -323,12 +333,12 @@ def find_teacher(config: DistillConfig, pipe: Any) -> Teacher:
     return Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, grid=grid, **solver), steps + 1)
 
 
-def _path_teacher(task: Task, steps: int) -> Teacher:
-    """The student's own grid with ``path_substeps`` steps for each of its own. Source: DyWeight appendix C."""
+def _path_teacher(task: Task, steps: int, substeps: int) -> Teacher:
+    """The student's own grid with several steps for each of its own. Source: DyWeight appendix C."""
     config, table = task.config, task.untrained(steps).tables[steps]
     solver = {"solver": config.teacher if config.teacher in BASES else "ipndm", "order": config.teacher_order}
     scheduler = DyWeightScheduler.from_config(task.pipe.scheduler.config, grid=dict(table.grid), **solver)
-    return Teacher(scheduler, len(table.weights) * config.path_substeps, config.path_substeps)
+    return Teacher(scheduler, len(table.weights) * substeps, substeps)
 
 
 def _shard(pipe: Any) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.continuous import ContinuousTable
+from ..core.bases import MAX_ORDER
+from ..core.continuous import ContinuousLift, ContinuousTable
 from ..core.layout import LAYOUTS
 from ..core.operator import Lift
 from ..core.table import SolverTable
@@ -173,7 +174,7 @@ class ContinuousStudent(Student):
 
 
 class LiftStudent(Student):
-    """SpanLift on a frozen base: one operator shared by all ``steps``, alpha and beta of each.
+    """SpanLift on a frozen base: one operator shared by all ``steps``, alpha and beta of each, or of all.
 
     Args:
         base: the base solver, tables included; a SpanLift solver is gone on with, operators and all.
@@ -183,6 +184,8 @@ class LiftStudent(Student):
         layout: see ``LAYOUTS``.
         operator: further arguments of :class:`ResidualOperator` (width, blocks, kernel, ...).
         name: of the operator in the artefact.
+        horizon: of a function that gives alpha and beta for every number of steps, see :class:`ContinuousLift`; None:
+            those of each of ``steps``.
     """
 
     lr = 1e-3
@@ -197,47 +200,70 @@ class LiftStudent(Student):
         layout: str = "image",
         operator: Mapping[str, Any] | None = None,
         name: str = "shared",
+        horizon: float | None = None,
     ) -> None:
         if isinstance(base, SpanLiftScheduler):
-            self.scheduler = self.lifted = _continued(base, steps)
+            scheduler = gone_on_with(base, steps, horizon is not None)
         else:
             channels = LAYOUTS[layout].channels((1, *sample_shape))
             size = {"channels": channels, "order": order, **(operator or {})}
             scheduler = SpanLiftScheduler.from_config(base.config, layout=layout, operator=size)
-            for n in steps:
+            if horizon is not None:
+                scheduler.continuous_lift = ContinuousLift.initial(_order(base), horizon=horizon, operator=name)
+            for n in steps if horizon is None else ():
                 set_timesteps(base, n)
-                count = len(base.timesteps) + (n in base.tables and base.tables[n].afs)
-                ones = torch.ones(count, dtype=torch.float64)  # as coefficients are when the artefact is used
+                ones = torch.ones(len(base.timesteps) + (n in base.tables and base.tables[n].afs))
                 # beta = 1 and a zero head: the gradient reaches the head at once, and the start is the base.
-                scheduler.lifts[n] = Lift(ones.clone().requires_grad_(), ones.clone().requires_grad_(), name)
-            self.scheduler = self.lifted = scheduler.initialize()
-        self.networks = list(self.lifted.operators.values())
+                scheduler.lifts[n] = Lift(ones, ones, name)
+            scheduler.initialize()
+        for n, lift in scheduler.lifts.items():
+            scheduler.lifts[n] = replace(lift, alpha=_leaf(lift.alpha), beta=_leaf(lift.beta))
+        if (function := scheduler.continuous_lift) is not None:
+            scheduler.continuous_lift = replace(function, coefficients=_leaf(function.coefficients))
+        self.scheduler = self.lifted = scheduler
+        self.networks = [network.requires_grad_(True) for network in scheduler.operators.values()]
 
     def parameters(self) -> list[Tensor]:
         return self._scalars() + [p for network in self.networks for p in network.parameters()]
 
     def numbers(self) -> list[tuple[Tensor, Tensor]]:
-        """alpha and beta of each step; the operator stays."""
+        """alpha and beta of each step, or what they are a function of; the operator stays."""
         return [(v, torch.ones_like(v, dtype=torch.bool)) for v in self._scalars()]
 
     def _scalars(self) -> list[Tensor]:
+        if (function := self.lifted.continuous_lift) is not None:
+            return [function.coefficients]
         return [v for lift in self.lifted.lifts.values() for v in (lift.alpha, lift.beta)]
 
     def apply(self) -> None:
         """Nothing to do: the scheduler computes with the parameters themselves."""
 
 
-def _continued(base: SpanLiftScheduler, steps: Sequence[int]) -> SpanLiftScheduler:
-    """A copy with what these numbers of steps use, ready to be learned."""
-    if missing := sorted(set(steps) - base.lifts.keys()):
+def gone_on_with(base: SpanLiftScheduler, steps: Sequence[int], continuous: bool) -> SpanLiftScheduler:
+    """A copy that holds no more than is learned on: the lifts of these numbers of steps, or the continuous one.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if continuous and base.continuous_lift is None:
+        raise ValueError("The SpanLift base has no continuous lift to go on with: leave out continuous.")
+    if missing := [] if continuous else sorted(set(steps) - base.lifts.keys()):
         raise ValueError(f"The SpanLift base was learned for {sorted(base.lifts)} steps, not for {missing}.")
     scheduler = copy.deepcopy(base)
-    scheduler.lifts = {
-        n: replace(lift, **{k: getattr(lift, k).double().clone().requires_grad_() for k in ("alpha", "beta")})
-        for n, lift in scheduler.lifts.items()
-        if n in steps
-    }
-    scheduler.operators = {lift.operator: scheduler.operators[lift.operator] for lift in scheduler.lifts.values()}
-    for network in scheduler.operators.values():
-        network.requires_grad_(True)
+    scheduler.lifts = {n: lift for n, lift in scheduler.lifts.items() if n in steps and not continuous}
+    scheduler.continuous_lift = scheduler.continuous_lift if continuous else None
+    names = {lift.operator for lift in (scheduler.continuous_lift, *scheduler.lifts.values()) if lift is not None}
+    scheduler.operators = {name: scheduler.operators[name] for name in sorted(names)}
     return scheduler
+
+
+def _leaf(values: Tensor) -> Tensor:
+    """To be learned, in the precision that the numbers have when the artefact is used."""
+    return values.detach().double().clone().requires_grad_()
+
+
+def _order(base: DyWeightScheduler) -> int:
+    """K, of the base's convergence: what a continuous lift keeps."""
+    if base.continuous is not None:
+        return base.continuous.order
+    return min(base.config["order"], MAX_ORDER.get(base._solver or "", 2))

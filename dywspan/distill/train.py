@@ -28,6 +28,7 @@ from .losses import Loss, latent_mse
 from .pairs import Pairs, Source, Teacher, shuffled
 from .processes import is_main, share, total
 from .progress import Log, Progress, autocast
+from .regression import regress
 from .rollout import frozen, sample
 from .student import ContinuousStudent, LiftStudent, Student, TableStudent
 
@@ -68,7 +69,7 @@ def learn(
     loss: Loss = latent_mse,
     checkpoints: Checkpoints | None = None,
     log: Log | None = None,
-) -> tuple[dict[int, dict[str, float]], dict[str, int | float]]:
+) -> tuple[dict[int, dict[str, Any]], dict[str, int | float]]:
     """Move the student's parameters to the best they are on ``held_out``, as ``config.optimizer`` does.
 
     Args:
@@ -77,7 +78,7 @@ def learn(
         log: gets losses by name, and the update.
 
     Returns:
-        Held-out loss before and after, per number of steps, in the pipeline's own precision; and the cost.
+        Held-out loss before, after and in between, per number of steps; and the cost.
     """
     progress = Progress(
         pipe, student, steps, held_out, call=call, config=config, loss=loss, checkpoints=checkpoints, log=log
@@ -114,7 +115,8 @@ def fit(progress: Progress, train: Pairs | Source) -> None:
             optimizer.zero_grad()
             value = torch.zeros((), dtype=torch.float64, device=pipe.device)
             for micro in range(0, len(own), size):
-                part = source(own[micro : micro + size])
+                with progress.meter.counting("fresh"):
+                    part = source(own[micro : micro + size])
                 # Some dependencies of diffusers switch gradients off globally: ask for them where they are needed.
                 with torch.enable_grad(), autocast(pipe, config.mixed_precision):
                     student.apply()
@@ -136,6 +138,8 @@ def fit(progress: Progress, train: Pairs | Source) -> None:
             scaler.step(optimizer)
             scaler.update()
 
+            counts = progress.meter.counts
+            counts["backward"] = counts["student"] // (1 + config.recompute)
             progress.update, progress.own, last = update + 1, scaler.state_dict(), update + 1 == updates
             if progress.update % config.evaluate_every == 0 or last:
                 last = progress.evaluate() or last
@@ -146,8 +150,6 @@ def fit(progress: Progress, train: Pairs | Source) -> None:
             if last:
                 break
         bar.close()
-        counts = progress.meter.counts
-        counts["backward"] = counts["student"] // (1 + config.recompute)
         progress.finish(optimizer)
 
 
@@ -177,6 +179,7 @@ def distill(
     config: LearningConfig = LearningConfig(),
     grid: Mapping[str, Any] | None = None,
     loss: Loss = latent_mse,
+    paths: Pairs | None = None,
     checkpoints: Checkpoints | None = None,
     log: Log | None = None,
 ) -> SolverTable:
@@ -189,9 +192,14 @@ def distill(
         steps: network evaluations of the student.
         call: arguments of the pipeline's call.
         grid: nominal grid, :func:`default_grid` by default.
+        paths: a teacher's, to start from weights that follow them, see :func:`regress`.
     """
     scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
     initial = initial_table(scheduler, steps, config, grid)
+    if paths is not None:
+        initial = regress(
+            pipe, initial, paths, call, batch_size=config.batch_size, mixed_precision=config.mixed_precision
+        )
     student = TableStudent(scheduler, initial, config.bounded, config.time_scaling)
     options: dict[str, Any] = {"call": call, "config": config, "loss": loss}
     errors, cost = learn(pipe, student, [steps], train, held_out, checkpoints=checkpoints, log=log, **options)
@@ -199,6 +207,11 @@ def distill(
         table = student.table()
     detached = {"weights": table.weights.detach(), "time_scale": table.time_scale.detach().clone()}
     provenance = _provenance(pipe, teacher, train, held_out, student, errors[steps], cost, **options)
+    if paths is not None:
+        fine, own = -(-teacher.num_inference_steps // steps) * steps, steps**2
+        spent = provenance["evaluations"]
+        spent["teacher"] += round(len(paths) * fine * cost["per_step"])
+        spent["regression"] = round(len(paths) * own * cost["per_step"])
     return replace(table, **detached, provenance=provenance)
 
 
@@ -252,6 +265,7 @@ def distill_lift(
     layout: str = "image",
     operator: Mapping[str, Any] | None = None,
     name: str = "shared",
+    continuous: bool = False,
     loss: Loss = latent_mse,
     checkpoints: Checkpoints | None = None,
     log: Log | None = None,
@@ -259,22 +273,31 @@ def distill_lift(
     """Learn a SpanLift operator on a frozen base, shared by all ``steps``.
 
     Args:
-        base: tables or a classical solver for every one of ``steps``.
+        base: tables or a classical solver for every one of ``steps``; a SpanLift solver is gone on with.
         layout: of the latents.
         operator: size of the operator, see :class:`ResidualOperator`.
         name: of the operator in the artefact.
+        continuous: alpha and beta as functions that give them for every number of steps.
     """
     torch.manual_seed(config.seed)
-    shape = held_out.endpoints.shape[1:]
-    student = LiftStudent(base, steps, shape, order=config.order, layout=layout, operator=operator, name=name)
+    size: dict[str, Any] = {"order": config.order, "layout": layout, "operator": operator, "name": name}
+    horizon = config.horizon if continuous else None
+    student = LiftStudent(base, steps, held_out.endpoints.shape[1:], horizon=horizon, **size)
     options: dict[str, Any] = {"call": call, "config": config, "loss": loss}
     errors, cost = learn(pipe, student, steps, train, held_out, checkpoints=checkpoints, log=log, **options)
     scheduler = student.lifted
     for network in scheduler.operators.values():
         network.requires_grad_(False)
+
+    def provenance(error: Mapping[str, Any]) -> dict[str, Any]:
+        return _provenance(pipe, teacher, train, held_out, student, error, cost, **options)
+
     for n, lift in scheduler.lifts.items():
-        provenance = _provenance(pipe, teacher, train, held_out, student, errors[n], cost, **options)
-        scheduler.lifts[n] = replace(lift.detach(), provenance=provenance)
+        scheduler.lifts[n] = replace(lift.detach(), provenance=provenance(errors[n]))
+    if (function := scheduler.continuous_lift) is not None:
+        by_steps = provenance({str(n): error for n, error in errors.items()})
+        function = replace(function, coefficients=function.coefficients.detach(), provenance=by_steps)
+        scheduler.continuous_lift = function
     return scheduler
 
 
@@ -291,8 +314,8 @@ def _provenance(
     config: LearningConfig,
     loss: Loss,
 ) -> dict[str, Any]:
-    seen = len(train) if isinstance(train, Pairs) else (config.updates or UPDATES) * config.batch_size
-    teacher_cost = round((seen + len(held_out)) * teacher.num_inference_steps * cost["per_step"])
+    kept = len(train) if isinstance(train, Pairs) else 0
+    teacher_cost = round((kept + len(held_out)) * teacher.num_inference_steps * cost["per_step"])
     return {
         "base_model": str(getattr(pipe, "name_or_path", "")),
         "pipeline": type(pipe).__name__,
@@ -301,7 +324,7 @@ def _provenance(
         "teacher": teacher.summary(),
         "loss": getattr(loss, "__name__", type(loss).__name__),
         "learning": {**config.learning, "lr": config.lr or student.lr},
-        "pairs": {"train": seen, "held_out": len(held_out)},
+        "pairs": {"train": kept or (config.updates or UPDATES) * config.batch_size, "held_out": len(held_out)},
         "held_out_error": dict(errors),
         "evaluations": {"teacher": teacher_cost, **{k: v for k, v in cost.items() if k != "per_step"}},
         "dywspan_version": __version__,

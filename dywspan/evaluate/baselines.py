@@ -21,6 +21,7 @@ from diffusers.schedulers import AysSchedules
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..artifact import for_every_count
 from ..core.prediction import Flow, Prediction
 from ..distill.pairs import Teacher, digest
 from ..distill.rollout import denoisers, sample
@@ -190,17 +191,14 @@ def find_solvers(names: Sequence[str]) -> list[Solver]:
 
 
 def _learned(scheduler: Any) -> Maker:
-    lifted = isinstance(scheduler, SpanLiftScheduler)
-    counts = scheduler.lifts if lifted else scheduler.tables
-    of_any_count = not lifted and getattr(scheduler, "continuous", None) is not None
+    counts = scheduler.lifts if isinstance(scheduler, SpanLiftScheduler) else scheduler.tables
 
     def make(pipe: Any, steps: int) -> Any:
         own, other = type(prediction(pipe)).__name__, type(scheduler.host.prediction).__name__
         if own != other:
             raise ValueError(f"learned for {other} networks, and this one is of kind {own}")
-        if (
-            counts and steps not in counts and not of_any_count
-        ):  # not a classical solver instead, which the artefact may also name
+        # Not a classical solver instead, which the artefact may also name.
+        if counts and steps not in counts and for_every_count(scheduler) is None:
             raise ValueError(f"learned for {sorted(counts)} steps")
         return scheduler
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,10 +16,7 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..artifact import write_atomically
 from ..core.layout import LAYOUTS, Packed, Size
@@ -29,14 +25,16 @@ from ..distill.embeddings import remembered_prompts
 from ..distill.inputs import check_call, read_inputs
 from ..distill.losses import decode
 from ..distill.pairs import Pairs, Teacher, digest, fingerprint, make_pairs
-from ..distill.processes import in_turn, is_main, wait
+from ..distill.processes import is_main
 from ..distill.progress import autocast
 from ..distill.rollout import Inputs, load_pipeline, sample
 from ..distill.run import find_teacher
 from ..schedulers.bind import bind
 from .baselines import BASELINES, Cell, begin, find_solvers, make_cell
+from .images import find_images, read_image
 from .metrics import METRICS, Metric, Sample, interval
-from .report import draw_samples, plots, table, write_results
+from .report import draw_samples, file_stem, plots, table, write_results
+from .rows import measure
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,9 @@ class QualityConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "of the solvers' evaluations, not of the reference's")
     call: dict[str, Any] = option({}, 'arguments of the pipeline\'s call, e.g. {"height": 512, "guidance_scale": 4.5}')
     guidance_scale: float | None = option(None, "short for call.guidance_scale")
+    variants: dict[str, Any] = option(
+        {}, 'changes of call by name, each compared alone: {"guidance 7": {"guidance_scale": 7}, ...}'
+    )
 
     prompts: str | list | None = option(
         None, "file (.txt, .jsonl, .csv), a dataset's name, or a list; none for unconditional models"
@@ -104,6 +105,13 @@ class QualityConfig:
             raise ValueError(f"picture_steps {sorted(unknown)} are not among steps={self.steps}.")
         if self.layout not in LAYOUTS:
             raise ValueError(f"Unknown layout {self.layout!r}{_nearest(self.layout, LAYOUTS)}")
+        if wrong := {name: v for name, v in self.variants.items() if not isinstance(v, Mapping)}:
+            raise ValueError(f"variants={wrong} must be arguments of the call by name: {{name: {{argument: value}}}}.")
+
+    @property
+    def calls(self) -> dict[str, dict[str, Any]]:
+        """Arguments of the pipeline's call by variant; without variants, of the one named ""."""
+        return {name: {**self.call, **own} for name, own in (self.variants or {"": {}}).items()}
 
 
 def _nearest(name: str, known: Any) -> str:
@@ -111,85 +119,7 @@ def _nearest(name: str, known: Any) -> str:
     return f"; did you mean {near[0]!r}?" if near else f": use one of {sorted(known)}."
 
 
-# --------------------------------------------------------------------------------------------------------- measuring
-
-
-def measure(
-    keys: Sequence[str],
-    make: Callable[[int], Sample],
-    metrics: Sequence[Metric],
-    folder: Path | None,
-    title: str = "images",
-) -> dict[str, Tensor]:
-    """The rows of every metric, from files where they are, shared out over the processes by batches.
-
-    A batch is one file for each metric: a run that was stopped goes on where it was, to the same rows bit for bit, and
-    a metric that is added samples again but measures only itself. A file that is damaged is made again.
-
-    Args:
-        keys: of each batch, what determines it.
-        make: samples a batch, by its number.
-        folder: of everything else that determines the samples; None to keep nothing.
-
-    Returns:
-        (N, D) float32 by metric, on the CPU.
-
-    Raises:
-        OSError: the folder cannot be written; what is finished stays.
-    """
-    found: dict[tuple[str, int], Tensor] = {}
-    files: dict[tuple[str, int], Path] = {}
-    if folder is not None:
-        own = {m.name: folder / digest([m.name, m.facts]) for m in metrics}
-        files = {(name, j): own[name] / f"{key}.safetensors" for name in own for j, key in enumerate(keys)}
-    for place, file in files.items():
-        if (rows := _read(file)) is not None:
-            found[place] = rows
-    missing = [j for j in range(len(keys)) if any((m.name, j) not in found for m in metrics)]
-    wait()  # before anybody writes: all processes must find the same files missing
-    turns = in_turn(len(missing)) if folder is not None else [(j, True) for j in range(len(missing))]
-    with tqdm(
-        total=len(keys), initial=len(keys) - len(missing), desc=title, disable=not missing or not is_main()
-    ) as bar:
-        for turn, is_mine in turns:
-            j = missing[turn]
-            batch = make(j)
-            for m in metrics:
-                if (m.name, j) in found:
-                    continue
-                rows = m.rows(batch).detach().float().cpu().contiguous()
-                if folder is None:
-                    found[m.name, j] = rows
-                elif is_mine:
-                    (file := files[m.name, j]).parent.mkdir(parents=True, exist_ok=True)
-                    write_atomically(file, save({"rows": rows}, metadata={"digest": digest(rows)}))
-            bar.update(min(len(missing), turn + 1) + len(keys) - len(missing) - bar.n)
-    wait()
-    for place, file in files.items():
-        if place not in found:
-            if (rows := _read(file)) is None:
-                raise OSError(
-                    f"{file} was made by another process but is not here: the cache must be on a file system that all "
-                    "machines share. Choose another cache directory."
-                )
-            found[place] = rows
-    return {m.name: torch.cat([found[m.name, j] for j in range(len(keys))]) for m in metrics}
-
-
-def _read(file: Path) -> Tensor | None:
-    """The rows in a file, if it is whole."""
-    if not file.exists():
-        return None
-    try:
-        with safe_open(file, "pt") as opened:
-            rows = opened.get_tensor("rows")
-            if (opened.metadata() or {}).get("digest") == digest(rows):
-                return rows
-    except (SafetensorError, OSError):
-        pass
-    if is_main():
-        print(f"{file} is damaged: it is made again.")
-    return None
+# --------------------------------------------------------------------------------------------------------- one solver
 
 
 def to_images(pipe: Any, latents: Tensor, layout: str = "image", size: Size | None = None) -> Tensor:
@@ -318,18 +248,20 @@ def prepare(config: QualityConfig, device: torch.device | str = "cpu") -> Task:
     pipe = load_pipeline(config.model, getattr(torch, config.dtype), device, config.revision)
     if isinstance(LAYOUTS[config.layout], Packed):
         bind(pipe)
-    check_call(pipe, inputs, config.call)
+    for call in config.calls.values():
+        check_call(pipe, inputs, call)
     metrics = make_metrics(config, pipe, {"latents", "reference_images", "reference_latents", *_fields(inputs)})
     teacher, model = find_teacher(config, pipe), fingerprint(pipe)  # type: ignore[arg-type]
+    first = next(iter(config.calls.values()))
     cells, notes = [], []
     with remembered_prompts(pipe, _cache(config) / "prompts", model):
-        begin(pipe, teacher.scheduler, teacher.num_inference_steps, inputs[0], config.call)
+        begin(pipe, teacher.scheduler, teacher.num_inference_steps, inputs[0], first)
         for solver in solvers:
             made: list[Cell] = []
             refused: list[str] = []
             for nfe in sorted(config.steps):
                 try:
-                    made.append(make_cell(pipe, solver, nfe, inputs[0], config.call))
+                    made.append(make_cell(pipe, solver, nfe, inputs[0], first))
                 except ValueError as error:
                     refused.append(str(error))
             if not made and (solver.name in config.solvers or solver.learned):
@@ -397,50 +329,40 @@ def run(config: QualityConfig) -> dict[str, Any]:
     task = prepare(config, str(PartialState().device))
     results = _facts(config, task.metrics) | {"reference": task.teacher.summary(), "notes": [*task.notes]}
     rows: list[dict[str, Any]] = []
-    pipe, seeds, options = task.pipe, task.seeds, {"call": config.call, "batch_size": config.batch_size}
-    with remembered_prompts(pipe, task.cache / "prompts", task.model) as memory:
-        if memory is not None:
-            memory.fill(task.inputs, config.call, config.batch_size)
-        reference = None
-        if config.base or any(n.startswith("reference") for m in task.metrics for n in m.needs):
-            reference = make_pairs(
-                pipe, task.teacher, task.inputs, seeds, cache=task.cache / "pairs", model=task.model, **options
-            )
-        size: Any = config.latent_size and tuple(config.latent_size)
-        options |= {
-            "cache": task.cache,
-            "reference": reference,
-            "layout": config.layout,
-            "size": size,
-            "model": task.model,
-        }
-        if (alone := [m for m in task.metrics if not _is_paired(m)]) and reference is not None:
-            own = {"solver": "reference", "scheduler": type(task.teacher.scheduler).__name__}
-            own |= dict.fromkeys(("num_inference_steps", "nfe"), task.teacher.num_inference_steps)
-            values = evaluate(pipe, None, 0, task.inputs, seeds, alone, title="reference", **options)
-            rows.append(own | _numbers(alone, values))
-        for cell in task.cells:
-            values = evaluate(
-                pipe,
-                cell.scheduler,
-                cell.num_inference_steps,
-                task.inputs,
-                seeds,
-                task.metrics,
-                precision=config.mixed_precision,
-                solver=cell.describe(),
-                title=f"{cell.solver}, {cell.nfe}",
-                **options,
-            )
-            if is_main():
-                row = {"solver": cell.solver, "learned": cell.learned, "scheduler": type(cell.scheduler).__name__}
-                row |= {"num_inference_steps": cell.num_inference_steps, "nfe": cell.nfe}
-                rows.append(row | _numbers(task.metrics, values))
-                write_results(config.output, with_gaps(rows, config.base, task.metrics), **results)
-        if config.picture_steps:
-            _draw(task)
+    with remembered_prompts(task.pipe, task.cache / "prompts", task.model) as memory:
+        for variant, call in config.calls.items():
+            if memory is not None:
+                memory.fill(task.inputs, call, config.batch_size)
+            for row in _compare(task, call):
+                rows.append({"variant": variant} | row if config.variants else row)
+                if is_main():
+                    write_results(config.output, with_gaps(rows, config.base, task.metrics), **results)
+            if config.picture_steps:
+                _draw(task, variant, call)
     rows = with_gaps(rows, config.base, task.metrics)
     return _finish(config, results | {"rows": rows})
+
+
+def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for the reference, where metrics say something of it, and one for every cell, as they are measured."""
+    config, pipe, seeds = task.config, task.pipe, task.seeds
+    options: dict[str, Any] = {"call": call, "batch_size": config.batch_size, "model": task.model}
+    reference = None
+    if config.base or any(n.startswith("reference") for m in task.metrics for n in m.needs):
+        reference = make_pairs(pipe, task.teacher, task.inputs, seeds, cache=task.cache / "pairs", **options)
+    options |= {"cache": task.cache, "reference": reference, "layout": config.layout}
+    options["size"] = config.latent_size and tuple(config.latent_size)
+    if (alone := [m for m in task.metrics if not _is_paired(m)]) and reference is not None:
+        own = {"solver": "reference", "scheduler": type(task.teacher.scheduler).__name__}
+        own |= dict.fromkeys(("num_inference_steps", "nfe"), task.teacher.num_inference_steps)
+        yield own | _numbers(alone, evaluate(pipe, None, 0, task.inputs, seeds, alone, title="reference", **options))
+    options |= {"precision": config.mixed_precision}
+    for cell in task.cells:
+        steps = cell.num_inference_steps
+        own = {"solver": cell.describe(), "title": f"{cell.solver}, {cell.nfe}"}
+        values = evaluate(pipe, cell.scheduler, steps, task.inputs, seeds, task.metrics, **own, **options)
+        row = {"solver": cell.solver, "learned": cell.learned, "scheduler": type(cell.scheduler).__name__}
+        yield row | {"num_inference_steps": steps, "nfe": cell.nfe} | _numbers(task.metrics, values)
 
 
 def _numbers(metrics: Sequence[Metric], values: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -460,15 +382,17 @@ def with_gaps(rows: Sequence[Mapping[str, Any]], base: str | None, metrics: Sequ
     """
     if base is None:
         return [dict(row) for row in rows]
-    bases = {row["nfe"]: row for row in rows if row["solver"] == base}
-    reference = next((row for row in rows if row["solver"] == "reference"), {})
-    perfect = {m.name: 0.0 if _is_paired(m) else reference.get(m.name) for m in metrics}
-    measured = [m.name for m in metrics if perfect[m.name] is not None and (m.lower_is_better or not _is_paired(m))]
+    bases = {(row.get("variant"), row["nfe"]): row for row in rows if row["solver"] == base}
+    references = {row.get("variant"): row for row in rows if row["solver"] == "reference"}
     result = []
     for row in rows:
-        own = dict(row)
-        if row["nfe"] in bases and row["solver"] not in (base, "reference"):
-            start = bases[row["nfe"]]
+        own, variant = dict(row), row.get("variant")
+        if (start := bases.get((variant, row["nfe"]))) and row["solver"] not in (base, "reference"):
+            reference = references.get(variant, {})
+            perfect = {m.name: 0.0 if _is_paired(m) else reference.get(m.name) for m in metrics}
+            measured = [
+                m.name for m in metrics if perfect[m.name] is not None and (m.lower_is_better or not _is_paired(m))
+            ]
             gaps = {name: start[name] - perfect[name] for name in measured}
             own["gap_closed"] = {name: (start[name] - row[name]) / gap for name, gap in gaps.items() if gap}
         result.append(own)
@@ -496,7 +420,7 @@ def _finish(config: QualityConfig, results: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _draw(task: Task) -> None:
+def _draw(task: Task, variant: str, call: Mapping[str, Any]) -> None:
     """The first samples, one solver a row, at every number of evaluations that is asked for."""
     config, shown = task.config, slice(0, task.config.columns)
     inputs, seeds = task.inputs[shown], task.seeds[shown]
@@ -504,7 +428,7 @@ def _draw(task: Task) -> None:
 
     def images(scheduler: Any, steps: int) -> Tensor:
         return to_images(
-            task.pipe, sample(task.pipe, scheduler, steps, inputs, seeds, config.call)[0].float(), config.layout, size
+            task.pipe, sample(task.pipe, scheduler, steps, inputs, seeds, call)[0].float(), config.layout, size
         )
 
     prompts = [str(own.get("prompt", "")) for own in inputs]
@@ -516,7 +440,8 @@ def _draw(task: Task) -> None:
         ]
         if is_main():
             folder = Path(config.pictures or Path(config.output).parent)
-            draw_samples(sheet, prompts, folder / f"{Path(config.output).stem}-samples-{nfe}.png")
+            stem = file_stem(Path(config.output).stem, variant)
+            draw_samples(sheet, prompts, folder / f"{stem}-samples-{nfe}.png")
 
 
 # ------------------------------------------------------------------------------------------- images already there
@@ -544,58 +469,3 @@ def _measure_directory(config: QualityConfig) -> dict[str, Any]:
         values = measure([str(j) for j in range(len(parts))], make, metrics, None, config.images)
     row = {"solver": config.images, "samples": len(files), **_numbers(metrics, values)}
     return _finish(config, _facts(config, metrics) | {"rows": [row]})
-
-
-def find_images(folder: str, batch_size: int = 1) -> list[Path]:
-    """The images of a directory, by name, numbers in names by their size.
-
-    Raises:
-        ValueError: there are not two, or they are of several sizes and batches need one.
-        OSError: no such directory, or an image that cannot be read.
-    """
-    from PIL import Image
-
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"images={folder!r}: there is no such directory.")
-    known = Image.registered_extensions()
-    found = (file for file in Path(folder).rglob("*") if file.suffix.lower() in known)
-    files = sorted(
-        found, key=lambda file: [part.zfill(20) if part.isdigit() else part for part in _PARTS.split(str(file))]
-    )
-    if len(files) < 2:
-        raise ValueError(f"images={folder!r} holds {len(files)} images, at least 2 are needed.")
-    sizes = {}
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                sizes.setdefault(image.size, file)
-                image.verify()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise _unreadable(file, error) from error
-    if len(sizes) > 1 and batch_size > 1:
-        shown = ", ".join(f"{w} x {h} ({file.name})" for (w, h), file in [*sizes.items()][:3])
-        raise ValueError(f"{folder} holds images of several sizes: {shown}. Resize them, or set batch_size to 1.")
-    return files
-
-
-def _unreadable(file: Path, error: Exception) -> OSError:
-    return OSError(f"{file} is not an image that can be read: {error}. Replace it, or take it out.")
-
-
-_PARTS = re.compile(r"(\d+)")
-
-
-def read_image(file: Path) -> Tensor:
-    """(3, H, W) float32 in [0, 1].
-
-    Raises:
-        OSError: it is damaged; names it.
-    """
-    import numpy
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            return torch.from_numpy(numpy.array(image.convert("RGB"))).movedim(-1, 0).float() / 255
-    except (OSError, SyntaxError, ValueError) as error:
-        raise _unreadable(file, error) from error

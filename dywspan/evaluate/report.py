@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,32 +38,39 @@ def write_results(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What an evaluation wrote.
+    """What an evaluation or a bench wrote.
 
     Raises:
         ValueError: something else is in the file.
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if data["rows"] and data["metrics"]:
+        if data["rows"] and data["versions"]:
             return data
     except (KeyError, TypeError, json.JSONDecodeError):
         pass
-    raise ValueError(f"{path} does not hold an evaluation: make one with `dywspan eval` or `dywspan bench quality`.")
+    raise ValueError(f"{path} does not hold an evaluation: make one with `dywspan eval` or `dywspan bench`.")
 
 
 def table(results: Mapping[str, Any], metrics: Sequence[str] | None = None, steps: Sequence[int] | None = None) -> str:
     """Markdown: for every metric, a line a solver and a column a number of evaluations (NFE).
 
-    A cell is the number, plus or minus half its 95 % interval; the best of a column is bold.
+    A cell is the number, plus or minus half its 95 % interval; the best of a column is bold. A bench without metrics is
+    shown by its rows as they are, but for lists and mappings.
 
     Args:
         results: see :func:`read_results`.
-        metrics, steps: only these.
+        metrics: only these; of a bench without metrics, only these columns.
+        steps: only these.
 
     Raises:
         ValueError: none of them was measured.
     """
+    if "metrics" not in results:
+        return _plain(results["rows"], metrics, steps)
+    if "variant" in results["rows"][0]:
+        alone = by_variant(results).items()
+        return "\n\n".join(f"### {name}\n\n{table(part, metrics, steps)}" for name, part in alone)
     reference = [row for row in results["rows"] if row["solver"] == "reference"]
     rows = [row for row in results["rows"] if row not in reference and (steps is None or row.get("nfe") in steps)]
     wanted = [name for name in results["metrics"] if metrics is None or name in metrics]
@@ -82,6 +90,28 @@ def table(results: Mapping[str, Any], metrics: Sequence[str] | None = None, step
             parts.append(f"Share of the way from {results['settings']['base']} to the reference, {name}:")
             parts.append(_grid(closing, [f"{row['gap_closed'][name]:.0%}" for row in closing]))
     return "\n\n".join(parts)
+
+
+def by_variant(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The results of each variant of the call, as if measured alone; of all, under "", if there are none."""
+    parts: dict[str, dict[str, Any]] = {}
+    for row in results["rows"]:
+        part = parts.setdefault(row.get("variant", ""), {**results, "rows": []})
+        part["rows"].append({k: v for k, v in row.items() if k != "variant"})
+    return parts
+
+
+def file_stem(name: str, variant: str) -> str:
+    """``name-variant``, as a file may be called."""
+    return "-".join(filter(None, [name, re.sub(r"\W+", "-", variant).strip("-")]))
+
+
+def _plain(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None, steps: Sequence[int] | None) -> str:
+    columns = [k for k, v in rows[0].items() if not isinstance(v, (list, dict)) and (names is None or k in names)]
+    shown = [row for row in rows if steps is None or row.get("num_inference_steps") in steps]
+    if not shown or not columns:
+        raise ValueError(f"Nothing was measured of metrics={names}, steps={steps}: there is {[*rows[0]]}.")
+    return markdown([{k: "" if row[k] is None else row[k] for k in columns} for row in shown])
 
 
 def number(row: Mapping[str, Any], metric: str) -> str:
@@ -106,6 +136,9 @@ def plots(results: Mapping[str, Any], stem: Path) -> list[Path]:
     """One picture a metric, ``STEM-METRIC.png``: quality over NFE with 95 % intervals, learned solvers on top."""
     from matplotlib import pyplot
 
+    if "variant" in results["rows"][0]:
+        parts = by_variant(results).items()
+        return [path for name, part in parts for path in plots(part, stem.with_name(file_stem(stem.name, name)))]
     rows = [row for row in results["rows"] if row["solver"] != "reference"]
     stem.parent.mkdir(parents=True, exist_ok=True)
     written = []

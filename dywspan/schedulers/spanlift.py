@@ -6,6 +6,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..artifact import lift_to_json, read_lifts, write_atomically
+from ..artifact import continuous_to_json, lift_to_json, read_continuous, read_lifts, write_atomically
+from ..core.continuous import ContinuousLift
 from ..core.layout import LAYOUTS, Size
 from ..core.operator import Lift, ResidualOperator, conditioning, residual
 from ..core.prediction import EDM
-from ..core.step import step
+from ..core.step import Schedule, step
 from ..version import __version__
 from .base import broken_downloads_named, scalars
 from .dyweight import DyWeightScheduler
@@ -31,7 +33,7 @@ logger = logging.get_logger(__name__)
 
 _DOWNLOAD = ("cache_dir", "token", "revision", "local_files_only", "force_download")
 BASE = ("tables", "continuous", "solver", "order", "grid")  # settings that make the base solver what it is
-_NOT_THE_BASE = ("self", "__class__", "layout", "operator", "lifts", "weights_sha256")
+_NOT_THE_BASE = ("self", "__class__", "layout", "operator", "lifts", "continuous_lift", "weights_sha256")
 
 
 class SpanLiftScheduler(DyWeightScheduler):
@@ -51,6 +53,7 @@ class SpanLiftScheduler(DyWeightScheduler):
         layout: how the latent is laid out, one of ``LAYOUTS``.
         operator: size of R_phi: the arguments of :class:`ResidualOperator`.
         lifts: ``{num_inference_steps: {"alpha": [...], "beta": [...], "operator": name}}``.
+        continuous_lift: that of every other number of steps, see :class:`dywspan.core.continuous.ContinuousLift`.
         weights_sha256: of the weights file, written when saving: they only mean something together.
 
     Raises:
@@ -84,6 +87,7 @@ class SpanLiftScheduler(DyWeightScheduler):
         layout: str = "image",
         operator: dict[str, Any] | None = None,
         lifts: dict[str, Any] | None = None,
+        continuous_lift: dict[str, Any] | None = None,
         weights_sha256: str | None = None,
         dywspan_version: str = __version__,
     ) -> None:
@@ -92,16 +96,21 @@ class SpanLiftScheduler(DyWeightScheduler):
         base = {k: v for k, v in locals().items() if k not in _NOT_THE_BASE}
         DyWeightScheduler.__init__.__wrapped__(self, **base)  # type: ignore[attr-defined]
         self.lifts: dict[int, Lift] = read_lifts(lifts)
-        if self.lifts and not operator:
+        self.continuous_lift: ContinuousLift | None = read_continuous(continuous_lift, ContinuousLift)
+        if self._learned and not operator:
             raise ValueError("A SpanLift configuration with lifts needs its operator's size: operator={...}.")
         self.operators: dict[str, ResidualOperator] = {}
         self.latent_size: Size | None = None
 
     # ------------------------------------------------------------------ operators
 
+    @property
+    def _learned(self) -> list[Lift | ContinuousLift]:
+        return [*self.lifts.values(), *([] if self.continuous_lift is None else [self.continuous_lift])]
+
     def initialize(self) -> SpanLiftScheduler:
         """Make untrained operators: their heads are zero, so the solver is its base until they learn."""
-        names = {lift.operator for lift in self.lifts.values()}
+        names = {lift.operator for lift in self._learned}
         try:
             self.operators = {name: ResidualOperator(**self.config["operator"]) for name in sorted(names)}
         except TypeError as error:
@@ -155,15 +164,34 @@ class SpanLiftScheduler(DyWeightScheduler):
     def with_lifts(self, other: SpanLiftScheduler) -> SpanLiftScheduler:
         """A copy that holds the lifts and operators of ``other`` besides its own (same name or step count: replaced).
 
+        So does a continuous lift replace another.
+
         Raises:
             ValueError: their bases, layouts or operator sizes differ.
         """
         if different := [k for k in (*BASE, "layout", "operator") if self.config[k] != other.config[k]]:
             raise ValueError(f"These SpanLift solvers differ in {different}: they cannot share one artefact.")
-        merged = copy.deepcopy(self)
-        merged.lifts |= copy.deepcopy(other).lifts
-        merged.operators |= copy.deepcopy(other.operators)
+        merged, theirs = copy.deepcopy(self), copy.deepcopy(other)
+        merged.lifts |= theirs.lifts
+        merged.operators |= theirs.operators
+        merged.continuous_lift = theirs.continuous_lift or merged.continuous_lift
         return merged
+
+    def with_continuous_lift(self, lift: ContinuousLift) -> SpanLiftScheduler:
+        """A copy that takes from ``lift`` what its own lifts do not have; the operator is found by its name."""
+        copied = copy.deepcopy(self)
+        copied.continuous_lift = lift
+        return copied
+
+    def lift(self, num_inference_steps: int, schedule: Schedule) -> Lift | None:
+        """The lift of its base's schedule: that of the number of steps, or what the continuous one gives.
+
+        Args:
+            schedule: the base's, for this number of steps.
+        """
+        if num_inference_steps in self.lifts or self.continuous_lift is None:
+            return self.lifts.get(num_inference_steps)
+        return self.continuous_lift.lift(schedule.levels.detach(), self.host.prediction)
 
     def set_latent_size(self, height: int, width: int) -> None:
         """Say what packed tokens are: height and width of the unpacked latent. Not needed for square ones."""
@@ -199,7 +227,7 @@ class SpanLiftScheduler(DyWeightScheduler):
             **kwargs,
         )
         scheduler, unused = cls.from_config(config, return_unused_kwargs=True, **overrides)
-        if scheduler.lifts:
+        if scheduler._learned:
             scheduler.load_operator(cls._find_operator(pretrained_model_name_or_path, subfolder, commit, download))
         return (scheduler, unused) if return_unused_kwargs else scheduler
 
@@ -229,10 +257,10 @@ class SpanLiftScheduler(DyWeightScheduler):
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write the operator's weights, then the configuration (and upload both, with ``push_to_hub``)."""
         folder = Path(save_directory)
-        if self.lifts and not self.operators:
+        if self._learned and not self.operators:
             raise ValueError(
                 "This solver's operator was never loaded, so there is only half of it to save: load it with "
-                "from_pretrained, or set lifts=None."
+                "from_pretrained, or set lifts=None, continuous_lift=None."
             )
         if folder.name == "scheduler" and self.operators:
             logger.warning(
@@ -247,7 +275,9 @@ class SpanLiftScheduler(DyWeightScheduler):
             write_atomically(folder / self.weights_name, data)
             self.register_to_config(weights_sha256=hashlib.sha256(data).hexdigest())
         # What was learned since this object was made belongs to its configuration.
-        self.register_to_config(lifts={str(n): lift_to_json(lift) for n, lift in sorted(self.lifts.items())} or None)
+        function = None if self.continuous_lift is None else continuous_to_json(self.continuous_lift)
+        lifts = {str(n): lift_to_json(lift) for n, lift in sorted(self.lifts.items())} or None
+        self.register_to_config(lifts=lifts, continuous_lift=function)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def push_to_hub(self, repo_id: str, *args: Any, subfolder: str | None = None, **kwargs: Any) -> str:
@@ -281,12 +311,12 @@ class SpanLiftScheduler(DyWeightScheduler):
         super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu)
         n, schedule = self.num_inference_steps, self._schedule
         assert n is not None and schedule is not None
-        if n not in self.lifts:
+        lift = self.lift(n, schedule)
+        if lift is None:
             raise ValueError(
                 f"No SpanLift for num_inference_steps={n}: it was learned for {sorted(self.lifts)} steps. "
                 "Use one of these, or DyWeightScheduler.from_config(scheduler.config) for the base alone."
             )
-        lift = self.lifts[n]
         if lift.operator not in self.operators:
             raise ValueError(
                 "The operator's weights are not part of a configuration: load this solver with from_pretrained, or "
@@ -332,6 +362,8 @@ class SpanLiftScheduler(DyWeightScheduler):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state["lifts"] = {n: lift.detach() for n, lift in self.lifts.items()}
+        if (function := self.continuous_lift) is not None:
+            state["continuous_lift"] = replace(function, coefficients=function.coefficients.detach())
         if "_lift" in state:
             lift = self._lift.detach()
             state.update(_lift=lift, _alpha=lift.alpha.tolist(), _beta=lift.beta.tolist())

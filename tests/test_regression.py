@@ -1,0 +1,98 @@
+"""Tables that start from a teacher's path: rows by linear least squares, one by one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_trainable import float64, fresh  # noqa: F401  (a fixture)
+from test_trainer import learn, pixels  # noqa: F401  (a fixture)
+
+from dywspan import DyWeightScheduler, SolverTable
+from dywspan.distill.config import LearningConfig
+from dywspan.distill.pairs import Pairs, Teacher, make_pairs
+from dywspan.distill.progress import endpoint_error
+from dywspan.distill.regression import regress
+from dywspan.distill.train import initial_table
+
+N = 4
+
+
+def _euler(scheduler: DyWeightScheduler, n: int = N) -> SolverTable:
+    return initial_table(scheduler, n, LearningConfig(init="euler", order=3), None)
+
+
+def _paths(subject: Any, scheduler: Any, steps: int, substeps: int, samples: range = range(5)) -> Pairs:
+    teacher = Teacher(scheduler, steps, substeps)
+    return make_pairs(subject.pipe, teacher, subject.inputs(samples), samples, call=subject.call)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline (not square)"])
+def test_the_table_that_made_the_path_is_found(name: str) -> None:
+    """By batches of any size."""
+    subject = fresh(name)
+    scheduler = subject.solver()
+    start = _euler(scheduler)
+    weights = torch.rand(N, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tril() + 0.5
+    weights = weights.tril() / weights.tril().sum(1, keepdim=True)
+    weights[-1] *= 0.9
+    hidden = replace(start, weights=weights)
+    paths = _paths(subject, scheduler.with_tables([hidden]), N, 1)
+    found = [regress(subject.pipe, start, paths, subject.call, batch_size=size) for size in (2, 16)]
+    torch.testing.assert_close(found[0].weights, hidden.weights, rtol=0, atol=2e-4)  # states are kept in float32
+    torch.testing.assert_close(found[0].weights, found[1].weights, rtol=0, atol=1e-5)
+    assert torch.equal(found[0].time_scale, start.time_scale) and found[0].grid == start.grid
+
+
+def test_it_ends_nearer_to_the_teacher_than_any_classical_start() -> None:
+    subject = fresh("StableDiffusionPipeline")
+    scheduler = subject.solver()
+    start = _euler(scheduler, 3)
+    fine = DyWeightScheduler.from_config(scheduler.config, solver="ipndm", grid=dict(start.grid))
+    paths = _paths(subject, fine, 24, 8, range(8))
+    held_out = _paths(subject, fine, 24, 8, range(20, 24))
+    found = regress(subject.pipe, start, paths, subject.call)
+    tables = {
+        init: initial_table(scheduler, 3, LearningConfig(init=init, order=3), None) for init in ("euler", "ipndm")
+    }
+    ends = replace(held_out, targets=held_out.endpoints, is_path=False)
+    errors = {
+        name: endpoint_error(subject.pipe, scheduler.with_tables([table]), 3, ends, subject.call)
+        for name, table in {**tables, "regression": found}.items()
+    }
+    assert errors["regression"] < 0.9 * min(errors["euler"], errors["ipndm"]), errors
+
+
+def test_paths_of_another_number_of_steps_are_refused() -> None:
+    subject = fresh("StableDiffusionPipeline")
+    scheduler = subject.solver()
+    paths = _paths(subject, subject.solver("ipndm"), 6, 2, range(1))
+    with pytest.raises(ValueError, match=r"Regression on 4 steps needs teacher paths of 4 states"):
+        regress(subject.pipe, _euler(scheduler), paths, subject.call)
+    ends = replace(paths, targets=paths.endpoints, is_path=False)
+    with pytest.raises(ValueError, match="teacher paths of 3 states"):
+        regress(subject.pipe, _euler(scheduler, 3), ends, subject.call)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "least_squares"])
+def test_a_run_starts_from_it_and_counts_it(pixels: Path, tmp_path: Path, optimizer: str) -> None:  # noqa: F811
+    settings: dict[str, Any] = {"steps": [3], "optimizer": optimizer, "updates": 1, "init": "euler", "pictures": 0}
+    found = {}
+    for paths in (0, 3):
+        assert learn(pixels, tmp_path / str(paths), regression=paths, **settings) == 0
+        found[paths] = DyWeightScheduler.from_pretrained(tmp_path / str(paths)).tables[3].provenance
+    before = [found[paths]["held_out_error"]["before"] for paths in (0, 3)]
+    assert before[1] != before[0]
+    spent = [found[paths]["evaluations"] for paths in (0, 3)]
+    steps = found[0]["teacher"]["steps"]
+    assert "regression" not in spent[0] and spent[1]["regression"] == 3 * 3**2
+    assert spent[1]["teacher"] - spent[0]["teacher"] == 3 * 3 * -(-steps // 3)
+
+
+def test_what_has_no_rows_to_fit_is_refused(pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    assert learn(pixels, tmp_path, regression=2, continuous=True) == 2
+    assert "regression fits the rows of tables" in capsys.readouterr().err
