@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from test_trainable import float64, fresh  # noqa: F401  (a fixture)
 from test_trainer import learn, pixels  # noqa: F401  (a fixture)
 
 from dywspan import DyWeightScheduler, SolverTable
+from dywspan.core.continuous import FEATURES, ContinuousTable
 from dywspan.distill.config import LearningConfig
 from dywspan.distill.pairs import Pairs, Teacher, make_pairs
 from dywspan.distill.progress import endpoint_error
-from dywspan.distill.regression import regress
-from dywspan.distill.train import initial_table
+from dywspan.distill.regression import regress, regress_continuous
+from dywspan.distill.train import default_grid, initial_table
 
 N = 4
 
@@ -78,6 +80,43 @@ def test_paths_of_another_number_of_steps_are_refused() -> None:
         regress(subject.pipe, _euler(scheduler, 3), ends, subject.call)
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline (not square)"])
+def test_the_function_that_made_the_paths_is_found(name: str) -> None:
+    subject = fresh(name)
+    scheduler = subject.solver()
+    start = ContinuousTable.initial(2, default_grid(scheduler))
+    hidden = 0.3 * torch.randn(3, len(FEATURES), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hidden[0, :-1] = hidden[2] = 0  # sums of rows but the last, time scale
+    hidden[1, FEATURES.index("first")] = 0  # there are no differences in the first step
+    maker = scheduler.with_continuous(replace(start, coefficients=hidden))
+    paths = {n: _paths(subject, maker, n, 1) for n in (3, 4, 5, 7)}
+    found = regress_continuous(subject.pipe, start, paths, subject.call)
+    torch.testing.assert_close(found.coefficients, hidden, rtol=0, atol=5e-3)  # states are kept in float32
+    assert (found.base, found.grid, found.horizon) == (start.base, start.grid, start.horizon)
+
+
+def test_a_function_that_follows_paths_of_some_counts_helps_at_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    digits: Any = importlib.import_module("digits")
+
+    pipe = digits.DDPMPipeline(digits.ExactDenoiser(), digits.EDMEulerScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    own = DyWeightScheduler.from_config(pipe.scheduler.config)
+    start = ContinuousTable.initial(2, default_grid(own))
+    fine = DyWeightScheduler.from_config(own.config, solver="ipndm", grid=dict(start.grid))
+
+    def ends(steps: int, substeps: int, seeds: range) -> Pairs:
+        return make_pairs(pipe, Teacher(fine, steps, substeps), [{}] * len(seeds), seeds, call={}, batch_size=64)
+
+    paths = {n: ends(48, 48 // n, range(100, 124)) for n in (2, 3, 4, 6, 8)}
+    found, held_out = regress_continuous(pipe, start, paths, {}), ends(48, 0, range(64))
+    for n in (3, 5, 7, 12, 20):
+        before, after = (endpoint_error(pipe, own.with_continuous(f), n, held_out, {}) for f in (start, found))
+        assert after < (0.75 if n < 12 else 1.0) * before, (n, before, after)
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "least_squares"])
 def test_a_run_starts_from_it_and_counts_it(pixels: Path, tmp_path: Path, optimizer: str) -> None:  # noqa: F811
     settings: dict[str, Any] = {"steps": [3], "optimizer": optimizer, "updates": 1, "init": "euler", "pictures": 0}
@@ -93,6 +132,13 @@ def test_a_run_starts_from_it_and_counts_it(pixels: Path, tmp_path: Path, optimi
     assert spent[1]["teacher"] - spent[0]["teacher"] == 3 * 3 * -(-steps // 3)
 
 
+def test_so_does_a_run_of_several_counts(pixels: Path, tmp_path: Path) -> None:  # noqa: F811
+    settings: dict[str, Any] = {"continuous": True, "steps": [2, 4], "optimizer": "least_squares", "updates": 1}
+    assert learn(pixels, tmp_path, regression=3, init="adams", pictures=0, **settings) == 0
+    function = DyWeightScheduler.from_pretrained(tmp_path).continuous
+    assert function.provenance["evaluations"]["regression"] == 3 * (2**2 + 4**2)
+
+
 def test_what_has_no_rows_to_fit_is_refused(pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
-    assert learn(pixels, tmp_path, regression=2, continuous=True) == 2
+    assert learn(pixels, tmp_path, regression=2, solver="spanlift") == 2
     assert "regression fits the rows of tables" in capsys.readouterr().err

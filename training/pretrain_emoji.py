@@ -263,12 +263,50 @@ def train_pipeline(
         pipe = recipe.pipeline(copy.deepcopy(training.raw), copy.deepcopy(vae)).to(torch.float16)
         pipe.save_pretrained(partial)
         recipe.finish(partial)
+        (partial / "README.md").write_text(card(name, recipe, pipe, training))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
 
     training.run(args.updates, 0.25, loss, look)
     if accelerator.is_main_process:
         training.with_average(save)
+
+
+def card(name: str, recipe: Recipe, pipe: Any, training: Training) -> str:
+    """The pipeline's model card: what it is, how it is called, how long it took on what."""
+    sizes = {k: sum(p.numel() for p in m.parameters()) for k, m in pipe.components.items() if isinstance(m, nn.Module)}
+    parts = "\n".join(f"| {k} | {type(pipe.components[k]).__name__} | {n / 1e6:.2f} M |" for k, n in sizes.items())
+    call = {k: v for k, v in recipe.call([], recipe.sizes[-1]).items() if k != "prompt"}
+    arguments = "".join(f", {k}={v!r}" for k, v in call.items())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return f"""---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# emoji-{name}
+
+A small but real `{type(pipe).__name__}` that draws emoji, so that solvers can be tried and learned on a laptop's CPU.
+
+```python
+pipe = diffusers.DiffusionPipeline.from_pretrained("emoji-{name}")
+pipe("red heart, noto"{arguments}).images[0]
+```
+
+Prompts are captions such as "grinning face, twemoji" or "waving hand sign, dark skin tone, noto".
+
+| part | class | parameters |
+|---|---|---|
+{parts}
+
+Learned from 7,372 emoji by `accelerate launch training/pretrain_emoji.py {name}`: {training.update:,} updates of
+{training.args.batch_size} images, {training.seconds / 60:.0f} minutes on {device}, the autoencoder not counted. 200
+emoji were held out; the other style of each was not.
+
+The artwork: Noto Emoji (Google LLC; Apache-2.0 / OFL 1.1) and Twemoji (Twitter, Inc and other contributors; CC-BY 4.0:
+attribution is required wherever it, or a model trained on it, is shipped), from the npm packages
+`emoji-datasource-google` and `emoji-datasource-twitter` (MIT).
+"""
 
 
 def encode(autoencoder: AutoencoderTiny, images: Tensor, size: int, device: torch.device) -> Tensor:

@@ -49,9 +49,7 @@ class LearningConfig:
     clip: float = option(1.0, "gradient norm")
     order: int = option(2, "K, derivatives a step may use")
     init: str = option("ipndm", "base solver a table starts from: ipndm, euler, uniform, adams, ...")
-    regression: int = option(
-        0, "teacher paths that a table's first weights are fitted to, row by row; 0: init's weights"
-    )
+    regression: int = option(0, "teacher paths that the first weights are fitted to, row by row; 0: start from init")
     horizon: float = option(8.0, "continuous: steps from which on the solver turns into its start, init or base")
     afs: bool = option(False, "analytical first step: one network evaluation less, for VE and VP models")
     bounded: bool = option(False, "s = 0.5 + sigmoid(phi), the paper's choice for FLUX; else s is free")
@@ -153,7 +151,7 @@ class DistillConfig(LearningConfig):
             wrong |= {"time_scaling": not self.time_scaling}
             if named := [f"{name}={getattr(self, name)!r}" for name, is_wrong in wrong.items() if is_wrong]:
                 raise ValueError(f"continuous learns DyWeight tables of the usual form: leave out {', '.join(named)}.")
-        if self.regression and (self.solver != "dyweight" or self.continuous or self.afs):
+        if self.regression and (self.solver != "dyweight" or self.afs):
             raise ValueError("regression fits the rows of tables without afs: leave it at 0 for anything else.")
         if self.path_substeps and self.solver != "dyweight":
             raise ValueError("path_substeps supervises tables: leave it at 0 for SpanLift.")

@@ -31,7 +31,7 @@ from .plan import print_plan
 from .processes import is_main, share, wait
 from .rollout import Inputs, blocks, denoisers, load_pipeline, sample
 from .student import gone_on_with, set_timesteps
-from .train import Log, distill, distill_continuous, distill_lift, initial_continuous, initial_table
+from .train import Log, default_grid, distill, distill_continuous, distill_lift, initial_continuous, initial_table
 
 # Three ranges of seeds that never meet: a demo's or user's small ones, held-out pairs, training pairs.
 HELD_OUT_SEED, TRAIN_SEED = 10**6, 2 * 10**6
@@ -185,16 +185,13 @@ def _learn(task: Task, group: list[int], log: Log | None) -> Any:
         return distill_lift(task.pipe, task.teacher, *_pairs(task, task.teacher), task.base, group, **options)
     scheduler = DyWeightScheduler.from_config(task.pipe.scheduler.config)
     if config.continuous:
-        pairs = _pairs(task, task.teacher)
-        return scheduler.with_continuous(
-            distill_continuous(task.pipe, task.teacher, *pairs, group, grid=config.grid, **options)
-        )
+        pairs, paths = _pairs(task, task.teacher), {n: _paths(task, n) for n in group if config.regression}
+        options |= {"grid": config.grid, "paths": paths}
+        return scheduler.with_continuous(distill_continuous(task.pipe, task.teacher, *pairs, group, **options))
     (n,) = group
     teacher = _path_teacher(task, n, config.path_substeps) if config.path_substeps else task.teacher
-    if config.regression:
-        paths = _path_teacher(task, n, -(-config.teacher_steps // n))
-        options["paths"] = _made(task, paths, task.inputs[: config.regression], TRAIN_SEED)
-    table = distill(task.pipe, teacher, *_pairs(task, teacher), n, grid=config.grid, **options)
+    options |= {"grid": config.grid, "paths": _paths(task, n) if config.regression else None}
+    table = distill(task.pipe, teacher, *_pairs(task, teacher), n, **options)
     return scheduler.with_tables([table])
 
 
@@ -205,6 +202,12 @@ def _pairs(task: Task, teacher: Teacher) -> tuple[Pairs | Source, Pairs]:
     if config.on_the_fly:
         return fresh(task.pipe, teacher, task.inputs, TRAIN_SEED, config.call), held_out
     return _made(task, teacher, task.inputs, TRAIN_SEED), held_out
+
+
+def _paths(task: Task, n: int) -> Pairs:
+    """What the first weights of a table of n steps are fitted to."""
+    teacher = _path_teacher(task, n, -(-task.config.teacher_steps // n))
+    return _made(task, teacher, task.inputs[: task.config.regression], TRAIN_SEED)
 
 
 def _made(task: Task, teacher: Teacher, inputs: Inputs, first_seed: int) -> Pairs:
@@ -335,10 +338,10 @@ def find_teacher(config: DistillConfig, pipe: Any) -> Teacher:
 
 def _path_teacher(task: Task, steps: int, substeps: int) -> Teacher:
     """The student's own grid with several steps for each of its own. Source: DyWeight appendix C."""
-    config, table = task.config, task.untrained(steps).tables[steps]
+    config, own = task.config, DyWeightScheduler.from_config(task.pipe.scheduler.config)
     solver = {"solver": config.teacher if config.teacher in BASES else "ipndm", "order": config.teacher_order}
-    scheduler = DyWeightScheduler.from_config(task.pipe.scheduler.config, grid=dict(table.grid), **solver)
-    return Teacher(scheduler, len(table.weights) * substeps, substeps)
+    scheduler = DyWeightScheduler.from_config(own.config, grid=config.grid or default_grid(own), **solver)
+    return Teacher(scheduler, (steps + config.afs) * substeps, substeps)
 
 
 def _shard(pipe: Any) -> None:

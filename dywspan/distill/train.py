@@ -28,7 +28,7 @@ from .losses import Loss, latent_mse
 from .pairs import Pairs, Source, Teacher, shuffled
 from .processes import is_main, share, total
 from .progress import Log, Progress, autocast
-from .regression import regress
+from .regression import regress, regress_continuous
 from .rollout import frozen, sample
 from .student import ContinuousStudent, LiftStudent, Student, TableStudent
 
@@ -207,12 +207,18 @@ def distill(
         table = student.table()
     detached = {"weights": table.weights.detach(), "time_scale": table.time_scale.detach().clone()}
     provenance = _provenance(pipe, teacher, train, held_out, student, errors[steps], cost, **options)
-    if paths is not None:
-        fine, own = -(-teacher.num_inference_steps // steps) * steps, steps**2
-        spent = provenance["evaluations"]
-        spent["teacher"] += round(len(paths) * fine * cost["per_step"])
-        spent["regression"] = round(len(paths) * own * cost["per_step"])
+    _count_paths(provenance, {} if paths is None else {steps: paths}, teacher, cost)
     return replace(table, **detached, provenance=provenance)
+
+
+def _count_paths(
+    provenance: dict[str, Any], paths: Mapping[int, Pairs], teacher: Teacher, cost: Mapping[str, int | float]
+) -> None:
+    """What regression took: teachers at least as fine as the other one, and N samplings of N steps."""
+    spent, per_step = provenance["evaluations"], cost["per_step"]
+    for n, own in paths.items():
+        spent["teacher"] += round(per_step * len(own) * n * -(-teacher.num_inference_steps // n))
+        spent["regression"] = spent.get("regression", 0) + round(per_step * len(own) * n**2)
 
 
 def initial_continuous(
@@ -234,6 +240,7 @@ def distill_continuous(
     config: LearningConfig = LearningConfig(),
     grid: Mapping[str, Any] | None = None,
     loss: Loss = latent_mse,
+    paths: Mapping[int, Pairs] | None = None,
     checkpoints: Checkpoints | None = None,
     log: Log | None = None,
 ) -> ContinuousTable:
@@ -241,14 +248,21 @@ def distill_continuous(
 
     Args:
         steps: numbers of steps to learn from; few and many, for the function to hold between them.
+        paths: a teacher's by number of steps, to start from weights that follow them, see :func:`regress_continuous`.
         others: as of :func:`distill`.
     """
     scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
-    student = ContinuousStudent(scheduler, initial_continuous(scheduler, config, grid))
+    initial, size = initial_continuous(scheduler, config, grid), config.batch_size
+    if paths:
+        initial = regress_continuous(
+            pipe, initial, paths, call, batch_size=size, mixed_precision=config.mixed_precision
+        )
+    student = ContinuousStudent(scheduler, initial)
     options: dict[str, Any] = {"call": call, "config": config, "loss": loss}
     errors, cost = learn(pipe, student, steps, train, held_out, checkpoints=checkpoints, log=log, **options)
     by_steps = {str(n): error for n, error in errors.items()}
     provenance = _provenance(pipe, teacher, train, held_out, student, by_steps, cost, **options)
+    _count_paths(provenance, paths or {}, teacher, cost)
     return replace(student.table(), coefficients=student.coefficients.detach().clone(), provenance=provenance)
 
 
