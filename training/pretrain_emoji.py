@@ -23,9 +23,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import (
-    AutoencoderTiny,
-)
+from diffusers import AutoencoderTiny
 from diffusers.training_utils import EMAModel
 from emoji64 import load, split
 from emoji_pipelines import RECIPES, Recipe
@@ -41,12 +39,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("build/emoji"), help="checkpoints, pictures, pipelines")
     parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
     parser.add_argument("--autoencoder-updates", type=int, default=8000, help="of 32 crops of 32 x 32 pixels")
-    parser.add_argument("--updates", type=int, default=30000, help="of `--batch-size` images")
+    parser.add_argument("--updates", type=int, default=7000, help="of `--batch-size` images")
     parser.add_argument("--batch-size", type=int, default=64, help="of all processes together")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="of the pictures drawn on the way")
     parser.add_argument("--checkpoint-every", type=int, default=250, help="updates")
-    parser.add_argument("--pictures-every", type=int, default=2500, help="updates, whole checkpoints")
+    parser.add_argument("--pictures-every", type=int, default=1500, help="updates, whole checkpoints")
     parser.add_argument("--pictures", type=int, default=60, help="held-out captions to draw")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -171,11 +169,8 @@ def train_autoencoder(args: argparse.Namespace, accelerator: Accelerator, train:
     )
 
     def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
-        rows, noise = (
-            torch.randint(len(train), (32,), generator=generator),
-            torch.randn(32, 4, 8, 8, generator=generator),
-        )
-        rows, noise = rows[share(accelerator)], noise[share(accelerator)]
+        rows = torch.randint(len(train), (32,), generator=generator)[share(accelerator)]
+        noise = torch.randn(32, 4, 8, 8, generator=generator)[share(accelerator)]
         y, x = torch.randint(33, (2,), generator=generator).tolist()
         images = train[rows, :, y : y + 32, x : x + 32].to(accelerator.device)
         if torch.rand((), generator=generator) < 0.5:
