@@ -15,16 +15,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from .core.continuous import FEATURES, ContinuousLift, ContinuousTable
+from .core.continuous import Continuous, ContinuousLift, ContinuousTable, names
 from .core.operator import Lift
 from .core.table import SolverTable
 from .version import __version__
-
-Continuous = TypeVar("Continuous", ContinuousTable, ContinuousLift)
 
 _OPTIONAL = {"time_scale", "afs", "time_shifting", "provenance"}
 _SHOWN = (3, 5, 8, 15)  # numbers of steps, of a solver that has all
@@ -93,10 +91,11 @@ def read_tables(tables: Mapping[str, Any] | None) -> dict[int, SolverTable]:
 
 
 def continuous_to_json(function: ContinuousTable | ContinuousLift) -> dict[str, Any]:
-    """The JSON form of a continuous table or lift; columns are ``FEATURES``."""
+    """The JSON form of a continuous table or lift; columns are ``features``."""
     own = {f.name: getattr(function, f.name) for f in fields(function) if f.name != "coefficients"}
-    rest = {name: dict(value) if isinstance(value, Mapping) else value for name, value in own.items()}
-    return {"coefficients": function.coefficients.detach().double().tolist(), "features": list(FEATURES), **rest}
+    rest = {k: dict(v) if isinstance(v, Mapping) else v for k, v in own.items() if v is not None}
+    features = list(names(function.guidance_scale))
+    return {"coefficients": function.coefficients.detach().double().tolist(), "features": features, **rest}
 
 
 def read_continuous(data: Mapping[str, Any] | None, kind: type[Continuous] = ContinuousTable) -> Continuous | None:
@@ -112,8 +111,9 @@ def read_continuous(data: Mapping[str, Any] | None, kind: type[Continuous] = Con
     try:
         if not isinstance(data, Mapping) or not data.keys() >= {*needed}:
             raise ValueError(f"it is a mapping with at least {' and '.join(map(repr, needed))}")
-        if data.get("features", [*FEATURES]) != [*FEATURES]:
-            raise ValueError(f"its features are {data['features']}, this version's {list(FEATURES)}: upgrade dywspan")
+        known = list(names(data.get("guidance_scale")))
+        if data.get("features", known) != known:
+            raise ValueError(f"its features are {data['features']}, this version's {known}: upgrade dywspan")
         rows = data["coefficients"]
         if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
             raise ValueError("coefficients must be a list of rows")

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import markdown, shown_tables
-from .core.continuous import FEATURES
+from .core.continuous import FEATURES, GUIDED
 from .evaluate.report import write_results
+from .schedulers.bind import bind
 from .schedulers.dyweight import DyWeightScheduler
 from .schedulers.spanlift import SpanLiftScheduler
 from .version import __version__
@@ -47,7 +48,7 @@ def demo(args: argparse.Namespace) -> None:
     for path in (args.model, args.solvers):
         if not Path(path).exists():
             raise FileNotFoundError(f"{path} is not here: run in a clone of the repository, or name it by an option.")
-    pipe = load_pipeline(str(args.model))
+    pipe = bind(load_pipeline(str(args.model)))
     call = {"guidance_scale": args.guidance_scale}
     prompts = _lines(args.prompts, args.samples)
     inputs, seeds = [{"prompt": prompt} for prompt in prompts], range(len(prompts))
@@ -253,8 +254,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _show_continuous(form: str, names: Sequence[str], function: Any) -> None:
     print(form)
-    coefficients = function.coefficients.tolist()
-    print(markdown([{"to": name, **dict(zip(FEATURES, row))} for name, row in zip(names, coefficients)]))
+    around, coefficients = function.guidance_scale, function.coefficients
+    for columns, part in zip((FEATURES, GUIDED), coefficients.split(len(FEATURES), dim=1)):
+        print(markdown([{"to": name, **dict(zip(columns, row))} for name, row in zip(names, part.tolist())]))
+    if around is not None:
+        print(f"g is the guidance scale, and g0 = {around:g}")
     for n, error in function.provenance.get("held_out_error", {}).items():
         print(f"{n} steps: held-out error {error['before']:.5f} -> {error['after']:.5f}")
     print()

@@ -32,7 +32,7 @@ from dywspan.distill.config import LearningConfig
 from dywspan.distill.least_squares import Problem
 from dywspan.distill.losses import latent_mse
 from dywspan.distill.pairs import Teacher, make_pairs
-from dywspan.distill.progress import endpoint_error
+from dywspan.distill.progress import Term, endpoint_error
 from dywspan.distill.replay import Meter
 from dywspan.distill.student import ContinuousStudent, Student
 from dywspan.distill.train import default_grid, distill_continuous
@@ -360,7 +360,7 @@ def student_of(subject: Subject, order: int = 2, size: float = 0.3) -> Continuou
 def problem_of(subject: Subject, student: Student, n: int, **change: Any) -> Problem:
     config = LearningConfig(optimizer="least_squares", batch_size=2, **change)
     pairs = subject.pairs(range(2))
-    return Problem(subject.pipe, student, pairs, [n], call=subject.call, config=config, loss=latent_mse)
+    return Problem(subject.pipe, student, [Term(n, subject.call, pairs, pairs)], config=config, loss=latent_mse)
 
 
 @pytest.mark.usefixtures("float64")
@@ -372,10 +372,11 @@ def test_columns_by_the_tables_numbers_are_those_of_the_coefficients(
     subject = fresh(name)
     student = student_of(subject)
     problem = problem_of(subject, student, 4, difference=1e-6)
-    by_table = problem.columns(4, problem.pairs)
+    (term,) = problem.terms
+    by_table = problem.columns(term, term.pairs)
     assert student.local(4)[1] is not None
     monkeypatch.setattr(ContinuousStudent, "local", Student.local)
-    direct = problem.columns(4, problem.pairs)
+    direct = problem.columns(term, term.pairs)
     assert torch.equal(by_table[0], direct[0])
     scale = direct[1:].norm(dim=1)
     torch.testing.assert_close(by_table[1:] / scale.max(), direct[1:] / scale.max(), rtol=0, atol=1e-4)
@@ -390,8 +391,8 @@ def test_calls_are_those_really_made(order: int, n: int) -> None:
     student = student_of(subject, order)
     problem, meter = problem_of(subject, student, n), Meter(subject.pipe)
     with meter.running(), problem.replay.installed():
-        problem.columns(n, problem.pairs)
-    made = meter.counts["student"] / (len(problem.pairs) * 2)  # of a sample, guidance counted as one
+        problem.columns(problem.terms[0], problem.terms[0].pairs)
+    made = meter.counts["student"] / (2 * 2)  # of two pairs, guidance counted as one
     assert made - n == student.calls(n)
 
 

@@ -21,7 +21,7 @@ from dywspan.distill.least_squares import DIFFERENCE, Problem
 from dywspan.distill.losses import latent_mse, make_loss
 from dywspan.distill.memory import peak_bytes
 from dywspan.distill.pairs import Pairs, Teacher, fresh, make_pairs
-from dywspan.distill.progress import endpoint_error
+from dywspan.distill.progress import Term, endpoint_error
 from dywspan.distill.replay import Meter
 from dywspan.distill.rollout import frozen, load_pipeline, sample
 from dywspan.distill.student import TableStudent
@@ -35,7 +35,7 @@ def _problem(subject: Subject, solver: str = "dyweight", **change: Any) -> Probl
     pairs = subject.pairs(range(2))
     student = subject.student(solver, pairs.endpoints.shape[1:])
     config = replace(CONFIG, **change)
-    return Problem(subject.pipe, student, pairs, [3], call=subject.call, config=config, loss=latent_mse)
+    return Problem(subject.pipe, student, [Term(3, subject.call, pairs, pairs)], config=config, loss=latent_mse)
 
 
 @pytest.mark.usefixtures("float64")
@@ -45,8 +45,9 @@ def test_columns_are_those_of_autograd(name: str, solver: str) -> None:
     """u'J from differences beside the gradient of u'r, for some u."""
     subject = fresh_subject(name)
     problem = _problem(subject, solver, difference=1e-6)
-    student, pairs = problem.student, problem.pairs
-    columns = problem.columns(3, pairs)
+    student, (term,) = problem.student, problem.terms
+    pairs = term.pairs
+    columns = problem.columns(term, pairs)
     with frozen(subject.pipe):
         student.apply()
         end, _ = sample(subject.pipe, student.scheduler, 3, pairs.inputs, pairs.seeds, subject.call)
@@ -108,8 +109,8 @@ def test_the_default_difference_stands_out_of_bfloat16s_rounding(pipe: Any, pair
         scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
         config = replace(CONFIG, mixed_precision=precision, difference=difference)
         student = TableStudent(scheduler, initial_table(scheduler, 3, config, None))
-        problem = Problem(pipe, student, pairs[1], [3], call=CALL, config=config, loss=latent_mse)
-        return problem.columns(3, pairs[1])[1:].double()
+        term = Term(3, CALL, pairs[1], pairs[1])
+        return Problem(pipe, student, [term], config=config, loss=latent_mse).columns(term, pairs[1])[1:].double()
 
     def agreement(difference: float | None, same: float) -> float:
         found, expected = columns("bf16", difference), columns("no", same)
@@ -125,7 +126,7 @@ def test_memory_is_that_of_sampling(pipe: Any, pairs: Any) -> None:
     scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
     student = TableStudent(scheduler, initial_table(scheduler, 3, CONFIG, None))
     config = replace(CONFIG, batch_size=4)
-    problem = Problem(pipe, student, train, [3], call=CALL, config=config, loss=latent_mse)
+    problem = Problem(pipe, student, [Term(3, CALL, train, train)], config=config, loss=latent_mse)
     problem.losses()  # what is made once and kept is not counted
     _, sampling = peak_bytes(problem.losses)
     _, learning = peak_bytes(problem.normal_equations)

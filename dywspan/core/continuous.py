@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from .prediction import Prediction
 from .table import SOME_NETWORK, SolverTable
 
 FEATURES = ("1", "u", "2u^2-1", "delta", "delta u", "first", "last")
+GUIDED = tuple(f"({name}) log(g/g0)" for name in FEATURES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,27 +29,30 @@ class ContinuousTable:
 
     nabla^m d is the m-th backward difference, of the size h^m: every correction is of the size h^K, times the step. phi
     are ``FEATURES`` of a step: u = tanh(log(sigma / alpha) / 4), where it stands; delta, how much longer than the mean
-    it is in u; whether it is the first or the last.
+    it is in u; whether it is the first or the last. With the guidance scale g as an input, phi are twice as many:
+    these, and these times log(g / g0).
 
     Attributes:
-        coefficients: (K + 1, 7) C, dimensionless; zeros are the base solver.
+        coefficients: (K + 1, 7) C, or (K + 1, 14) with g0, dimensionless; zeros are the base solver.
         grid: the nominal grid for every N, see :func:`dywspan.core.grid.make_grid`.
         base: of ``BASES``, with K = ``order``.
         horizon: number of steps at which f is 1/2.
+        guidance_scale: g0, that it was learned around; None: the guidance scale is no input.
         provenance: where it comes from: free JSON.
 
     Raises:
-        ValueError: wrong shape, non-finite numbers, no such base or grid, a horizon that is not positive.
+        ValueError: wrong shape, non-finite numbers, no such base or grid, a horizon or g0 that is not positive.
     """
 
     coefficients: Tensor
     grid: Mapping[str, Any]
     base: str = "adams"
     horizon: float = 8.0
+    guidance_scale: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check(self.coefficients, self.horizon)
+        _check(self)
         if self.base not in [*BASES]:
             raise ValueError(f"Unknown base solver {self.base!r}: use one of {sorted(BASES)}.")
         if isinstance(self.grid, Mapping) and "sigmas" in self.grid:
@@ -68,20 +72,26 @@ class ContinuousTable:
         return cls(torch.zeros(order + 1, len(FEATURES), dtype=torch.float64), dict(grid), base, horizon)
 
     def table(
-        self, num_inference_steps: int, prediction: Prediction, mu: float | None = None, sigmas: Tensor | None = None
+        self,
+        num_inference_steps: int,
+        prediction: Prediction,
+        mu: float | None = None,
+        sigmas: Tensor | None = None,
+        guidance_scale: float | None = None,
     ) -> SolverTable:
         """The table for one number of steps; differentiable in the coefficients.
 
         Args:
             mu: the pipeline's resolution-dependent shift.
             sigmas: (N+1,) another grid than the nominal one.
+            guidance_scale: g; None: g0. Nothing depends on it where it is no input.
         """
         grid = dict(self.grid) if sigmas is None else {"sigmas": sigmas.tolist()}
         base = SolverTable.initial(num_inference_steps, self.order, grid, prediction, base=self.base, mu=mu)
         levels = make_grid(grid, num_inference_steps, prediction, mu)
         fade, order = 1 / (1 + num_inference_steps / self.horizon), self.order
         powers = torch.tensor([fade ** (order - m) for m in range(order)] + [fade**order], dtype=torch.float64)
-        corrections = features(levels, prediction.signal(levels)) @ self.coefficients.double().T * powers
+        corrections = features(levels, prediction.signal(levels)) @ _at(self, guidance_scale).T * powers
         # nabla^m d = sum_j (-1)^j binomial(m, j) d_{i-j}; step i has i + 1 derivatives.
         differences = torch.tensor(
             [[(-1.0) ** j * math.comb(m, j) for j in range(order)] for m in range(order)], dtype=torch.float64
@@ -97,27 +107,29 @@ class ContinuousLift:
         alpha_i = 1 + f^K (C_0 . phi_i),    beta_i = f^K (C_1 . phi_i),    f = 1 / (1 + N / horizon)
 
     A base of order K so keeps its order of convergence, whatever the operator. phi are ``FEATURES`` of a step between
-    the levels of the base's schedule, on any grid.
+    the levels of the base's schedule, on any grid; with the guidance scale as an input twice as many, as there.
 
     Attributes:
-        coefficients: (2, 7) C, dimensionless; zeros are the base.
+        coefficients: (2, 7) C, or (2, 14) with g0, dimensionless; zeros are the base.
         order: K, of the base.
         horizon: number of steps at which f is 1/2.
         operator: name of the operator it uses.
+        guidance_scale: g0, as in :class:`ContinuousTable`.
         provenance: where it comes from: free JSON.
 
     Raises:
-        ValueError: wrong shape, non-finite numbers, an order or a horizon that is not positive, no name.
+        ValueError: wrong shape, non-finite numbers, an order, a horizon or g0 that is not positive, no name.
     """
 
     coefficients: Tensor
     order: int
     horizon: float = 8.0
     operator: str = "shared"
+    guidance_scale: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check(self.coefficients, self.horizon, 2)
+        _check(self, 2)
         if type(self.order) is not int or self.order < 1:
             raise ValueError(f"order={self.order!r} must be a positive whole number.")
         if not isinstance(self.operator, str):
@@ -130,22 +142,67 @@ class ContinuousLift:
         coefficients[1, 0] = 1.0
         return cls(coefficients, order, horizon, operator)
 
-    def lift(self, levels: Tensor, prediction: Prediction) -> Lift:
+    def lift(self, levels: Tensor, prediction: Prediction, guidance_scale: float | None = None) -> Lift:
         """alpha and beta of N steps; differentiable in the coefficients.
 
         Args:
             levels: (N+1,) of the states, see :class:`dywspan.core.step.Schedule`.
+            guidance_scale: g; None: g0.
         """
         fade = 1 / (1 + (len(levels) - 1) / self.horizon)
         phi = features(levels, prediction.signal(levels))
-        alpha, beta = (fade**self.order * (phi @ self.coefficients.double().T)).unbind(1)
+        alpha, beta = (fade**self.order * (phi @ _at(self, guidance_scale).T)).unbind(1)
         return Lift(1 + alpha, beta, self.operator, self.provenance)
 
 
-def _check(coefficients: Tensor, horizon: float, rows: int | None = None) -> None:
-    shape = tuple(coefficients.shape)
-    if len(shape) != 2 or shape[1] != len(FEATURES) or (shape[0] < 2 if rows is None else shape[0] != rows):
-        raise ValueError(f"coefficients must be {rows or '(K + 1)'} x {len(FEATURES)} numbers; got shape {shape}.")
+Continuous = TypeVar("Continuous", ContinuousTable, ContinuousLift)
+
+
+def names(guidance_scale: float | None) -> tuple[str, ...]:
+    """Of the columns of the coefficients."""
+    return FEATURES if guidance_scale is None else FEATURES + GUIDED
+
+
+def guided(function: Continuous, guidance_scale: float | None) -> Continuous:
+    """The same with the guidance scale as an input, around g0, and no effect yet; as it is if it has that input."""
+    if guidance_scale is None or function.guidance_scale is not None:
+        return function
+    wide = torch.cat([function.coefficients, torch.zeros_like(function.coefficients)], 1)
+    return replace(function, coefficients=wide, guidance_scale=guidance_scale)
+
+
+def check_guidance_scale(value: Any) -> None:
+    """It has a logarithm.
+
+    Raises:
+        ValueError: it is not None and no positive number.
+    """
+    if value is None:
+        return
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"guidance_scale={value!r} must be a positive number, 1 without guidance, or None.")
+
+
+def _at(function: ContinuousTable | ContinuousLift, guidance_scale: float | None) -> Tensor:
+    """(rows, 7) float64 coefficients of phi at a guidance scale."""
+    check_guidance_scale(guidance_scale)
+    coefficients, around = function.coefficients.double(), function.guidance_scale
+    if around is None:
+        return coefficients
+    plain, slopes = coefficients.tensor_split(2, dim=1)
+    return plain + math.log((guidance_scale or around) / around) * slopes
+
+
+def _check(function: ContinuousTable | ContinuousLift, rows: int | None = None) -> None:
+    coefficients, horizon = function.coefficients, function.horizon
+    check_guidance_scale(function.guidance_scale)
+    shape, columns = tuple(coefficients.shape), len(names(function.guidance_scale))
+    if len(shape) != 2 or shape[1] != columns or (shape[0] < 2 if rows is None else shape[0] != rows):
+        raise ValueError(
+            f"coefficients must be {rows or '(K + 1)'} x {columns} numbers"
+            + (", twice the features with guidance_scale" if function.guidance_scale is not None else "")
+            + f"; got shape {shape}."
+        )
     if not bool(coefficients.detach().isfinite().all()):
         raise ValueError(f"coefficients must be finite; got {coefficients.tolist()}.")
     if not isinstance(horizon, (int, float)) or not horizon > 0:

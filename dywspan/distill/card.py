@@ -38,19 +38,28 @@ def draw_samples(rows: Mapping[str, Images | None], inputs: Inputs, path: Path) 
         picture(shown, [str(own.get("prompt", "")) for own in inputs]).save(path)
 
 
-def provenances(scheduler: Any) -> dict[int, Mapping[str, Any]]:
-    """Where the solver of each number of steps comes from that was learned or, for a continuous one, learned from."""
+def provenances(scheduler: Any) -> dict[int | str, Mapping[str, Any]]:
+    """Where the solver of each number of steps comes from that was learned or, for a continuous one, learned from.
+
+    By number of steps, or where there are several guidance scales by "5 @ 7.5".
+    """
     own, function = getattr(scheduler, "lifts", scheduler.tables), for_every_count(scheduler)
     shared = function.provenance if function is not None else {}
-    made = {int(n): {**shared, "held_out_error": error} for n, error in shared.get("held_out_error", {}).items()}
-    return dict(sorted((made | {n: part.provenance for n, part in own.items()}).items()))
+    errors = {int(name) if name.isdigit() else name: e for name, e in shared.get("held_out_error", {}).items()}
+    made = {name: {**shared, "held_out_error": error} for name, error in errors.items()}
+    return dict(sorted((made | {n: part.provenance for n, part in own.items()}).items(), key=lambda m: steps_of(m[0])))
+
+
+def steps_of(name: int | str) -> int:
+    """The number of steps in 5 or "5 @ 7.5"."""
+    return int(str(name).partition(" @ ")[0])
 
 
 _USE = """```python
 from diffusers import DiffusionPipeline
-from dywspan import {kind}
+from dywspan import {imports}
 
-pipe = DiffusionPipeline.from_pretrained("{model}")
+pipe = {load}
 pipe.scheduler = {kind}.from_pretrained("{where}")
 result = pipe({arguments}num_inference_steps={steps})
 ```"""
@@ -85,8 +94,12 @@ def write_card(
     own = ({"prompt": "..."} if settings["prompts"] is not None else {}) if example is None else example
     arguments = {k: v if isinstance(v, str) else [v] for k, v in own.items()} | settings["call"]
     given = [f"{k}={v!r}, " for k, v in arguments.items()]
-    use = {"kind": kind, "model": model, "where": settings["push_to_hub"] or folder.name, "steps": max(made)}
-    counts = ", ".join(map(str, made))
+    steps = [*dict.fromkeys(map(steps_of, made))]
+    use = {"kind": kind, "imports": kind, "load": f'DiffusionPipeline.from_pretrained("{model}")'}
+    use |= {"where": settings["push_to_hub"] or folder.name, "steps": steps[-1]}
+    if any(getattr(f, "guidance_scale", None) is not None for f in (for_every_count(scheduler), scheduler.continuous)):
+        use |= {"imports": f"{kind}, bind", "load": f"bind({use['load']})  # tells the solver the guidance scale"}
+    counts = ", ".join(map(str, steps))
     if for_every_count(scheduler) is not None:
         counts += " and any other number of"
     text = [

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -104,6 +105,7 @@ class DistillConfig(LearningConfig):
     continuous: bool = option(
         False, "learn from steps one function that writes a table, or a lift, for any number of them"
     )
+    guidance_scales: list[float] = option([], "continuous: learn also to follow the guidance scale, at each of these")
     grid: dict[str, Any] | None = option(None, 'nominal grid of tables, e.g. {"name": "flow", "shift": 3}')
     base: str = option("euler", "of SpanLift: a DyWeight artefact, a base solver, or a SpanLift artefact to go on from")
     layout: str = option("image", f"of the latents, for SpanLift and decoding: {', '.join(sorted(LAYOUTS))}")
@@ -151,6 +153,14 @@ class DistillConfig(LearningConfig):
             wrong |= {"time_scaling": not self.time_scaling}
             if named := [f"{name}={getattr(self, name)!r}" for name, is_wrong in wrong.items() if is_wrong]:
                 raise ValueError(f"continuous learns DyWeight tables of the usual form: leave out {', '.join(named)}.")
+        if scales := self.guidance_scales:
+            if not self.continuous or "guidance_scale" in self.call:
+                raise ValueError(
+                    f"guidance_scales={scales} are learned by continuous, and take guidance_scale's place: set "
+                    "continuous, and leave out guidance_scale."
+                )
+            if len({*scales}) < max(2, len(scales)) or not all(0 < scale < math.inf for scale in scales):
+                raise ValueError(f"guidance_scales={scales} must name two or more, each above 0 and once.")
         if self.regression and (self.solver != "dyweight" or self.afs):
             raise ValueError("regression fits the rows of tables without afs: leave it at 0 for anything else.")
         if self.path_substeps and self.solver != "dyweight":
@@ -188,11 +198,14 @@ def check_types(config: Any) -> None:
     """
     hints = get_type_hints(type(config))
     for f in fields(config):
-        value, hint = getattr(config, f.name), hints[f.name]
+        value: Any = getattr(config, f.name)
+        hint = hints[f.name]
         if not _fits(value, hint):
             raise ValueError(f"{f.name}={value!r} must be {_name(hint)}: {f.metadata['help']}.")
         if isinstance(value, int) and float in _options(hint):  # 4 and 4.0 make the same run
             object.__setattr__(config, f.name, float(value))
+        if hint == list[float]:
+            object.__setattr__(config, f.name, [float(v) for v in value])
     if config.guidance_scale is not None:
         object.__setattr__(config, "call", {**config.call, "guidance_scale": config.guidance_scale})
         object.__setattr__(config, "guidance_scale", None)

@@ -1,8 +1,8 @@
 """Learn a solver without gradients: its loss is a sum of squares of few numbers' effects.
 
-    minimise  F(p) = mean over step counts of log F_n(p) + ridge |p - p_0|^2
+    minimise  F(p) = mean over terms of log F_n(p) + ridge |p - p_0|^2,    a term for each number of steps, and call
               F_n  = mean over pairs of |r_n(p)|^2,                   r the residuals whose squares are the loss
-    (A + ridge + damping diag(A)) step = -(g + ridge (p - p_0)),      Levenberg-Marquardt, where over step counts
+    (A + ridge + damping diag(A)) step = -(g + ridge (p - p_0)),      Levenberg-Marquardt, where over terms
     A = mean of J'J / F_n,  g = mean of J'r / F_n:                    the logarithm lets few and many steps weigh alike
 
 J comes from differences, column by column, of whole samplings through the pipeline's own call: any pipeline that can
@@ -13,8 +13,9 @@ changes nothing before it, so earlier denoiser outputs are replayed; the last ro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from tqdm.auto import tqdm
 
 from .config import LearningConfig
 from .losses import Loss, residuals_of
-from .pairs import Pairs, Source
+from .pairs import Pairs
 from .processes import in_turn, is_main, total
-from .progress import PRECISIONS, Progress, autocast
+from .progress import PRECISIONS, Progress, Term, autocast
 from .replay import Replay
 from .rollout import denoisers, sample
 from .student import Student
@@ -39,33 +40,31 @@ FIRST_PAIRS, GROWTH_GAIN = 8, 0.05  # pairs it begins with; they double where an
 
 
 class Problem:
-    """F, its gradient and curvature at a point, summed over step counts, pairs and processes."""
+    """F, its gradient and curvature at a point, summed over terms, pairs and processes."""
 
     def __init__(
         self,
         pipe: Any,
         student: Student,
-        pairs: Pairs,
-        steps: Sequence[int],
+        terms: Sequence[Term],
         *,
-        call: Mapping[str, Any],
         config: LearningConfig,
         loss: Loss,
     ) -> None:
-        self.pipe, self.student, self.pairs, self.steps = pipe, student, pairs, list(steps)
-        self.call, self.config, self.residuals = call, config, residuals_of(loss)
+        self.pipe, self.student, self.terms = pipe, student, list(terms)
+        self.config, self.residuals = config, residuals_of(loss)
         self.replay, self.replays = Replay(pipe), True
         self.origin = student.vector()
         self.difference = config.difference or DIFFERENCE[self._precision()]
 
     def losses(self) -> list[float]:
-        """F_n of each step count where the student is."""
-        sums = torch.zeros(len(self.steps), dtype=torch.float64)
+        """F_n of each term where the student is."""
+        sums = torch.zeros(len(self.terms), dtype=torch.float64)
         with self.replay.installed():
-            for k, n in enumerate(self.steps):
-                for part, counts in self._share():
-                    sums[k] += counts * float(self._run(self.student, n, part).square().sum())
-        return (total(sums.to(self.pipe.device)).cpu() / len(self.pairs)).tolist()
+            for k, term in enumerate(self.terms):
+                for part, counts in self._share(term):
+                    sums[k] += counts * float(self._run(self.student, term, part).square().sum())
+        return (total(sums.to(self.pipe.device)).cpu() / self._counts()).tolist()
 
     def objective(self, losses: Sequence[float]) -> float:
         """F where the student is."""
@@ -73,37 +72,37 @@ class Problem:
         return mean + self.config.ridge * float((self.student.vector() - self.origin).square().sum())
 
     def normal_equations(self) -> tuple[list[float], Tensor, Tensor]:
-        """F_n of each step count, (P,) half the gradient of F, and (P, P) its curvature."""
+        """F_n of each term, (P,) half the gradient of F, and (P, P) its curvature."""
         at = self.student.vector()
-        sums = torch.zeros(len(self.steps), len(at) + 1, len(at) + 1, dtype=torch.float64)  # of [r, J]'[r, J]
+        sums = torch.zeros(len(self.terms), len(at) + 1, len(at) + 1, dtype=torch.float64)  # of [r, J]'[r, J]
         with self.replay.installed():
-            for k, n in enumerate(self.steps):
-                for part, counts in self._share():
-                    columns = self.columns(n, part)
+            for k, term in enumerate(self.terms):
+                for part, counts in self._share(term):
+                    columns = self.columns(term, part)
                     sums[k] += counts * (columns @ columns.T).double().cpu()
-        sums = total(sums.to(self.pipe.device)).cpu() / len(self.pairs)
+        sums = total(sums.to(self.pipe.device)).cpu() / self._counts()[:, None, None]
         losses = sums[:, 0, 0].tolist()
         mean = (sums / sums[:, :1, :1].clamp(min=1e-30)).mean(0)
         ridge = self.config.ridge
         return losses, mean[0, 1:] + ridge * (at - self.origin), mean[1:, 1:] + ridge * torch.eye(len(at))
 
-    def columns(self, n: int, part: Pairs) -> Tensor:
+    def columns(self, term: Term, part: Pairs) -> Tensor:
         """(1 + P, B * R): the residuals of some pairs, and how each number changes them."""
         with self.replay.recording():
-            base = self._run(self.student, n, part)
-        student, chain = self.student.local(n)  # afterwards: the call may have chosen the grid
+            base = self._run(self.student, term, part)
+        student, chain = self.student.local(term.steps)  # afterwards: the call may have chosen the grid
         at = student.vector()
         columns = base.new_empty(1 + len(at), len(base))
         columns[0] = base
         for c in range(len(at)):
-            columns[1 + c] = (self._moved(student, n, part, at, c) - base) / self._step(at, c)
+            columns[1 + c] = (self._moved(student, term, part, at, c) - base) / self._step(at, c)
         student.move(at)
         self.replay.tape = []
         return columns if chain is None else torch.cat([base[None], chain.T.to(base) @ columns[1:]])
 
     def check_replay(self) -> None:
         """Compute one batch again: a network that answers otherwise than before cannot be replayed."""
-        first = self.student, min(self.steps), self._share()[0][0]
+        first = self.student, *self._least()
         with self.replay.installed():
             with self.replay.recording():
                 base = self._run(*first)
@@ -117,41 +116,49 @@ class Problem:
 
     def _precision(self) -> torch.dtype:
         """The coarsest that a sampling passes through."""
-        endpoint, _ = self._endpoint(self.student, min(self.steps), self._share()[0][0])
+        endpoint, _ = self._endpoint(self.student, *self._least())
         networks = [getattr(m, "dtype", torch.bfloat16) for m in denoisers(self.pipe).values()]
         mixed = PRECISIONS[self.config.mixed_precision or "no"]
         passed = [d for d in (endpoint.dtype, mixed, *networks) if d is not None]
         # Quantised networks round as coarsely as bfloat16.
         return max((d if d in DIFFERENCE else torch.bfloat16 for d in passed), key=lambda d: DIFFERENCE[d])
 
-    def _endpoint(self, student: Student, n: int, part: Pairs) -> tuple[Tensor, Any]:
+    def _least(self) -> tuple[Term, Pairs]:
+        """What takes the fewest steps, and a batch of it."""
+        term = min(self.terms, key=lambda term: term.steps)
+        return term, self._share(term)[0][0]
+
+    def _counts(self) -> Tensor:
+        return torch.tensor([len(term.pairs) for term in self.terms])
+
+    def _endpoint(self, student: Student, term: Term, part: Pairs) -> tuple[Tensor, Any]:
         with torch.no_grad(), autocast(self.pipe, self.config.mixed_precision):
             student.apply()
-            return sample(self.pipe, student.scheduler, n, part.inputs, part.seeds, self.call)
+            return sample(self.pipe, student.scheduler, term.steps, part.inputs, part.seeds, term.call)
 
-    def _share(self) -> list[tuple[Pairs, int]]:
+    def _share(self, term: Term) -> list[tuple[Pairs, int]]:
         """This process's batches, and what each counts."""
         size = self.config.micro_batch_size or self.config.batch_size
-        starts = range(0, len(self.pairs), size)
-        return [(self.pairs[starts[j] : starts[j] + size], counts) for j, counts in in_turn(len(starts))]
+        starts = range(0, len(term.pairs), size)
+        return [(term.pairs[starts[j] : starts[j] + size], counts) for j, counts in in_turn(len(starts))]
 
-    def _run(self, student: Student, n: int, part: Pairs) -> Tensor:
+    def _run(self, student: Student, term: Term, part: Pairs) -> Tensor:
         """(B * R,) residuals where a student is."""
-        endpoint, _ = self._endpoint(student, n, part)
+        endpoint, _ = self._endpoint(student, term, part)
         wide = endpoint if endpoint.dtype == torch.float64 else endpoint.float()
         with torch.no_grad():
             return self.residuals(self.pipe, wide, part.endpoints.to(wide)).flatten()
 
-    def _moved(self, student: Student, n: int, part: Pairs, at: Tensor, column: int) -> Tensor:
+    def _moved(self, student: Student, term: Term, part: Pairs, at: Tensor, column: int) -> Tensor:
         student.move(at + self._step(at, column) * torch.eye(len(at), dtype=at.dtype)[column])
         with self.replay.playing() if self.replays else nullcontext():
-            return self._run(student, n, part)
+            return self._run(student, term, part)
 
     def _step(self, at: Tensor, column: int) -> float:
         return self.difference * max(1.0, abs(float(at[column])))
 
 
-def fit_least_squares(progress: Progress, train: Pairs | Source) -> None:
+def fit_least_squares(progress: Progress) -> None:
     """Learn by Levenberg-Marquardt: few iterations, forward passes only.
 
     Far from the optimum a few pairs show the way: it begins with 8, which double whenever an iteration gains less than
@@ -162,26 +169,26 @@ def fit_least_squares(progress: Progress, train: Pairs | Source) -> None:
         ValueError: the pairs are made anew each time, or the loss is no sum of squares.
         FloatingPointError: the loss is not finite where learning starts.
     """
-    if not isinstance(train, Pairs) or train.is_path:
-        raise ValueError(
-            "least_squares needs the same endpoints each time: set on_the_fly to false, path_substeps to 0."
-        )
-    pipe, student, steps, config = progress.pipe, progress.student, progress.steps, progress.config
-    settings: dict[str, Any] = {"call": progress.call, "config": config, "loss": progress.loss}
+    pipe, student, config = progress.pipe, progress.student, progress.config
+    every = max(len(term.pairs) for term in progress.terms)
+
+    def first(count: int) -> list[Term]:
+        return [replace(term, train=term.pairs[:count]) for term in progress.terms]
+
     iterations, origin = config.updates or ITERATIONS, student.snapshot()
     with progress.meter.running():
         progress.begin()
         at = student.snapshot()
         student.restore(origin)
-        count = min(progress.own.get("pairs", FIRST_PAIRS), len(train))
+        count = min(progress.own.get("pairs", FIRST_PAIRS), every)
         left = range(progress.update, 0 if progress.ended else iterations)
         # What a run that was stopped repeats is no part of what learning costs.
         with progress.meter.counting("again" if progress.update else "jacobian"):
-            problem = Problem(pipe, student, train[:count], steps, **settings)
+            problem = Problem(pipe, student, first(count), config=config, loss=progress.loss)
             student.restore(at)
             if left:
                 problem.check_replay()
-        label = f"{', '.join(map(str, steps))} steps, least squares"
+        label = f"{progress.label}, least squares"
         bar = tqdm(left, label, initial=progress.update, total=iterations, disable=not left or not is_main())
         damping = progress.own.get("damping", 1.0)
         for iteration in bar:
@@ -205,15 +212,16 @@ def fit_least_squares(progress: Progress, train: Pairs | Source) -> None:
                 damping *= 4
             else:
                 student.move(point)
-            all_pairs, last = count == len(train), iteration + 1 == iterations
+            all_pairs, last = count == every, iteration + 1 == iterations
             if gain < GROWTH_GAIN and not all_pairs:
-                count = min(2 * count, len(train))
-                problem.pairs = train[:count]
+                count = min(2 * count, every)
+                problem.terms = first(count)
             progress.update, progress.own = iteration + 1, {"damping": damping, "pairs": count}
             # What few pairs say is not worth the evaluations of choosing.
             bored = (all_pairs or last) and progress.evaluate()
             progress.ended = bored or last or (all_pairs and gain < LEAST_GAIN)
-            progress.report(bar, **{f"loss/{n}": value for n, value in zip(steps, losses)}, damping=damping)
+            by_name = {f"loss/{term.name}": value for term, value in zip(progress.terms, losses)}
+            progress.report(bar, **by_name, damping=damping)
             progress.save()
             if progress.ended:
                 break

@@ -33,7 +33,7 @@ def print_plan(task: Task) -> None:
     untrained = task.untrained(n)
     started = time.perf_counter()
     with torch.no_grad():
-        target, _ = sample(pipe, untrained, n, own, range(micro), config.call)
+        target, _ = sample(pipe, untrained, n, own, range(micro), task.call)
     per_evaluation = (time.perf_counter() - started) / (n * micro)
     student: Student
     if task.base is not None:
@@ -49,12 +49,12 @@ def print_plan(task: Task) -> None:
     def update() -> None:
         student.apply()
         with torch.enable_grad(), autocast(pipe, config.mixed_precision):
-            batch_loss(pipe, student, n, pairs, config.call, task.loss).backward()
+            batch_loss(pipe, student, n, pairs, task.call, task.loss).backward()
 
     def sampling() -> None:
         student.apply()
         with torch.no_grad(), autocast(pipe, config.mixed_precision):
-            batch_loss(pipe, student, n, pairs, config.call, task.loss)
+            batch_loss(pipe, student, n, pairs, task.call, task.loss)
 
     squares = config.optimizer not in OPTIMIZERS
     with frozen(pipe, config.recompute, student.networks):
@@ -66,17 +66,19 @@ def print_plan(task: Task) -> None:
     weights = sum(t.nbytes for m in networks for t in m.state_dict().values())
     updates = config.updates or (ITERATIONS if squares else UPDATES)
     teacher, checks = task.teacher.num_inference_steps, updates // (1 if squares else config.evaluate_every) + 2
-    count = config.held_out + (0 if config.on_the_fly else config.pairs)
+    scales = len(task.calls)
+    count = scales * (config.held_out + (0 if config.on_the_fly else config.pairs))
     rows = [("teacher", f"{count} pairs", count * teacher, count * teacher * per_evaluation)]
     for steps in config.steps:
-        seen, extra = updates * (config.pairs if squares else config.batch_size), teacher if config.on_the_fly else 0
+        seen = updates * (scales * config.pairs if squares else config.batch_size)
+        extra = teacher if config.on_the_fly else 0
         if not squares:  # step counts that are learned together take turns
             seen = seen * len(task.groups) // len(config.steps)
         # Least squares: the residuals, how every number changes them, and the step that is tried.
         calls = 2 * steps + student.calls(steps) if squares else steps
         seconds = seen * (calls * per_step + extra * per_evaluation)
         rows.append((f"{steps} steps, learning", f"{seen} samples", seen * (calls + extra), seconds))
-        checked = checks * config.held_out
+        checked = checks * scales * config.held_out
         rows.append(
             (f"{steps} steps, held out", f"{checked} samples", checked * steps, checked * steps * per_evaluation)
         )

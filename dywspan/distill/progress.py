@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from .checkpoints import Checkpoints
 from .config import LearningConfig
 from .losses import Loss, latent_mse
-from .pairs import Pairs
+from .pairs import Pairs, Source
 from .processes import in_turn, total
 from .replay import Meter
 from .rollout import sample
@@ -23,6 +24,42 @@ PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Log = Callable[[Mapping[str, float], int], None]
 # What is counted, in denoiser evaluations: a backward pass takes two. Teacher pairs made while learning are "fresh".
 WORTH = {"fresh": 1, "student": 1, "jacobian": 1, "backward": 2, "held_out": 1}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One of the samplings that a solver is learned for, all of which weigh alike.
+
+    Attributes:
+        steps: number of steps.
+        call: arguments of the pipeline's call.
+        train, held_out: teacher pairs made with this call; of several terms as many.
+        guidance_scale: of the call, where terms differ in it.
+    """
+
+    steps: int
+    call: Mapping[str, Any]
+    train: Pairs | Source
+    held_out: Pairs
+    guidance_scale: float | None = None
+
+    @property
+    def name(self) -> str:
+        """ "5", or "5 @ 7.5"."""
+        return f"{self.steps}" if self.guidance_scale is None else f"{self.steps} @ {self.guidance_scale:g}"
+
+    @property
+    def pairs(self) -> Pairs:
+        """Those to learn from, the same each time.
+
+        Raises:
+            ValueError: they are made anew each time, or are paths.
+        """
+        if not isinstance(self.train, Pairs) or self.train.is_path:
+            raise ValueError(
+                "least_squares needs the same endpoints each time: set on_the_fly to false, path_substeps to 0."
+            )
+        return self.train
 
 
 def autocast(pipe: Any, precision: str | None) -> AbstractContextManager[Any]:
@@ -57,11 +94,11 @@ class Progress:
 
     Attributes:
         update: how many updates are done.
-        start: held-out loss of the untrained solver by number of steps, in the precision of learning.
-        best: the parameters that were best on ``held_out``, by the geometric mean over step counts of the loss relative
+        start: held-out loss of the untrained solver by term, in the precision of learning.
+        best: the parameters that were best on the held-out pairs, by the geometric mean over terms of the loss relative
             to the start's, and ``best_error``, that mean.
         meter: denoiser evaluations spent.
-        curve: held-out losses in the order of ``steps``, at the start and whenever they were the best so far, by what
+        curve: held-out losses in the order of ``terms``, at the start and whenever they were the best so far, by what
             was :meth:`spent` until then.
     """
 
@@ -69,24 +106,22 @@ class Progress:
         self,
         pipe: Any,
         student: Student,
-        steps: Sequence[int],
-        held_out: Pairs,
+        terms: Sequence[Term],
         *,
-        call: Mapping[str, Any],
         config: LearningConfig,
         loss: Loss,
         checkpoints: Checkpoints | None = None,
         log: Log | None = None,
     ) -> None:
-        self.pipe, self.student, self.steps, self.held_out = pipe, student, list(steps), held_out
-        self.call, self.config, self.loss, self.checkpoints, self.log = call, config, loss, checkpoints, log
+        self.pipe, self.student, self.terms, self.config, self.loss = pipe, student, list(terms), config, loss
+        self.checkpoints, self.log = checkpoints, log
         self.meter, self.started, self.seconds = Meter(pipe), time.monotonic(), 0.0
         self.update, self.best_error, self.stale, self.checks = 0, 1.0, 0, 0
         self.ended = False
-        self.before: dict[int, float] = {}
-        self.start: dict[int, float] = {}
-        self.after: dict[int, float] | None = None
-        self.last: dict[int, float] = {}
+        self.before: dict[str, float] = {}
+        self.start: dict[str, float] = {}
+        self.after: dict[str, float] | None = None
+        self.last: dict[str, float] = {}
         self.curve: dict[int, list[float]] = {}
         self.own: dict[str, Any] = {}  # what a way of learning keeps besides
         self.best = student.snapshot()
@@ -105,19 +140,24 @@ class Progress:
         self.meter.counts.update(saved.facts["counts"])
         self.best = saved.restore(self.student.parameters(), optimizer)
 
-    def errors(self, precision: str | None) -> dict[int, float]:
-        """Held-out loss by number of steps."""
+    @property
+    def label(self) -> str:
+        """What is learned."""
+        return f"{', '.join(term.name for term in self.terms)} steps"
+
+    def errors(self, precision: str | None) -> dict[str, float]:
+        """Held-out loss by term."""
         self.checks += 1
         with torch.no_grad():
             self.student.apply()
         with autocast(self.pipe, precision), self.meter.counting("held_out"):
             solver = self.pipe, self.student.scheduler
-            return {n: endpoint_error(*solver, n, self.held_out, self.call, loss=self.loss) for n in self.steps}
+            return {t.name: endpoint_error(*solver, t.steps, t.held_out, t.call, loss=self.loss) for t in self.terms}
 
     def evaluate(self) -> bool:
         """Measure the parameters as they are and keep them if they are the best; whether patience is at its end."""
         self.last = self.errors(self.config.mixed_precision)
-        ratios = [max(self.last[n] / (self.start[n] or 1.0), 1e-30) for n in self.steps]
+        ratios = [max(self.last[name] / (start or 1.0), 1e-30) for name, start in self.start.items()]
         mean = math.prod(ratios) ** (1 / len(ratios))
         self.stale += 1
         if mean < self.best_error:
@@ -138,7 +178,7 @@ class Progress:
         loss = " ".join(f"{v:.4f}" for k, v in numbers.items() if k.startswith("loss"))
         bar.set_postfix(loss=loss, held_out=held_out, best=f"{self.best_error:.3f} of the start")
         if self.log is not None:
-            self.log(numbers | {f"held_out/{n}": e for n, e in self.last.items()}, self.update)
+            self.log(numbers | {f"held_out/{name}": e for name, e in self.last.items()}, self.update)
 
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Put the best parameters back and measure them in full precision."""
@@ -147,19 +187,19 @@ class Progress:
             self.after = self.errors("no")
             self.save(optimizer)
 
-    def errors_by_steps(self) -> dict[int, dict[str, Any]]:
+    def errors_by_term(self) -> dict[str, dict[str, Any]]:
         """Held-out loss before and after learning, in full precision, and :attr:`curve`, in that of learning."""
         assert self.after is not None
-        spent, losses = [*self.curve], [*zip(*self.curve.values())] or [()] * len(self.steps)
+        spent, losses = [*self.curve], [*zip(*self.curve.values())] or [()] * len(self.terms)
         return {
-            n: {"before": self.before[n], "after": self.after[n], "curve": [spent, [*values]]}
-            for n, values in zip(self.steps, losses)
+            name: {"before": before, "after": self.after[name], "curve": [spent, [*values]]}
+            for (name, before), values in zip(self.before.items(), losses)
         }
 
     def cost(self) -> dict[str, int | float]:
         """Denoiser evaluations of all processes by purpose, how many a step of one sample takes, and seconds."""
         counts = self._counts()
-        steps = self.checks * len(self.held_out) * sum(self.steps)
+        steps = self.checks * sum(len(term.held_out) * term.steps for term in self.terms)
         cost: dict[str, int | float] = {name: count for name, count in counts.items() if count}
         cost |= {"per_step": round(counts["held_out"] / steps, 2), "seconds": round(self._seconds(), 1)}
         return cost

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,10 +17,10 @@ from ..core.bases import BASES
 from ..core.layout import LAYOUTS, Packed
 from ..core.operator import ResidualOperator
 from ..core.step import TWO_STAGE
-from ..schedulers.bind import bind
+from ..schedulers.bind import bind, guidance_argument, guidance_scale
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import BASE, SpanLiftScheduler
-from .card import Images, draw_samples, provenances, sample_images, write_card
+from .card import Images, draw_samples, provenances, sample_images, steps_of, write_card
 from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, DistillConfig
 from .embeddings import remembered_prompts
@@ -64,6 +64,18 @@ class Task:
         return [config.steps] if together else [[n] for n in config.steps]
 
     @property
+    def calls(self) -> dict[float | None, dict[str, Any]]:
+        """The call at each guidance scale; None: at its own alone."""
+        config, name = self.config, guidance_argument(self.pipe)
+        return {g: {**config.call, str(name): g} for g in config.guidance_scales} or {None: config.call}
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """The one that is shown."""
+        calls = self.calls
+        return calls[sorted(calls)[len(calls) // 2]] if len(calls) > 1 else calls[None]  # type: ignore[type-var]
+
+    @property
     def key(self) -> str:
         """Hash of everything a result depends on."""
         base = self.base and {k: self.base.config.get(k) for k in (*BASE, "lifts", "continuous_lift", "weights_sha256")}
@@ -91,7 +103,7 @@ def prepare(config: DistillConfig, device: torch.device | str = "cpu") -> Task:
     # A network that is to be sharded may not fit on one device: each block moves there when it is.
     place = "cpu" if config.fsdp else device
     pipe = load_pipeline(config.model, getattr(torch, config.dtype), place, config.revision)
-    if isinstance(LAYOUTS[config.layout], Packed):
+    if isinstance(LAYOUTS[config.layout], Packed) or guidance_argument(pipe) is not None:
         bind(pipe)
     check_call(pipe, inputs, config.call)
     base = _base(config, pipe) if config.solver == "spanlift" else None
@@ -104,6 +116,12 @@ def prepare(config: DistillConfig, device: torch.device | str = "cpu") -> Task:
     size: Any = config.latent_size and tuple(config.latent_size)
     loss = make_loss(pipe, config.loss, config.features, config.latent_weight, config.layout, size)
     task = Task(config, pipe, inputs, held_out_inputs, teacher, loss, base, model)
+    for g, call in task.calls.items():
+        if g is not None and (found := guidance_scale(pipe, {**inputs[0], **call})) != g:
+            raise ValueError(
+                f"guidance_scales={config.guidance_scales}: {type(pipe).__name__} guides by {found:g} where it is told "
+                f"{guidance_argument(pipe)}={g:g}. Give scales that it follows, and a negative prompt if it needs one."
+            )
     if base is not None:
         _check_operator(config)
         _check_extension(existing, base, config)
@@ -195,32 +213,37 @@ def _learn(task: Task, group: list[int], log: Log | None) -> Any:
     return scheduler.with_tables([table])
 
 
-def _pairs(task: Task, teacher: Teacher) -> tuple[Pairs | Source, Pairs]:
-    """Training and held-out pairs."""
-    config = task.config
-    held_out = _made(task, teacher, task.held_out_inputs, HELD_OUT_SEED)
-    if config.on_the_fly:
-        return fresh(task.pipe, teacher, task.inputs, TRAIN_SEED, config.call), held_out
-    return _made(task, teacher, task.inputs, TRAIN_SEED), held_out
+def _pairs(task: Task, teacher: Teacher) -> tuple[Any, Any]:
+    """Training and held-out pairs; of several guidance scales by them."""
+    train: dict[float | None, Pairs | Source] = {}
+    held_out: dict[float | None, Pairs] = {}
+    for g, call in task.calls.items():
+        held_out[g] = _made(task, teacher, task.held_out_inputs, HELD_OUT_SEED, call)
+        if task.config.on_the_fly:
+            train[g] = fresh(task.pipe, teacher, task.inputs, TRAIN_SEED, call)
+        else:
+            train[g] = _made(task, teacher, task.inputs, TRAIN_SEED, call)
+    return (train, held_out) if task.config.guidance_scales else (train[None], held_out[None])
 
 
 def _paths(task: Task, n: int) -> Pairs:
     """What the first weights of a table of n steps are fitted to."""
     teacher = _path_teacher(task, n, -(-task.config.teacher_steps // n))
-    return _made(task, teacher, task.inputs[: task.config.regression], TRAIN_SEED)
+    return _made(task, teacher, task.inputs[: task.config.regression], TRAIN_SEED, task.call)
 
 
-def _made(task: Task, teacher: Teacher, inputs: Inputs, first_seed: int) -> Pairs:
+def _made(task: Task, teacher: Teacher, inputs: Inputs, first_seed: int, call: Mapping[str, Any]) -> Pairs:
     config, seeds = task.config, range(first_seed, first_seed + len(inputs))
     options: dict[str, Any] = {"batch_size": config.teacher_batch_size, "model": task.model, "cache": _cache(config)}
-    return make_pairs(task.pipe, teacher, inputs, seeds, call=config.call, **options)
+    return make_pairs(task.pipe, teacher, inputs, seeds, call=call, **options)
 
 
 def _show(task: Task, result: Any, n: int, teacher: Images | None) -> None:
     """Say and draw what was learned for n steps."""
-    output, error = Path(task.config.output), provenances(result)[n]["held_out_error"]
-    if is_main():
-        print(f"{n} steps: held-out error {error['before']:.4g} -> {error['after']:.4g}, saved to {output}")
+    output = Path(task.config.output)
+    errors = {name: made["held_out_error"] for name, made in provenances(result).items() if steps_of(name) == n}
+    for name, error in errors.items() if is_main() else ():
+        print(f"{name} steps: held-out error {error['before']:.4g} -> {error['after']:.4g}, saved to {output}")
     rows = {f"teacher, {task.teacher.num_inference_steps} steps": teacher}
     for label, scheduler in {"base": task.untrained(n), "learned": result}.items() if teacher else ():
         rows[f"{label}, {n} steps"] = _samples(task, scheduler, n)
@@ -230,7 +253,7 @@ def _show(task: Task, result: Any, n: int, teacher: Images | None) -> None:
 def _samples(task: Task, scheduler: Any, steps: int) -> Images | None:
     own = task.held_out_inputs[: task.config.pictures]
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(own))
-    return sample_images(task.pipe, scheduler, steps, own, seeds, task.config.call)
+    return sample_images(task.pipe, scheduler, steps, own, seeds, task.call)
 
 
 def _cache(config: DistillConfig) -> Path:
@@ -243,7 +266,8 @@ def _encoded(task: Task) -> Iterator[None]:
     config = task.config
     with remembered_prompts(task.pipe, _cache(config) / "prompts", task.model) as memory:
         if memory is not None:
-            memory.fill([*task.held_out_inputs, *task.inputs], config.call, config.teacher_batch_size)
+            for call in task.calls.values():
+                memory.fill([*task.held_out_inputs, *task.inputs], call, config.teacher_batch_size)
             if config.release_text_encoders:
                 memory.release()
         yield
@@ -299,7 +323,7 @@ def _check_layout(task: Task) -> None:
     config, layout = task.config, LAYOUTS[task.config.layout]
     if isinstance(layout, Packed):
         return
-    x, _ = sample(task.pipe, task.base, min(config.steps), task.inputs[:1], [0], config.call)
+    x, _ = sample(task.pipe, task.base, min(config.steps), task.inputs[:1], [0], task.call)
     try:
         layout.to_grid(x)
     except ValueError as error:

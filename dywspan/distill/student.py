@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.bases import MAX_ORDER
-from ..core.continuous import ContinuousLift, ContinuousTable
+from ..core.continuous import ContinuousLift, ContinuousTable, guided
 from ..core.layout import LAYOUTS
 from ..core.operator import Lift
 from ..core.table import SolverTable
@@ -160,17 +160,18 @@ class ContinuousStudent(Student):
         many small changes, so that differences stand out of the network's rounding.
         """
         prediction, sigmas = self.scheduler.host.prediction, self.scheduler.nominal
-        # Many pipelines choose the grid in their call: it is known once they have sampled.
+        # Many pipelines choose the grid in their call: it is known once they have sampled, as the guidance scale is.
         sigmas = sigmas if sigmas is not None and len(sigmas) == steps + 1 else None
+        call: dict[str, Any] = {"sigmas": sigmas, "guidance_scale": self.scheduler.guidance_scale}
 
         def numbers(coefficients: Tensor) -> Tensor:
-            table = replace(self.initial, coefficients=coefficients).table(steps, prediction, sigmas=sigmas)
+            table = replace(self.initial, coefficients=coefficients).table(steps, prediction, **call)
             return torch.cat([table.weights[table.weights.new_ones(table.weights.shape).tril() > 0], table.time_scale])
 
         with torch.enable_grad():
             chain = torch.autograd.functional.jacobian(numbers, self.coefficients.detach()).flatten(1)
         with torch.no_grad():
-            return TableStudent(self.scheduler, self.table().table(steps, prediction, sigmas=sigmas)), chain
+            return TableStudent(self.scheduler, self.table().table(steps, prediction, **call)), chain
 
 
 class LiftStudent(Student):
@@ -186,6 +187,7 @@ class LiftStudent(Student):
         name: of the operator in the artefact.
         horizon: of a function that gives alpha and beta for every number of steps, see :class:`ContinuousLift`; None:
             those of each of ``steps``.
+        guidance_scale: g0, to make that function depend on the guidance scale.
     """
 
     lr = 1e-3
@@ -201,6 +203,7 @@ class LiftStudent(Student):
         operator: Mapping[str, Any] | None = None,
         name: str = "shared",
         horizon: float | None = None,
+        guidance_scale: float | None = None,
     ) -> None:
         if isinstance(base, SpanLiftScheduler):
             scheduler = gone_on_with(base, steps, horizon is not None)
@@ -219,6 +222,7 @@ class LiftStudent(Student):
         for n, lift in scheduler.lifts.items():
             scheduler.lifts[n] = replace(lift, alpha=_leaf(lift.alpha), beta=_leaf(lift.beta))
         if (function := scheduler.continuous_lift) is not None:
+            function = guided(function, guidance_scale)
             scheduler.continuous_lift = replace(function, coefficients=_leaf(function.coefficients))
         self.scheduler = self.lifted = scheduler
         self.networks = [network.requires_grad_(True) for network in scheduler.operators.values()]

@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm.auto import tqdm
 
-from ..core.continuous import ContinuousTable
+from ..core.continuous import ContinuousTable, guided
 from ..core.prediction import EDM, Flow
 from ..core.table import SolverTable
+from ..schedulers.bind import bind, guidance_argument
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import SpanLiftScheduler
 from ..version import __version__
@@ -27,7 +28,7 @@ from .least_squares import fit_least_squares
 from .losses import Loss, latent_mse
 from .pairs import Pairs, Source, Teacher, shuffled
 from .processes import is_main, share, total
-from .progress import Log, Progress, autocast
+from .progress import Log, Progress, Term, autocast
 from .regression import regress, regress_continuous
 from .rollout import frozen, sample
 from .student import ContinuousStudent, LiftStudent, Student, TableStudent
@@ -57,59 +58,85 @@ def learning_rate(update: int, updates: int) -> float:
     return 0.01 + 0.99 * (1 + math.cos(math.pi * (update - warmup) / max(1, updates - warmup))) / 2
 
 
+T = TypeVar("T")
+Guided = Mapping[float, T]  # by guidance scale
+
+
+def make_terms(
+    pipe: Any,
+    steps: Sequence[int],
+    train: Pairs | Source | Guided[Pairs | Source],
+    held_out: Pairs | Guided[Pairs],
+    call: Mapping[str, Any],
+) -> list[Term]:
+    """What is learned together: every number of steps, at every guidance scale.
+
+    Raises:
+        ValueError: pairs by guidance scale, of a pipeline that takes none.
+    """
+    if not isinstance(train, Mapping) or not isinstance(held_out, Mapping):
+        assert not isinstance(train, Mapping) and not isinstance(held_out, Mapping)
+        return [Term(n, call, train, held_out) for n in steps]
+    name = guidance_argument(pipe)
+    if name is None:
+        raise ValueError(f"{type(pipe).__name__} is called without a guidance scale: learn for one kind of pairs.")
+    bind(pipe)  # so that the solver knows it
+    return [Term(n, {**call, name: g}, train[g], held_out[g], g) for n in steps for g in train]
+
+
+def around(terms: Sequence[Term]) -> float | None:
+    """g0, the geometric mean of the guidance scales; None where they do not differ."""
+    scales = {term.guidance_scale for term in terms} - {None}
+    return math.exp(sum(math.log(g) for g in scales if g) / len(scales)) if scales else None
+
+
 def learn(
     pipe: Any,
     student: Student,
-    steps: Sequence[int],
-    train: Pairs | Source,
-    held_out: Pairs,
+    terms: Sequence[Term],
     *,
-    call: Mapping[str, Any],
     config: LearningConfig,
     loss: Loss = latent_mse,
     checkpoints: Checkpoints | None = None,
     log: Log | None = None,
-) -> tuple[dict[int, dict[str, Any]], dict[str, int | float]]:
-    """Move the student's parameters to the best they are on ``held_out``, as ``config.optimizer`` does.
+) -> tuple[dict[str, dict[str, Any]], dict[str, int | float]]:
+    """Move the student's parameters to the best they are on the held-out pairs, as ``config.optimizer`` does.
 
     Args:
-        train: pairs, or (for gradients) a source of endless ones.
+        terms: what it is learned for; least squares needs pairs, gradients can do with a source of endless ones.
         checkpoints: where to go on from and to save to.
         log: gets losses by name, and the update.
 
     Returns:
-        Held-out loss before, after and in between, per number of steps; and the cost.
+        Held-out loss before, after and in between, by the terms' names; and the cost.
     """
-    progress = Progress(
-        pipe, student, steps, held_out, call=call, config=config, loss=loss, checkpoints=checkpoints, log=log
-    )
-    (fit if config.optimizer in OPTIMIZERS else fit_least_squares)(progress, train)
-    return progress.errors_by_steps(), progress.cost()
+    progress = Progress(pipe, student, terms, config=config, loss=loss, checkpoints=checkpoints, log=log)
+    (fit if config.optimizer in OPTIMIZERS else fit_least_squares)(progress)
+    return progress.errors_by_term(), progress.cost()
 
 
-def fit(progress: Progress, train: Pairs | Source) -> None:
+def fit(progress: Progress) -> None:
     """Learn by gradients through the whole sampling.
 
-    Each update draws the next number of steps. The gradient is the mean over the batch however many processes and
+    Each update draws the next term. The gradient is the mean over the batch however many processes and
     micro-batches share it. Pairs are gone through in shuffled order.
 
     Raises:
         FloatingPointError: the loss is not finite; says at which update, sampling step and level, and for which seeds.
     """
-    pipe, student, steps, config = progress.pipe, progress.student, progress.steps, progress.config
-    source = shuffled(train, config.seed) if isinstance(train, Pairs) else train
+    pipe, student, terms, config = progress.pipe, progress.student, progress.terms, progress.config
+    sources = [shuffled(t.train, config.seed) if isinstance(t.train, Pairs) else t.train for t in terms]
     parameters, peak_rate, updates = student.parameters(), config.lr or student.lr, config.updates or UPDATES
     optimizer = OPTIMIZERS[config.optimizer](parameters, lr=peak_rate, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(pipe.device.type, enabled=config.mixed_precision == "fp16")
-    settings: dict[str, Any] = {"call": progress.call, "config": config, "loss": progress.loss}
     with progress.meter.running(), frozen(pipe, config.recompute, student.networks):
         progress.begin(optimizer)
         scaler.load_state_dict(progress.own)
         left = range(progress.update, 0 if progress.ended else updates)
-        label = f"{', '.join(map(str, steps))} steps"
-        bar = tqdm(left, label, initial=progress.update, total=updates, disable=not left or not is_main())
+        bar = tqdm(left, progress.label, initial=progress.update, total=updates, disable=not left or not is_main())
         for update in bar:
-            n, rate = steps[update % len(steps)], peak_rate * learning_rate(update, updates)
+            turn, rate = update % len(terms), peak_rate * learning_rate(update, updates)
+            term, source = terms[turn], sources[turn]
             own = share(range(update * config.batch_size, (update + 1) * config.batch_size))
             size = config.micro_batch_size or len(own)
             optimizer.zero_grad()
@@ -120,13 +147,13 @@ def fit(progress: Progress, train: Pairs | Source) -> None:
                 # Some dependencies of diffusers switch gradients off globally: ask for them where they are needed.
                 with torch.enable_grad(), autocast(pipe, config.mixed_precision):
                     student.apply()
-                    fraction = batch_loss(pipe, student, n, part, progress.call, progress.loss) * (
+                    fraction = batch_loss(pipe, student, term.steps, part, term.call, progress.loss) * (
                         len(part) / config.batch_size
                     )
                 if not bool(fraction.detach().isfinite()):
-                    raise FloatingPointError(_where_it_broke(pipe, student, n, part, update, rate, **settings))
-                # Step counts weigh alike, though few steps err more.
-                scaler.scale(fraction / (progress.start[n] or 1.0)).backward()
+                    raise FloatingPointError(_where_it_broke(pipe, student, term, part, update, rate, config))
+                # Terms weigh alike, though few steps err more.
+                scaler.scale(fraction / (progress.start[term.name] or 1.0)).backward()
                 value += fraction.detach().to(value)
             for parameter in parameters:
                 if parameter.grad is not None:
@@ -143,7 +170,7 @@ def fit(progress: Progress, train: Pairs | Source) -> None:
             progress.update, progress.own, last = update + 1, scaler.state_dict(), update + 1 == updates
             if progress.update % config.evaluate_every == 0 or last:
                 last = progress.evaluate() or last
-            progress.report(bar, **{f"loss/{n}": float(total(value)), "lr": rate})
+            progress.report(bar, **{f"loss/{term.name}": float(total(value)), "lr": rate})
             progress.ended = last
             if last or (progress.checkpoints is not None and progress.update % progress.checkpoints.every == 0):
                 progress.save(optimizer)
@@ -201,12 +228,12 @@ def distill(
             pipe, initial, paths, call, batch_size=config.batch_size, mixed_precision=config.mixed_precision
         )
     student = TableStudent(scheduler, initial, config.bounded, config.time_scaling)
-    options: dict[str, Any] = {"call": call, "config": config, "loss": loss}
-    errors, cost = learn(pipe, student, [steps], train, held_out, checkpoints=checkpoints, log=log, **options)
+    terms, options = [Term(steps, call, train, held_out)], {"config": config, "loss": loss}
+    errors, cost = learn(pipe, student, terms, checkpoints=checkpoints, log=log, **options)
     with torch.no_grad():
         table = student.table()
     detached = {"weights": table.weights.detach(), "time_scale": table.time_scale.detach().clone()}
-    provenance = _provenance(pipe, teacher, train, held_out, student, errors[steps], cost, **options)
+    provenance = _provenance(pipe, teacher, terms, student, errors[terms[0].name], cost, **options)
     _count_paths(provenance, {} if paths is None else {steps: paths}, teacher, cost)
     return replace(table, **detached, provenance=provenance)
 
@@ -232,8 +259,8 @@ def initial_continuous(
 def distill_continuous(
     pipe: Any,
     teacher: Teacher,
-    train: Pairs | Source,
-    held_out: Pairs,
+    train: Pairs | Source | Guided[Pairs | Source],
+    held_out: Pairs | Guided[Pairs],
     steps: Sequence[int],
     *,
     call: Mapping[str, Any],
@@ -247,21 +274,23 @@ def distill_continuous(
     """Learn the function that writes the table of every number of steps, on some of them together.
 
     Args:
+        train, held_out: as of :func:`distill`; or mappings of guidance scales to pairs made with each, for tables that
+            depend on it. The pipeline is then bound, see :func:`dywspan.bind`.
         steps: numbers of steps to learn from; few and many, for the function to hold between them.
         paths: a teacher's by number of steps, to start from weights that follow them, see :func:`regress_continuous`.
         others: as of :func:`distill`.
     """
     scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
+    terms, options = make_terms(pipe, steps, train, held_out, call), {"config": config, "loss": loss}
     initial, size = initial_continuous(scheduler, config, grid), config.batch_size
     if paths:
+        middle = sorted(terms, key=lambda term: term.guidance_scale or 0)[len(terms) // 2].call
         initial = regress_continuous(
-            pipe, initial, paths, call, batch_size=size, mixed_precision=config.mixed_precision
+            pipe, initial, paths, middle, batch_size=size, mixed_precision=config.mixed_precision
         )
-    student = ContinuousStudent(scheduler, initial)
-    options: dict[str, Any] = {"call": call, "config": config, "loss": loss}
-    errors, cost = learn(pipe, student, steps, train, held_out, checkpoints=checkpoints, log=log, **options)
-    by_steps = {str(n): error for n, error in errors.items()}
-    provenance = _provenance(pipe, teacher, train, held_out, student, by_steps, cost, **options)
+    student = ContinuousStudent(scheduler, guided(initial, around(terms)))
+    errors, cost = learn(pipe, student, terms, checkpoints=checkpoints, log=log, **options)
+    provenance = _provenance(pipe, teacher, terms, student, errors, cost, **options)
     _count_paths(provenance, paths or {}, teacher, cost)
     return replace(student.table(), coefficients=student.coefficients.detach().clone(), provenance=provenance)
 
@@ -269,8 +298,8 @@ def distill_continuous(
 def distill_lift(
     pipe: Any,
     teacher: Teacher,
-    train: Pairs | Source,
-    held_out: Pairs,
+    train: Pairs | Source | Guided[Pairs | Source],
+    held_out: Pairs | Guided[Pairs],
     base: DyWeightScheduler,
     steps: Sequence[int],
     *,
@@ -287,58 +316,67 @@ def distill_lift(
     """Learn a SpanLift operator on a frozen base, shared by all ``steps``.
 
     Args:
+        train, held_out: as of :func:`distill_continuous`, by guidance scale only with ``continuous``.
         base: tables or a classical solver for every one of ``steps``; a SpanLift solver is gone on with.
         layout: of the latents.
         operator: size of the operator, see :class:`ResidualOperator`.
         name: of the operator in the artefact.
         continuous: alpha and beta as functions that give them for every number of steps.
+
+    Raises:
+        ValueError: pairs by guidance scale without ``continuous``.
     """
+    if isinstance(train, Mapping) and not continuous:
+        raise ValueError("Lifts of single numbers of steps do not depend on the guidance scale: set continuous.")
     torch.manual_seed(config.seed)
     size: dict[str, Any] = {"order": config.order, "layout": layout, "operator": operator, "name": name}
-    horizon = config.horizon if continuous else None
-    student = LiftStudent(base, steps, held_out.endpoints.shape[1:], horizon=horizon, **size)
-    options: dict[str, Any] = {"call": call, "config": config, "loss": loss}
-    errors, cost = learn(pipe, student, steps, train, held_out, checkpoints=checkpoints, log=log, **options)
+    size |= {"horizon": config.horizon if continuous else None}
+    terms, options = make_terms(pipe, steps, train, held_out, call), {"config": config, "loss": loss}
+    shape = terms[0].held_out.endpoints.shape[1:]
+    student = LiftStudent(base, steps, shape, guidance_scale=around(terms), **size)
+    errors, cost = learn(pipe, student, terms, checkpoints=checkpoints, log=log, **options)
     scheduler = student.lifted
     for network in scheduler.operators.values():
         network.requires_grad_(False)
 
     def provenance(error: Mapping[str, Any]) -> dict[str, Any]:
-        return _provenance(pipe, teacher, train, held_out, student, error, cost, **options)
+        return _provenance(pipe, teacher, terms, student, error, cost, **options)
 
     for n, lift in scheduler.lifts.items():
-        scheduler.lifts[n] = replace(lift.detach(), provenance=provenance(errors[n]))
+        scheduler.lifts[n] = replace(lift.detach(), provenance=provenance(errors[str(n)]))
     if (function := scheduler.continuous_lift) is not None:
-        by_steps = provenance({str(n): error for n, error in errors.items()})
-        function = replace(function, coefficients=function.coefficients.detach(), provenance=by_steps)
-        scheduler.continuous_lift = function
+        coefficients = function.coefficients.detach()
+        scheduler.continuous_lift = replace(function, coefficients=coefficients, provenance=provenance(errors))
     return scheduler
 
 
 def _provenance(
     pipe: Any,
     teacher: Teacher,
-    train: Pairs | Source,
-    held_out: Pairs,
+    terms: Sequence[Term],
     student: Student,
     errors: Mapping[str, Any],
     cost: Mapping[str, int | float],
     *,
-    call: Mapping[str, Any],
     config: LearningConfig,
     loss: Loss,
 ) -> dict[str, Any]:
-    kept = len(train) if isinstance(train, Pairs) else 0
-    teacher_cost = round((kept + len(held_out)) * teacher.num_inference_steps * cost["per_step"])
+    by_scale = {term.guidance_scale: term for term in terms}
+    kept = sum(len(term.train) for term in by_scale.values() if isinstance(term.train, Pairs))
+    held_out = sum(len(term.held_out) for term in by_scale.values())
+    teacher_cost = round((kept + held_out) * teacher.num_inference_steps * cost["per_step"])
+    call = {k: v for k, v in terms[0].call.items() if all(term.call[k] == v for term in terms)}
+    scales = [scale for scale in by_scale if scale is not None]
     return {
         "base_model": str(getattr(pipe, "name_or_path", "")),
         "pipeline": type(pipe).__name__,
         "call": {k: v for k, v in call.items() if isinstance(v, (int, float, str, bool))},
-        "latent_shape": list(held_out.endpoints.shape[1:]),
+        **({"guidance_scales": scales} if scales else {}),
+        "latent_shape": list(terms[0].held_out.endpoints.shape[1:]),
         "teacher": teacher.summary(),
         "loss": getattr(loss, "__name__", type(loss).__name__),
         "learning": {**config.learning, "lr": config.lr or student.lr},
-        "pairs": {"train": kept or (config.updates or UPDATES) * config.batch_size, "held_out": len(held_out)},
+        "pairs": {"train": kept or (config.updates or UPDATES) * config.batch_size, "held_out": held_out},
         "held_out_error": dict(errors),
         "evaluations": {"teacher": teacher_cost, **{k: v for k, v in cost.items() if k != "per_step"}},
         "dywspan_version": __version__,
@@ -363,25 +401,22 @@ def batch_loss(pipe: Any, student: Student, n: int, part: Pairs, call: Mapping[s
 def _where_it_broke(
     pipe: Any,
     student: Student,
-    n: int,
+    term: Term,
     part: Pairs,
     update: int,
     rate: float,
-    *,
-    call: Mapping[str, Any],
     config: LearningConfig,
-    loss: Loss,
 ) -> str:
     broken: list[int] = []
     watch = lambda i, x: None if bool(x.isfinite().all()) else broken.append(i)  # noqa: E731
     with autocast(pipe, config.mixed_precision):
-        sample(pipe, student.scheduler, n, part.inputs, part.seeds, call, watch=watch)
+        sample(pipe, student.scheduler, term.steps, part.inputs, part.seeds, term.call, watch=watch)
     if broken:
         place = f"from sampling step {broken[0]} (sigma {float(student.scheduler.sigmas[broken[0]]):.4g}) on"
     else:
         place = "though every sampling step is finite: look at the teacher's endpoints and at the loss"
     return (
-        f"The loss is not finite at update {update} of the {n}-step solver, {place}; pairs with seeds "
+        f"The loss is not finite at update {update} of the {term.name}-step solver, {place}; pairs with seeds "
         f"{list(part.seeds)}. Lower lr={rate}, start from another base than init={config.init!r}, or use a wider "
         f"mixed_precision than {config.mixed_precision or 'no'!r}."
     )

@@ -29,7 +29,7 @@ from ..distill.processes import is_main
 from ..distill.progress import autocast
 from ..distill.rollout import Inputs, load_pipeline, sample
 from ..distill.run import find_teacher
-from ..schedulers.bind import bind
+from ..schedulers.bind import bind, guidance_argument
 from .baselines import BASELINES, Cell, begin, find_solvers, make_cell
 from .images import find_images, read_image
 from .metrics import METRICS, Metric, Sample, interval
@@ -246,7 +246,7 @@ def prepare(config: QualityConfig, device: torch.device | str = "cpu") -> Task:
         )
     inputs = _inputs(config)
     pipe = load_pipeline(config.model, getattr(torch, config.dtype), device, config.revision)
-    if isinstance(LAYOUTS[config.layout], Packed):
+    if isinstance(LAYOUTS[config.layout], Packed) or guidance_argument(pipe) is not None:
         bind(pipe)
     for call in config.calls.values():
         check_call(pipe, inputs, call)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..artifact import continuous_to_json, read_continuous, read_tables, table_to_json, warn_if_newer
 from ..core.bases import BASES, MAX_ORDER
-from ..core.continuous import ContinuousTable
+from ..core.continuous import ContinuousTable, check_guidance_scale
 from ..core.grid import make_grid
 from ..core.step import TWO_STAGE, Schedule
 from ..core.table import SolverTable
@@ -83,6 +83,7 @@ class DyWeightScheduler(SolverScheduler):
         self.tables: dict[int, SolverTable] = read_tables(tables)
         self.continuous: ContinuousTable | None = read_continuous(continuous)
         self.nominal: Tensor | None = None  # the grid that the continuous one wrote its last table for
+        self.guidance_scale: float | None = None
         self._prepare(num_train_timesteps)
 
     # ------------------------------------------------------------------ configuration
@@ -98,6 +99,21 @@ class DyWeightScheduler(SolverScheduler):
         return type(self).from_config(self.config, continuous=continuous_to_json(table), dywspan_version=__version__)
 
     # ------------------------------------------------------------------ the schedule
+
+    def set_guidance_scale(self, guidance_scale: float | None) -> None:
+        """Say what the pipeline guides by, for continuous solvers that depend on it.
+
+        It counts from the next ``set_timesteps`` on; kept by copies, not saved. :func:`dywspan.bind` makes the pipeline
+        say it at every call.
+
+        Args:
+            guidance_scale: g, 1 without guidance; None: that it was learned around.
+
+        Raises:
+            ValueError: it is not positive.
+        """
+        check_guidance_scale(guidance_scale)
+        self.guidance_scale = guidance_scale
 
     @property
     def order(self) -> int:
@@ -148,7 +164,8 @@ class DyWeightScheduler(SolverScheduler):
             else:
                 self.nominal = self.host.grid(num_inference_steps, sigmas, timesteps, mu)
             # diffusers' Euler takes sigmas with the last one, of no step: not their number counts then.
-            table = self.continuous.table(len(self.nominal) - 1, self.host.prediction, sigmas=self.nominal)
+            given: dict[str, Any] = {"sigmas": self.nominal, "guidance_scale": self.guidance_scale}
+            table = self.continuous.table(len(self.nominal) - 1, self.host.prediction, **given)
         if table is not None:
             self._grid, schedule = None, table.schedule(self.host.prediction, mu)
         elif self._solver is not None:

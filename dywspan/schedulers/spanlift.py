@@ -191,7 +191,7 @@ class SpanLiftScheduler(DyWeightScheduler):
         """
         if num_inference_steps in self.lifts or self.continuous_lift is None:
             return self.lifts.get(num_inference_steps)
-        return self.continuous_lift.lift(schedule.levels.detach(), self.host.prediction)
+        return self.continuous_lift.lift(schedule.levels.detach(), self.host.prediction, self.guidance_scale)
 
     def set_latent_size(self, height: int, width: int) -> None:
         """Say what packed tokens are: height and width of the unpacked latent. Not needed for square ones."""
