@@ -204,7 +204,7 @@ def check_types(config: Any) -> None:
             raise ValueError(f"{f.name}={value!r} must be {_name(hint)}: {f.metadata['help']}.")
         if isinstance(value, int) and float in _options(hint):  # 4 and 4.0 make the same run
             object.__setattr__(config, f.name, float(value))
-        if hint == list[float]:
+        elif hint == list[float] and isinstance(value, list):
             object.__setattr__(config, f.name, [float(v) for v in value])
     if config.guidance_scale is not None:
         object.__setattr__(config, "call", {**config.call, "guidance_scale": config.guidance_scale})
