@@ -92,11 +92,7 @@ class ContinuousTable:
         fade, order = 1 / (1 + num_inference_steps / self.horizon), self.order
         powers = torch.tensor([fade ** (order - m) for m in range(order)] + [fade**order], dtype=torch.float64)
         corrections = features(levels, prediction.signal(levels)) @ _at(self, guidance_scale).T * powers
-        # nabla^m d = sum_j (-1)^j binomial(m, j) d_{i-j}; step i has i + 1 derivatives.
-        differences = torch.tensor(
-            [[(-1.0) ** j * math.comb(m, j) for j in range(order)] for m in range(order)], dtype=torch.float64
-        )
-        weights = base.weights + corrections[:, :order].tril() @ differences
+        weights = base.weights + corrections[:, :order].tril() @ differences(order)  # step i has i + 1 derivatives
         return SolverTable(weights, corrections[:, order].exp(), grid, provenance=self.provenance)
 
 
@@ -207,6 +203,12 @@ def _check(function: ContinuousTable | ContinuousLift, rows: int | None = None) 
         raise ValueError(f"coefficients must be finite; got {coefficients.tolist()}.")
     if not isinstance(horizon, (int, float)) or not horizon > 0:
         raise ValueError(f"horizon={horizon!r} must be a positive number of steps.")
+
+
+def differences(order: int) -> Tensor:
+    """(K, K): row m are the weights of d_i, d_{i-1}, ... in nabla^m d_i = sum_j (-1)^j binomial(m, j) d_{i-j}."""
+    rows = [[(-1.0) ** j * math.comb(m, j) for j in range(order)] for m in range(order)]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def features(sigmas: Tensor, alphas: Tensor) -> Tensor:

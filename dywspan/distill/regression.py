@@ -10,7 +10,6 @@ steps, each as far as its own equations care.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.continuous import FEATURES, ContinuousTable, features
+from ..core.continuous import FEATURES, ContinuousTable, differences, features
 from ..core.table import SolverTable
 from ..schedulers.dyweight import DyWeightScheduler
 from .pairs import Pairs
@@ -95,11 +94,10 @@ def regress_continuous(
         _, levels, rows = _fit(pipe, nominal, own, call, batch_size, mixed_precision)
         base, phi = start.table(n, prediction, sigmas=levels).weights, features(levels, prediction.signal(levels))
         fade, scale = 1 / (1 + n / function.horizon), sum(row.size**2 * float(row.products[0, 0]) for row in rows)
+        powers = torch.tensor([fade ** (order - m) for m in range(order)], dtype=torch.float64)
         for i, row in enumerate(rows):
-            slope = torch.zeros(order, order, len(FEATURES), dtype=torch.float64)  # of w_ij by C
-            for m in range(min(i + 1, order)):
-                for j in range(m + 1):  # nabla^m d_i = sum_j (-1)^j binomial(m, j) d_{i-j}
-                    slope[j, m] = (-1) ** j * math.comb(m, j) * fade ** (order - m) * phi[i]
+            slope = (differences(order).T * powers)[..., None] * phi[i]  # of w_ij by C_m
+            slope[:, i + 1 :] = 0  # there are i + 1 derivatives
             a, v = (_along(w, i, i == n - 1) for w in (slope[:, free], base[i]))
             products = row.size**2 / scale * row.products[1:, 1:]
             left += a.T @ products @ a
