@@ -18,6 +18,7 @@ from dywspan.distill.config import LearningConfig
 from dywspan.distill.pairs import Pairs, Teacher, make_pairs
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.regression import regress, regress_continuous
+from dywspan.distill.replay import Meter
 from dywspan.distill.train import default_grid, initial_table
 
 N = 4
@@ -57,7 +58,10 @@ def test_it_ends_nearer_to_the_teacher_than_any_classical_start() -> None:
     fine = DyWeightScheduler.from_config(scheduler.config, solver="ipndm", grid=dict(start.grid))
     paths = _paths(subject, fine, 24, 8, range(8))
     held_out = _paths(subject, fine, 24, 8, range(20, 24))
-    found = regress(subject.pipe, start, paths, subject.call)
+    meter = Meter(subject.pipe)
+    with meter.running():
+        found = regress(subject.pipe, start, paths, subject.call)
+    assert meter.counts["student"] == 2 * len(paths) * (1 + 2 + 3), "guided; a row needs no step after its own"
     tables = {
         init: initial_table(scheduler, 3, LearningConfig(init=init, order=3), None) for init in ("euler", "ipndm")
     }
@@ -128,7 +132,7 @@ def test_a_run_starts_from_it_and_counts_it(pixels: Path, tmp_path: Path, optimi
     assert before[1] != before[0]
     spent = [found[paths]["evaluations"] for paths in (0, 3)]
     steps = found[0]["teacher"]["steps"]
-    assert "regression" not in spent[0] and spent[1]["regression"] == 3 * 3**2
+    assert "regression" not in spent[0] and spent[1]["regression"] == 3 * (1 + 2 + 3)
     assert spent[1]["teacher"] - spent[0]["teacher"] == 3 * 3 * -(-steps // 3)
 
 
@@ -136,7 +140,7 @@ def test_so_does_a_run_of_several_counts(pixels: Path, tmp_path: Path) -> None: 
     settings: dict[str, Any] = {"continuous": True, "steps": [2, 4], "optimizer": "least_squares", "updates": 1}
     assert learn(pixels, tmp_path, regression=3, init="adams", pictures=0, **settings) == 0
     function = DyWeightScheduler.from_pretrained(tmp_path).continuous
-    assert function.provenance["evaluations"]["regression"] == 3 * (2**2 + 4**2)
+    assert function.provenance["evaluations"]["regression"] == 3 * (1 + 2 + 1 + 2 + 3 + 4)
 
 
 def test_what_has_no_rows_to_fit_is_refused(pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

@@ -4,8 +4,8 @@ w_i = argmin sum over pairs |x_i + h_i sum_j w_ij d_{i-j} - x*_{i+1}|^2,    sum_
 
 x* is the teacher's state at the next level; x_i and d are those of the rows found before, on the solver's own path, so
 that a row also mends what those before it left. Rows that sum to 1 keep the levels nominal, where the teacher's states
-are. N samplings of a few pairs, forward passes only. A continuous table is fitted to the rows of several numbers of
-steps, each as far as its own equations care.
+are. N samplings of a few pairs, each a step longer than the last, forward passes only. A continuous table is fitted to
+the rows of several numbers of steps, each as far as its own equations care.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _lack_and_directions(
             seen.extend([scheduler.state(step, prev_sample), *scheduler._history])
 
     (steps,) = scheduler.tables
-    sample(pipe, scheduler, steps, part.inputs, part.seeds, call, watch=watch)
+    sample(pipe, scheduler, steps, part.inputs, part.seeds, call, watch=watch, until=i + 1)
     after, newest, *older = (v.double() for v in seen)
     assert isinstance(part.targets, Tensor) and scheduler._schedule is not None
     lacks = (part.targets[:, i].to(after) - after) / float(scheduler._schedule.sizes[i])

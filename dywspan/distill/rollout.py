@@ -48,6 +48,7 @@ def rollout(
     *,
     decode: bool = False,
     watch: Callable[[int, Tensor], None] | None = None,
+    until: int | None = None,
     **call: Any,
 ) -> tuple[Tensor, Any]:
     """Sample with ``scheduler`` in place of the pipeline's own.
@@ -60,6 +61,7 @@ def rollout(
         scheduler: any diffusers or dywspan scheduler.
         decode: run the pipeline to its end.
         watch: gets the number of every step, from 0, and the sample it returned.
+        until: steps to take, all by default; only a whole run can be decoded.
         call: its arguments (prompt, num_inference_steps, generator, guidance_scale, ...).
 
     Returns:
@@ -75,7 +77,7 @@ def rollout(
         if watch is not None:
             watch(calls, result[0])
         calls += 1
-        if calls == len(scheduler.timesteps):
+        if calls == (until or len(scheduler.timesteps)):
             last = result[0]
             if not decode:
                 raise _LastStep
@@ -128,6 +130,7 @@ def sample(
     *,
     decode: bool = False,
     watch: Callable[[int, Tensor], None] | None = None,
+    until: int | None = None,
 ) -> tuple[Tensor, Any]:
     """:func:`rollout` of a batch, each sample with its own inputs and from the noise of its own seed.
 
@@ -140,7 +143,7 @@ def sample(
     # A text for all, such as a negative prompt, is one for each.
     common = {k: [v] * len(inputs) if isinstance(v, str) and "prompt" in k else v for k, v in call.items()}
     arguments = {**columns, "generator": generators(seeds), "num_inference_steps": steps, **common}
-    end, output = rollout(pipe, scheduler, decode=decode, watch=watch, **arguments)
+    end, output = rollout(pipe, scheduler, decode=decode, watch=watch, until=until, **arguments)
     return end[: len(inputs)], output  # some pipelines carry guidance's second half to the end
 
 

@@ -241,11 +241,11 @@ def distill(
 def _count_paths(
     provenance: dict[str, Any], paths: Mapping[int, Pairs], teacher: Teacher, cost: Mapping[str, int | float]
 ) -> None:
-    """What regression took: teachers at least as fine as the other one, and N samplings of N steps."""
+    """What regression took: teachers at least as fine as the other one, and N samplings of 1 to N steps."""
     spent, per_step = provenance["evaluations"], cost["per_step"]
     for n, own in paths.items():
         spent["teacher"] += round(per_step * len(own) * n * -(-teacher.num_inference_steps // n))
-        spent["regression"] = spent.get("regression", 0) + round(per_step * len(own) * n**2)
+        spent["regression"] = spent.get("regression", 0) + round(per_step * len(own) * n * (n + 1) / 2)
 
 
 def initial_continuous(
