@@ -24,6 +24,7 @@ import dywspan.evaluate.quality as quality
 from dywspan import DyWeightScheduler, SolverTable
 from dywspan.artifact import table_to_json
 from dywspan.cli import main
+from dywspan.core.continuous import ContinuousTable
 from dywspan.distill.config import make_config
 from dywspan.distill.pairs import Teacher, make_pairs
 from dywspan.distill.replay import Meter
@@ -390,6 +391,17 @@ def test_variants_of_the_call_are_compared_each_alone(whole: Path, tmp_path: Pat
         config(tmp_path, variants={"a": 3})
     with pytest.raises(ValueError, match="no_such_argument"):
         run(config(tmp_path, variants={**variants, "b": {"no_such_argument": 1}}))
+
+
+def test_a_solver_for_every_number_of_steps_says_which_it_was_not_learned_on(tmp_path: Path) -> None:
+    own = DyWeightScheduler.from_config(load_pipeline(str(MODEL), device="cpu").scheduler.config)
+    function = ContinuousTable.initial(2, {"name": "discrete", "sigma_min": 0.0, "sigma_max": 14.6})
+    learned = own.with_continuous(replace(function, provenance={"held_out_error": {"3": {}}}))
+    learned.save_pretrained(tmp_path / "any")
+    run(config(tmp_path, samples=2, solvers=["DDIM", str(tmp_path / "any")], metrics=["latent_mse"]))
+    by_cell = {(row["learned"], row["nfe"]): row for row in measured(tmp_path)}
+    assert by_cell[True, 2]["held_out"] is True and by_cell[True, 3]["held_out"] is False
+    assert "held_out" not in by_cell[False, 2]
 
 
 def _wrong(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ import diffusers
 import torch
 from torch import Tensor
 
-from ..artifact import write_atomically
+from ..artifact import for_every_count, write_atomically
 from ..core.layout import LAYOUTS, Packed, Size
+from ..distill.card import steps_of
 from ..distill.config import check_types, option
 from ..distill.embeddings import remembered_prompts
 from ..distill.inputs import check_call, read_inputs
@@ -317,7 +318,8 @@ def run(config: QualityConfig) -> dict[str, Any]:
 
     Returns:
         What is written: ``rows`` of solver, learned, scheduler, num_inference_steps, nfe, a number for each metric,
-        ``interval`` by metric and, with a base, ``gap_closed`` by metric; and all that the numbers depend on.
+        ``interval`` by metric, with a base ``gap_closed`` by metric, and of solvers for every number of steps
+        ``held_out``, whether they were not learned on this one; and all that the numbers depend on.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: see :func:`prepare`.
@@ -362,7 +364,16 @@ def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         own = {"solver": cell.describe(), "title": f"{cell.solver}, {cell.nfe}"}
         values = evaluate(pipe, cell.scheduler, steps, task.inputs, seeds, task.metrics, **own, **options)
         row = {"solver": cell.solver, "learned": cell.learned, "scheduler": type(cell.scheduler).__name__}
-        yield row | {"num_inference_steps": steps, "nfe": cell.nfe} | _numbers(task.metrics, values)
+        row |= {"num_inference_steps": steps, "nfe": cell.nfe, **_held_out(cell.scheduler, steps)}
+        yield row | _numbers(task.metrics, values)
+
+
+def _held_out(scheduler: Any, steps: int) -> dict[str, bool]:
+    """Of a solver for every number of steps: whether this is one that it was not learned on."""
+    function = for_every_count(scheduler)
+    if function is None or steps in getattr(scheduler, "lifts", scheduler.tables):
+        return {}
+    return {"held_out": steps not in map(steps_of, function.provenance.get("held_out_error", ()))}
 
 
 def _numbers(metrics: Sequence[Metric], values: Mapping[str, Tensor]) -> dict[str, Any]:
