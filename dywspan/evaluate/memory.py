@@ -1,4 +1,4 @@
-"""What learning a solver costs in memory: the forward and backward pass of one update, through every step."""
+"""What learning a solver costs in memory: one update, by gradients through every step or by forward passes alone."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ import diffusers
 import torch
 
 from ..core.table import SolverTable
+from ..distill.config import LearningConfig
+from ..distill.least_squares import Problem
+from ..distill.losses import latent_mse
 from ..distill.memory import peak_bytes
-from ..distill.rollout import frozen, generators, load_pipeline, rollout
+from ..distill.pairs import Pairs
+from ..distill.progress import Term
+from ..distill.rollout import frozen, load_pipeline, sample
 from ..distill.student import LiftStudent, Student, TableStudent
 from ..distill.train import default_grid
 from ..schedulers.dyweight import DyWeightScheduler
 
 STEPS = (3, 9)
-GUIDANCE_SCALE = 7.5
+CALL = {"guidance_scale": 7.5}
 
 
 def table_student(pipe: Any, steps: int) -> Student:
@@ -40,7 +45,10 @@ STUDENTS: dict[str, Callable[[Any, int], Student]] = {"DyWeight": table_student,
 
 
 def memory(model: str, full: bool = False, batch_size: int = 8, device: str | None = None) -> list[dict[str, Any]]:
-    """Peak memory, above what the weights take, of one forward and backward pass for both solvers at 3 and 9 steps.
+    """Peak memory, above what the weights take, of one update of a batch, beside that of sampling it.
+
+    By gradients, one forward and backward pass for both solvers at 3 and 9 steps; by least squares, the Jacobian of a
+    table at 3 steps.
 
     Args:
         model: a small text-to-image pipeline with a UNet, measured with and without recomputing.
@@ -48,8 +56,8 @@ def memory(model: str, full: bool = False, batch_size: int = 8, device: str | No
         batch_size: of the small pipeline; guidance doubles it for the network.
 
     Returns:
-        Rows of ``pipeline``, ``solver``, ``num_inference_steps``, ``recompute``, ``peak_mib``, ``ratio_to_3_steps``,
-        ``seconds`` (of the pass measured, which measuring slows on small pipelines).
+        Rows of ``pipeline``, ``solver``, ``optimizer``, ``num_inference_steps``, ``recompute``, ``peak_mib``,
+        ``ratio_to_3_steps``, ``ratio_to_sampling``, ``seconds`` (measuring slows small pipelines).
     """
     rows = _rows(load_pipeline(model, device=device), Path(model).name, batch_size, (False, True))
     if full:
@@ -72,33 +80,47 @@ def sd15(device: str | None = None) -> Any:
 
 
 def forward_backward(pipe: Any, student: Student, steps: int, batch_size: int, recompute: bool) -> None:
-    """The gradient of one update, from random text embeddings; the endpoint's mean square stands for the loss."""
-    text = torch.randn(2, batch_size, 77, pipe.unet.config.cross_attention_dim).to(pipe.unet.device, pipe.unet.dtype)
-    call: dict[str, Any] = {"prompt_embeds": text[0], "negative_prompt_embeds": text[1]}
-    call |= {"generator": generators(range(batch_size)), "num_inference_steps": steps}
+    """The gradient of one update."""
+    part = pairs(pipe, batch_size)
     with frozen(pipe, recompute, student.networks), torch.enable_grad():
         student.apply()
-        endpoint, _ = rollout(pipe, student.scheduler, guidance_scale=GUIDANCE_SCALE, **call)
-        endpoint.float().square().mean().backward()
+        endpoint, _ = sample(pipe, student.scheduler, steps, part.inputs, part.seeds, CALL)
+        latent_mse(pipe, endpoint.float(), part.endpoints.to(endpoint.device)).backward()
+
+
+def jacobian(pipe: Any, student: Student, steps: int, batch_size: int) -> None:
+    """What an iteration of least squares asks of one batch."""
+    term = Term(steps, CALL, pairs(pipe, batch_size), pairs(pipe, 1))
+    config = LearningConfig(optimizer="least_squares", batch_size=batch_size, difference=1e-2)
+    Problem(pipe, student, [term], config=config, loss=latent_mse).normal_equations()
+
+
+def pairs(pipe: Any, count: int) -> Pairs:
+    """Random endpoints, and text embeddings in place of prompts."""
+    unet = pipe.unet
+    size, text = unet.config.sample_size, (1, 77, unet.config.cross_attention_dim)
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    inputs = [{name: torch.randn(text).to(unet.device, unet.dtype) for name in names} for _ in range(count)]
+    return Pairs(inputs, range(count), torch.randn(count, unet.config.in_channels, size, size))
 
 
 def _rows(pipe: Any, name: str, batch_size: int, recompute: Sequence[bool]) -> list[dict[str, Any]]:
+    few, part = STEPS[0], pairs(pipe, batch_size)
+    plain = partial(sample, pipe, table_student(pipe, few).scheduler, few, part.inputs, part.seeds, CALL)
+    sampling = peak_bytes(torch.no_grad()(plain), pipe.device)[1]
+    by_gradients = [
+        (solver, "adam", n, again, partial(forward_backward, pipe, STUDENTS[solver](pipe, n), n, batch_size, again))
+        for solver, again, n in product(STUDENTS, recompute, STEPS)
+    ]
+    forward_only = partial(jacobian, pipe, table_student(pipe, few), few, batch_size)
     rows: list[dict[str, Any]] = []
-    for solver, again in product(STUDENTS, recompute):
-        peaks: list[int] = []
-        for n in STEPS:
-            run = partial(forward_backward, pipe, STUDENTS[solver](pipe, n), n, batch_size, again)
-            started = time.perf_counter()
-            peaks.append(peak_bytes(run, pipe.device)[1])
-            rows.append(
-                {
-                    "pipeline": f"{name}, batch {batch_size}",
-                    "solver": solver,
-                    "num_inference_steps": n,
-                    "recompute": again,
-                    "peak_mib": peaks[-1] / 2**20,
-                    f"ratio_to_{STEPS[0]}_steps": peaks[-1] / peaks[0],
-                    "seconds": time.perf_counter() - started,
-                }
-            )
+    least = 0
+    for solver, optimizer, n, again, run in [*by_gradients, ("DyWeight", "least_squares", few, None, forward_only)]:
+        started = time.perf_counter()
+        peak = peak_bytes(run, pipe.device)[1]
+        least = peak if n == few else least
+        row = {"pipeline": f"{name}, batch {batch_size}", "solver": solver, "optimizer": optimizer}
+        row |= {"num_inference_steps": n, "recompute": again, "peak_mib": peak / 2**20}
+        row |= {f"ratio_to_{few}_steps": peak / least, "ratio_to_sampling": peak / sampling}
+        rows.append(row | {"seconds": time.perf_counter() - started})
     return rows
