@@ -42,7 +42,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_pipeline_comes_out_and_a_stopped_run_goes_on_to_the_same_weights(
     script: Any, data: Path, tmp_path: Path, pipeline: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"autoencoder-updates": 3, "updates": 4, "batch-size": 4, "checkpoint-every": 1, "pictures-every": 4}
+    options = {"autoencoder-updates": 3, "updates": 4, "word-updates": 2, "batch-size": 4}
+    options |= {"checkpoint-every": 1, "pictures-every": 4}
     numbers = [f"--{name}={value}" for name, value in {**options, "pictures": 1}.items()]
 
     def run(output: Path) -> Path:
@@ -50,34 +51,49 @@ def test_a_pipeline_comes_out_and_a_stopped_run_goes_on_to_the_same_weights(
         return output / f"emoji-{pipeline}"
 
     whole = run(tmp_path / "whole")
-    lines = (tmp_path / "whole" / pipeline / "progress.jsonl").read_text().splitlines()
-    assert [json.loads(line)["update"] for line in lines] == [4] and json.loads(lines[0])["held_out"] > 0
-    assert (tmp_path / "whole" / pipeline / "000004.png").exists()
+    for stage, updates in ((pipeline, 4), (f"{pipeline}-words", 2)):
+        folder = tmp_path / "whole" / stage
+        (line,) = map(json.loads, (folder / "progress.jsonl").read_text().splitlines())
+        assert line["update"] == updates and line["held_out"] > 0
+        assert (folder / f"{updates:06d}.png").exists()
 
     save, seen = script.Training._save, []
+    stops = ("autoencoder", 2), (pipeline, 1), (f"{pipeline}-words", 1)
 
     def stop(training: Any) -> None:
         save(training)
         seen.append((training.folder.name, training.update))
-        if seen[-1] in (("autoencoder", 2), (pipeline, 1)):
+        if seen[-1] in stops:
             raise KeyboardInterrupt
 
     for name in ("tokenizer", "tokenizer_2"):  # learned anew they would differ in how ties were broken
         if (tmp_path / "whole" / name).exists():
             shutil.copytree(tmp_path / "whole" / name, tmp_path / "stopped" / name)
     monkeypatch.setattr(script.Training, "_save", stop)
-    for _ in range(2):
+    for _ in stops:
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "stopped")
     again = run(tmp_path / "stopped")
     name = f"{NETWORK[pipeline]}/diffusion_pytorch_model.safetensors"
     one, two = load_file(whole / name), load_file(again / name)
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-    assert seen.count(("autoencoder", 2)) == seen.count((pipeline, 1)) == 1
+    assert all(seen.count(stop) == 1 for stop in stops)
 
     pipe = DiffusionPipeline.from_pretrained(again, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     images = pipe("emoji 3, noto", num_inference_steps=2, output_type="pt", **CALL[pipeline]).images
     assert images.isfinite().all() and images.shape[-1] == CALL[pipeline].get("width", 64)
     told = (again / "README.md").read_text()
-    assert type(pipe).__name__ in told and "4 updates of\n4 images" in told
+    assert type(pipe).__name__ in told and "4 updates of\n4 images with their captions and 2 with parts" in told
+
+
+def test_parts_of_captions_are_words_in_their_order(script: Any) -> None:
+    captions = [f"a{i} b c d e, noto" for i in range(900)]
+    generator = torch.Generator().manual_seed(0)
+    whole = script.leave_out(captions, generator, words=False)
+    assert 50 < whole.count("") < 130 and all(new in ("", old) for new, old in zip(whole, captions))
+    parts = script.leave_out(captions, generator, words=True)
+    assert 230 < sum(new == old for new, old in zip(parts, captions)) < 400  # 0.9 / 3, and a few by chance
+    for new, old in zip(parts, captions):
+        rest = iter(old.split())
+        assert all(word in rest for word in new.split())

@@ -41,8 +41,8 @@ class Recipe(Protocol):
 
     def __init__(self, captions: Sequence[str], folder: Path, guidance_scale: float, device: torch.device) -> None: ...
 
-    def errors(self, module: nn.Module, x: Tensor, t: Tensor, noise: Tensor, rows: Tensor, drop: Tensor) -> Tensor:
-        """(n,) losses of latents x at times t in (0, 1); captions of `drop` are left out."""
+    def errors(self, module: nn.Module, x: Tensor, t: Tensor, noise: Tensor, captions: Sequence[str]) -> Tensor:
+        """(n,) losses of latents x at times t in (0, 1)."""
         ...
 
     def pipeline(self, module: Any, autoencoder: AutoencoderTiny) -> DiffusionPipeline: ...
@@ -78,7 +78,6 @@ class StableDiffusion:
     def __init__(self, captions: Sequence[str], folder: Path, guidance_scale: float, device: torch.device) -> None:
         self.folder, self.guidance_scale, self.device = folder, guidance_scale, device
         self.tokenizer = clip_tokenizer(captions, folder / "tokenizer")
-        self.tokens, self.nothing = tokens_of(self.tokenizer, captions), tokens_of(self.tokenizer, [""])
         unet = UNet2DConditionModel(
             sample_size=16,
             block_out_channels=(48, 96, 160),
@@ -94,12 +93,12 @@ class StableDiffusion:
         snr = self.alpha_bar / (1 - self.alpha_bar)
         self.weight = snr.clamp(max=5) / (snr + 1)
 
-    def errors(self, module: nn.Module, x: Tensor, t: Tensor, noise: Tensor, rows: Tensor, drop: Tensor) -> Tensor:
+    def errors(self, module: nn.Module, x: Tensor, t: Tensor, noise: Tensor, captions: Sequence[str]) -> Tensor:
         t = (1000 * t).long()
         a = self.alpha_bar[t][:, None, None, None]
         noised, velocity = a.sqrt() * x + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x
-        tokens = torch.where(drop[:, None], self.nothing, self.tokens[rows])
-        output = module(*(v.to(self.device) for v in (noised, t, tokens))).cpu()
+        inputs = (noised, t, tokens_of(self.tokenizer, captions))
+        output = module(*(v.to(self.device) for v in inputs)).cpu()
         return self.weight[t] * (output - velocity).square().mean((1, 2, 3))
 
     def pack(self, latents: Tensor) -> Tensor:
@@ -154,8 +153,6 @@ class Flux:
         self.folder, self.guidance_scale, self.device = folder, guidance_scale, device
         self.tokenizer = clip_tokenizer(captions, folder / "tokenizer")
         self.tokenizer_2 = t5_tokenizer(captions, folder / "tokenizer_2")
-        self.tokens, self.nothing = tokens_of(self.tokenizer, captions), tokens_of(self.tokenizer, [""])
-        self.pieces, self.no_pieces = tokens_of(self.tokenizer_2, captions), tokens_of(self.tokenizer_2, [""])
         text = T5Config(
             vocab_size=len(self.tokenizer_2),
             d_model=WIDTH,
@@ -181,7 +178,7 @@ class Flux:
             use_dynamic_shifting=True, base_image_seq_len=36, max_image_seq_len=64, base_shift=0.25, max_shift=0.5
         )
 
-    def errors(self, module: nn.Module, x: Tensor, t: Tensor, noise: Tensor, rows: Tensor, drop: Tensor) -> Tensor:
+    def errors(self, module: nn.Module, x: Tensor, t: Tensor, noise: Tensor, captions: Sequence[str]) -> Tensor:
         side = x.shape[-1] // 2
         config = self.scheduler.config
         shift = calculate_shift(
@@ -189,10 +186,8 @@ class Flux:
         )
         t = torch.sigmoid(torch.special.ndtri(t.clamp(1e-4, 1 - 1e-4)) + shift)
         noised = x + t[:, None, None, None] * (noise - x)
-        tokens = torch.where(drop[:, None], self.nothing, self.tokens[rows])
-        pieces = torch.where(drop[:, None], self.no_pieces, self.pieces[rows])
         ids = FluxPipeline._prepare_latent_image_ids(1, side, side, self.device, torch.float32)
-        inputs = (self.pack(noised), t, tokens, pieces)
+        inputs = (self.pack(noised), t, *(tokens_of(own, captions) for own in (self.tokenizer, self.tokenizer_2)))
         output = module(*(v.to(self.device) for v in inputs), ids).cpu()
         return (output - self.pack(noise - x)).square().mean((1, 2))
 

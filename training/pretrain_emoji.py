@@ -9,13 +9,13 @@ the same run. ``--mixed-precision bf16`` nearly halves the time on a recent CPU.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
     parser.add_argument("--autoencoder-updates", type=int, default=8000, help="of 32 crops of 32 x 32 pixels")
     parser.add_argument("--updates", type=int, default=7000, help="of `--batch-size` images")
+    parser.add_argument("--word-updates", type=int, default=2000, help="then, on parts of captions, at half of lr")
     parser.add_argument("--batch-size", type=int, default=64, help="of all processes together")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--guidance-scale", type=float, default=5.0, help="of the pictures drawn on the way")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="of the pictures drawn on the way")
     parser.add_argument("--checkpoint-every", type=int, default=250, help="updates")
     parser.add_argument("--pictures-every", type=int, default=1500, help="updates, whole checkpoints")
     parser.add_argument("--pictures", type=int, default=60, help="held-out captions to draw")
@@ -53,10 +54,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 class Training:
     """Updates of one module: the schedule, resuming, checkpoints, a moving average, and a record of it all."""
 
-    def __init__(self, name: str, args: argparse.Namespace, accelerator: Accelerator, module: nn.Module) -> None:
-        self.args, self.accelerator, self.folder = args, accelerator, args.output / name
+    def __init__(
+        self, name: str, args: argparse.Namespace, accelerator: Accelerator, module: nn.Module, lr: float
+    ) -> None:
+        self.args, self.accelerator, self.lr, self.folder = args, accelerator, lr, args.output / name
         self.folder.mkdir(parents=True, exist_ok=True)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.average = EMAModel(self.raw.parameters(), decay=0.9995, use_ema_warmup=True, power=3 / 4)
         self.average.to(accelerator.device)
@@ -71,7 +74,7 @@ class Training:
         updates: int,
         cooldown: float,
         loss: Callable[[nn.Module, torch.Generator], Tensor],
-        look: Callable[[int], dict[str, float]],
+        look: Callable[[], dict[str, float]],
     ) -> None:
         """Go on to `updates`; the learning rate falls to zero over the last `cooldown` of them. `look` measures."""
         self._resume()
@@ -86,7 +89,7 @@ class Training:
         while self.update < updates:
             rest = (updates - self.update) / (cooldown * updates)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.args.lr * min(1.0, (self.update + 1) / 200, rest)
+                group["lr"] = self.lr * min(1.0, (self.update + 1) / 200, rest)
             value = loss(self.module, torch.Generator().manual_seed((self.args.seed << 32) + self.update))
             self.accelerator.backward(value)
             self.accelerator.clip_grad_norm_(self.module.parameters(), 1.0)
@@ -102,7 +105,7 @@ class Training:
                 self._save()
                 if self.update % self.args.pictures_every == 0 or self.update == updates:
                     if self.accelerator.is_main_process:
-                        self._record(loss=mean, **self.with_average(lambda: look(self.update)))
+                        self._record(loss=mean, **self.with_average(look))
                     started = time.monotonic()
         bar.close()
 
@@ -165,7 +168,7 @@ def train_autoencoder(args: argparse.Namespace, accelerator: Accelerator, train:
         latent_channels=4,
     )
     training = Training(
-        "autoencoder", args, accelerator, _Autoencoder(autoencoder).to(memory_format=torch.channels_last)
+        "autoencoder", args, accelerator, _Autoencoder(autoencoder).to(memory_format=torch.channels_last), args.lr
     )
 
     def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
@@ -178,7 +181,7 @@ def train_autoencoder(args: argparse.Namespace, accelerator: Accelerator, train:
         halve = bool(torch.rand((), generator=generator) < 0.25)
         return F.mse_loss(module(images, noise.to(images), halve), F.avg_pool2d(images, 2) if halve else images)
 
-    def look(update: int) -> dict[str, float]:
+    def look() -> dict[str, float]:
         again = _batched(
             held_out, lambda x: training.raw.autoencoder.decode(training.raw.autoencoder.encode(x).latents).sample
         )
@@ -218,56 +221,83 @@ class Data:
 def train_pipeline(
     name: str, recipe: Recipe, args: Any, accelerator: Accelerator, data: Data, vae: AutoencoderTiny
 ) -> None:
-    training = Training(name, args, accelerator, recipe.module.to(memory_format=torch.channels_last))
+    """Whole captions first, which say nearly all of their image; then parts of them, which leave much to the noise."""
 
     def errors(
-        module: nn.Module, rows: Tensor, drop: Tensor, generator: torch.Generator, size: int, part: slice = slice(None)
+        module: nn.Module, rows: Tensor, captions: list[str], generator: torch.Generator, size: int, part: slice
     ) -> Tensor:
         t = torch.rand(len(rows), generator=generator)
         noise = torch.randn(data.latents[size][rows].shape, generator=generator)
-        rows, t, noise, drop = (v[part] for v in (rows, t, noise, drop))
-        return recipe.errors(module, data.latents[size][rows], t, noise, rows, drop)
+        rows, t, noise = (v[part] for v in (rows, t, noise))
+        return recipe.errors(module, data.latents[size][rows], t, noise, captions[part])
 
-    def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
-        """A tenth of the captions is left out, for guidance; a quarter of the batches is of each other size."""
+    def loss(module: nn.Module, generator: torch.Generator, words: bool) -> Tensor:
+        """A quarter of the batches is of each other size."""
         sizes = [*data.latents]
         size = sizes[min(int(4 * torch.rand((), generator=generator)), len(sizes) - 1)]
         rows = data.learn[torch.randint(len(data.learn), (args.batch_size,), generator=generator)]
-        drop = torch.rand(len(rows), generator=generator) < 0.1
-        return errors(module, rows, drop, generator, size, share(accelerator)).mean()
+        captions = leave_out([data.captions[i] for i in rows], generator, words)
+        return errors(module, rows, captions, generator, size, share(accelerator)).mean()
 
-    def look(update: int) -> dict[str, float]:
+    def look(training: Training) -> dict[str, float]:
         rows, generator = data.held_out.repeat(2), torch.Generator().manual_seed(args.seed)
-        size = max(data.latents)
-        held_out = errors(training.raw, rows, torch.zeros(len(rows), dtype=torch.bool), generator, size).mean()
+        size, captions = max(data.latents), [data.captions[i] for i in data.held_out]
+        held_out = errors(training.raw, rows, 2 * captions, generator, size, slice(None)).mean()
         pipe = recipe.pipeline(training.raw, vae)
         pipe.set_progress_bar_config(disable=True)
-        prompts = [data.captions[i] for i in data.held_out[: args.pictures]]
+        prompts = captions[: args.pictures]
         noise = torch.randn(len(prompts), 4, size // 4, size // 4, generator=torch.Generator().manual_seed(args.seed))
         with accelerator.autocast():
             images = pipe(
                 **recipe.call(prompts, size), latents=recipe.pack(noise), num_inference_steps=50, output_type="pt"
             ).images
-        draw(images.mul(2).sub(1), 10, training.folder / f"{update:06d}.png")
+        draw(images.mul(2).sub(1), 10, training.folder / f"{training.update:06d}.png")
         return {"held_out": float(held_out)}
 
-    def save() -> None:
+    def save(module: Any, seconds: float) -> None:
         """In fp16, whole or not at all."""
-        partial, folder = args.output / f"emoji-{name}.partial", args.output / f"emoji-{name}"
-        shutil.rmtree(partial, ignore_errors=True)
-        pipe = recipe.pipeline(copy.deepcopy(training.raw), copy.deepcopy(vae)).to(torch.float16)
-        pipe.save_pretrained(partial)
-        recipe.finish(partial)
-        (partial / "README.md").write_text(card(name, recipe, pipe, training))
+        unfinished, folder = args.output / f"emoji-{name}.partial", args.output / f"emoji-{name}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        pipe = recipe.pipeline(module, vae).to(torch.float16)
+        pipe.save_pretrained(unfinished)
+        for file in unfinished.glob("text_encoder*/config.json"):  # transformers loads in it, diffusers in float32
+            file.write_text(file.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+        recipe.finish(unfinished)
+        (unfinished / "README.md").write_text(card(name, recipe, pipe, args, seconds))
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        os.replace(unfinished, folder)
 
-    training.run(args.updates, 0.25, loss, look)
+    module, seconds = recipe.module.to(memory_format=torch.channels_last), 0.0
+    for stage, updates, lr, cooldown in (
+        (name, args.updates, args.lr, 0.25),
+        (f"{name}-words", args.word_updates, args.lr / 2, 1.0),
+    ):
+        words = stage != name
+        training = Training(stage, args, accelerator, module, lr)
+        training.run(updates, cooldown, partial(loss, words=words), partial(look, training))
+        training.average.copy_to(training.raw.parameters())
+        module, seconds = training.raw, seconds + training.seconds
     if accelerator.is_main_process:
-        training.with_average(save)
+        save(module.eval(), seconds)
 
 
-def card(name: str, recipe: Recipe, pipe: Any, training: Training) -> str:
+def leave_out(captions: Sequence[str], generator: torch.Generator, words: bool) -> list[str]:
+    """A tenth has no caption, for guidance; with `words`, two thirds of the others have part of theirs."""
+    left = ["" if drop < 0.1 else caption for caption, drop in zip(captions, _random(len(captions), generator))]
+    if not words:
+        return left
+    for i, (some, share) in enumerate(zip(_random(len(left), generator), _random(len(left), generator))):
+        if some < 2 / 3:
+            kept = left[i].split()
+            left[i] = " ".join(word for word, chance in zip(kept, _random(len(kept), generator)) if chance < share)
+    return left
+
+
+def _random(count: int, generator: torch.Generator) -> list[float]:
+    return torch.rand(count, generator=generator).tolist()
+
+
+def card(name: str, recipe: Recipe, pipe: Any, args: Any, seconds: float) -> str:
     """The pipeline's model card: what it is, how it is called, how long it took on what."""
     sizes = {k: sum(p.numel() for p in m.parameters()) for k, m in pipe.components.items() if isinstance(m, nn.Module)}
     parts = "\n".join(f"| {k} | {type(pipe.components[k]).__name__} | {n / 1e6:.2f} M |" for k, n in sizes.items())
@@ -288,15 +318,16 @@ pipe = diffusers.DiffusionPipeline.from_pretrained("emoji-{name}")
 pipe("red heart, noto"{arguments}).images[0]
 ```
 
-Prompts are captions such as "grinning face, twemoji" or "waving hand sign, dark skin tone, noto".
+Prompts are captions such as "grinning face, twemoji" or "waving hand sign, dark skin tone, noto", or some of their
+words: "woman, twemoji" draws another one from each noise.
 
 | part | class | parameters |
 |---|---|---|
 {parts}
 
-Learned from 7,372 emoji by `accelerate launch training/pretrain_emoji.py {name}`: {training.update:,} updates of
-{training.args.batch_size} images, {training.seconds / 60:.0f} minutes on {device}, the autoencoder not counted. 200
-emoji were held out; the other style of each was not.
+Learned from 7,372 emoji by `accelerate launch training/pretrain_emoji.py {name}`: {args.updates:,} updates of
+{args.batch_size} images with their captions and {args.word_updates:,} with parts of them, {seconds / 60:.0f} minutes on
+{device}, the autoencoder not counted. 200 emoji were held out; the other style of each was not.
 
 The artwork: Noto Emoji (Google LLC; Apache-2.0 / OFL 1.1) and Twemoji (Twitter, Inc and other contributors; CC-BY 4.0:
 attribution is required wherever it, or a model trained on it, is shipped), from the npm packages
