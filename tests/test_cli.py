@@ -152,6 +152,18 @@ def test_the_example_for_any_number_of_steps_learns(tmp_path: Path) -> None:
         assert image.convert("L").getextrema() == pytest.approx((0, 255), abs=60)
 
 
+def test_the_image_to_image_example_compares_at_equal_evaluations(tmp_path: Path) -> None:
+    own = DyWeightScheduler.from_config(DyWeightScheduler.load_config(ROOT / "examples" / "emoji-sd" / "scheduler"))
+    grid = {"name": "discrete", "sigma_min": 0.0, "sigma_max": 14.6}
+    own.with_continuous(ContinuousTable.initial(2, grid)).save_pretrained(tmp_path)
+    small = ["--samples", "2", "--batch-size", "2", "--calls", "2/4", "--output", str(tmp_path / "img2img.json")]
+    _python(str(ROOT / "examples" / "img2img.py"), str(tmp_path), *small)
+    rows = json.loads((tmp_path / "img2img.json").read_text())["rows"]
+    assert len(rows) == 6 and all((row["strength"], row["nfe"]) == (0.5, 2) for row in rows)
+    errors = {row["solver"]: row["latent_mse"] for row in rows}
+    assert 0 < errors["DyWeight (learned)"] < 10 * min(errors.values())
+
+
 def test_import_needs_no_extra() -> None:
     extras = ["transformers", "accelerate", "matplotlib"]
     _python("-c", f"import sys; sys.modules.update(dict.fromkeys({extras})); import dywspan, dywspan.cli")

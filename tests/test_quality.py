@@ -134,7 +134,9 @@ def test_killed_it_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path) -> N
 
 def test_two_processes_give_the_numbers_of_one(whole: Path, tmp_path: Path) -> None:
     process = start(tmp_path, processes=2)
-    assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
+    code, log = process.wait(timeout=300), (tmp_path / "log").read_text()
+    assert code == 0, log[-3000:]
+    assert log.count("Written to") == 1, "the processes do not know of each other"
     assert measured(tmp_path) == measured(whole)
     assert rows_files(tmp_path).keys() == rows_files(whole).keys()
 

@@ -14,8 +14,15 @@ from torch import Tensor
 
 def _state() -> Any:
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    return PartialState()
+    # Unlike an Accelerator it does not read this itself, and processes on CPUs would not find each other.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def device() -> str:
+    """This process's."""
+    return str(_state().device)
 
 
 def is_main() -> bool:

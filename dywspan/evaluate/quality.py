@@ -26,7 +26,7 @@ from ..distill.embeddings import remembered_prompts
 from ..distill.inputs import check_call, read_inputs
 from ..distill.losses import decode
 from ..distill.pairs import Pairs, Teacher, digest, fingerprint, make_pairs
-from ..distill.processes import is_main
+from ..distill.processes import device, is_main
 from ..distill.progress import autocast
 from ..distill.rollout import Inputs, load_pipeline, sample
 from ..distill.run import find_teacher
@@ -326,9 +326,7 @@ def run(config: QualityConfig) -> dict[str, Any]:
     """
     if config.images is not None:
         return _measure_directory(config)
-    from accelerate import PartialState
-
-    task = prepare(config, str(PartialState().device))
+    task = prepare(config, device())
     results = _facts(config, task.metrics) | {"reference": task.teacher.summary(), "notes": [*task.notes]}
     rows: list[dict[str, Any]] = []
     with remembered_prompts(task.pipe, task.cache / "prompts", task.model) as memory:
