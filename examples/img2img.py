@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--output", default="img2img.json")
     args = parser.parse_args()
 
-    text = DiffusionPipeline.from_pretrained(args.model)
+    text = DiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
     pipe = StableDiffusionImg2ImgPipeline(**text.components, requires_safety_checker=False)
     for each in (text, pipe):
         each.set_progress_bar_config(disable=True)

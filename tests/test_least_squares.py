@@ -136,7 +136,7 @@ def test_memory_is_that_of_sampling(pipe: Any, pairs: Any) -> None:
 
 def test_few_iterations_learn_more_than_many_gradient_steps(pipe: Any, pairs: Any) -> None:
     teacher, train, held_out = pairs
-    table = distill(pipe, teacher, train, held_out, 2, call=CALL, config=replace(CONFIG, batch_size=4))
+    table = distill(pipe, teacher, train, held_out, 2, call=CALL, config=replace(CONFIG, batch_size=4, updates=8))
     error, spent = table.provenance["held_out_error"], table.provenance["evaluations"]
     adam = LearningConfig(updates=12, batch_size=4, lr=3e-2, init="euler", evaluate_every=4, recompute=False)
     other = distill(pipe, teacher, train, held_out, 2, call=CALL, config=adam).provenance

@@ -539,7 +539,7 @@ def test_a_function_half_learned_is_gone_on_with(pixels: Path, continuous: Any, 
     assert learn(pixels, output, **settings, checkpoint_every=1, keep_checkpoints=99, cache=folder / "cache") == 0
     (state,) = (output / "state").iterdir()
     files = sorted(state.glob("*.safetensors"))
-    assert len(files) == settings["updates"]
+    assert 1 < len(files) <= settings["updates"], "of least squares where a Jacobian is computed anew"
     for file in files[1:]:
         file.unlink()
     (output / "scheduler_config.json").unlink()
