@@ -30,7 +30,7 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-UPDATES = 300  # of a solver, by gradients
+UPDATES, ITERATIONS = 300, 30  # of a solver, by gradients and by least squares
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -42,7 +42,7 @@ class LearningConfig:
     """
 
     optimizer: Literal["adam", "adamw", "least_squares"] = option("adamw", "least_squares needs no gradients")
-    updates: int | None = option(None, f"for each solver; default {UPDATES}, least_squares 30")
+    updates: int | None = option(None, f"for each solver; default {UPDATES}, least_squares {ITERATIONS}")
     batch_size: int = option(8, "pairs an update sees, over all processes: results do not depend on their number")
     micro_batch_size: int | None = option(None, "pairs a process computes at a time; by default all of its share")
     lr: float | None = option(None, "peak rate, after warm-up and before cosine decay; default 1e-2, SpanLift 1e-3")

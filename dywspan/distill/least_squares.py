@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .config import LearningConfig
+from .config import ITERATIONS, LearningConfig
 from .losses import Loss, residuals_of
 from .pairs import Pairs
 from .processes import in_turn, is_main, total
@@ -37,7 +37,7 @@ from .student import Student
 # Step of the differences: wide enough to stand out of the rounding of the network's outputs, and to average over the
 # fast oscillations of time embeddings.
 DIFFERENCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 3e-2}
-ITERATIONS, ATTEMPTS = 30, 6
+ATTEMPTS = 6
 LEAST_GAIN = 1e-4  # of the loss, relative: below it the fit has converged
 FIRST_PAIRS, GROWTH_GAIN = 8, 0.05  # pairs it begins with; they double where an iteration gains less
 SECANT_GAIN = 0.02  # below it the Jacobian is computed anew
@@ -69,11 +69,8 @@ class Problem:
     def losses(self) -> list[float]:
         """F_n of each term where the student is."""
         with self.replay.installed():
-            self.trial = [self._run(self.student, term, part).cpu() for _, term, part, _ in self._batches()]
-        sums = torch.zeros(len(self.terms), dtype=torch.float64)
-        for (k, *_, counts), residuals in zip(self._batches(), self.trial):
-            sums[k] += counts * float(residuals.square().sum())
-        return (total(sums.to(self.pipe.device)).cpu() / self._counts()).tolist()
+            self.trial = [self._run(self.student, term, term.pairs[part]).cpu() for _, term, part, _ in self._batches()]
+        return self._means([residuals.square().sum() for residuals in self.trial]).tolist()
 
     def objective(self, losses: Sequence[float]) -> float:
         """F where the student is."""
@@ -89,7 +86,7 @@ class Problem:
         if step is None:
             self.jacobian = []  # freed before the new one is made
             with self.replay.installed():
-                self.jacobian = [self.columns(term, part).cpu() for _, term, part, _ in self._batches()]
+                self.jacobian = [self.columns(term, term.pairs[part]).cpu() for _, term, part, _ in self._batches()]
         else:
             for columns, residuals in zip(self.jacobian, self.trial):
                 direction = step.to(columns) / step.square().sum()
@@ -97,12 +94,9 @@ class Problem:
                 columns[1:].addr_(direction, missed)
                 columns[0] = residuals
         at = self.student.vector()
-        sums = torch.zeros(len(self.terms), len(at) + 1, len(at) + 1, dtype=torch.float64)  # of [r, J]'[r, J]
-        for (k, *_, counts), columns in zip(self._batches(), self.jacobian):
-            sums[k] += counts * (columns @ columns.T).double()
-        sums = total(sums.to(self.pipe.device)).cpu() / self._counts()[:, None, None]
-        losses = sums[:, 0, 0].tolist()
-        mean = (sums / sums[:, :1, :1].clamp(min=1e-30)).mean(0)
+        products = self._means([columns @ columns.T for columns in self.jacobian])  # [r, J]'[r, J]
+        losses = products[:, 0, 0].tolist()
+        mean = (products / products[:, :1, :1].clamp(min=1e-30)).mean(0)
         ridge = self.config.ridge
         return losses, mean[0, 1:] + ridge * (at - self.origin), mean[1:, 1:] + ridge * torch.eye(len(at))
 
@@ -146,25 +140,28 @@ class Problem:
     def _least(self) -> tuple[Term, Pairs]:
         """What takes the fewest steps, and a batch of it."""
         term = min(self.terms, key=lambda term: term.steps)
-        return term, self._share(term)[0][0]
+        return term, next(term.pairs[part] for _, own, part, _ in self._batches() if own is term)
 
-    def _counts(self) -> Tensor:
-        return torch.tensor([len(term.pairs) for term in self.terms])
+    def _means(self, sums: Sequence[Tensor]) -> Tensor:
+        """(terms, ...) float64: what this process's batches sum to, over all processes, by the pair."""
+        means = torch.zeros(len(self.terms), *sums[0].shape, dtype=torch.float64)
+        for (k, *_, counts), value in zip(self._batches(), sums):
+            means[k] += counts * value.double()
+        counts = torch.tensor([len(term.pairs) for term in self.terms])
+        return total(means.to(self.pipe.device)).cpu() / counts.view(-1, *[1] * sums[0].ndim)
 
     def _endpoint(self, student: Student, term: Term, part: Pairs) -> tuple[Tensor, Any]:
         with torch.no_grad(), autocast(self.pipe, self.config.mixed_precision):
             student.apply()
             return sample(self.pipe, student.scheduler, term.steps, part.inputs, part.seeds, term.call)
 
-    def _batches(self) -> list[tuple[int, Term, Pairs, int]]:
-        """This process's: the term's place, the term, its pairs, and what they count."""
-        return [(k, term, *batch) for k, term in enumerate(self.terms) for batch in self._share(term)]
-
-    def _share(self, term: Term) -> list[tuple[Pairs, int]]:
-        """This process's batches, and what each counts."""
-        size = self.config.micro_batch_size or self.config.batch_size
-        starts = range(0, len(term.pairs), size)
-        return [(term.pairs[starts[j] : starts[j] + size], counts) for j, counts in in_turn(len(starts))]
+    def _batches(self) -> list[tuple[int, Term, slice, int]]:
+        """This process's: the term's place, the term, which of its pairs, and what they count."""
+        size, found = self.config.micro_batch_size or self.config.batch_size, []
+        for k, term in enumerate(self.terms):
+            turns = in_turn(-(-len(term.pairs) // size))
+            found += [(k, term, slice(j * size, (j + 1) * size), counts) for j, counts in turns]
+        return found
 
     def _run(self, student: Student, term: Term, part: Pairs) -> Tensor:
         """(B * R,) residuals where a student is."""

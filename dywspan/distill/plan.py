@@ -11,8 +11,7 @@ import torch
 import yaml
 
 from ..artifact import markdown
-from .config import OPTIMIZERS, UPDATES
-from .least_squares import ITERATIONS
+from .config import ITERATIONS, OPTIMIZERS, UPDATES
 from .memory import peak_bytes
 from .pairs import Pairs
 from .processes import is_main, share
