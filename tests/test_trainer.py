@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -653,10 +653,26 @@ def test_operators_are_added_to_those_there_are(pixels: Path, learned: Path, lif
         assert torch.equal(after._state()[name], value)
 
 
+def test_operators_for_tables_that_came_later_are_added_too(
+    pixels: Path, learned: Path, lifted: Path, tmp_path: Path
+) -> None:
+    table, output = DyWeightScheduler.from_pretrained(learned).tables[2], tmp_path / "more"
+    more = replace(table, weights=table.weights[[0, 1, 1, 1]], time_scale=table.time_scale[[0, 1, 1, 1]])
+    shutil.copytree(lifted, output)
+    DyWeightScheduler.from_pretrained(learned).with_tables([more]).save_pretrained(tmp_path / "grown")
+    assert learn(pixels, output, base=tmp_path / "grown", **{**LIFTED, "steps": [4], "shared": False}) == 0
+    after, before = (SpanLiftScheduler.from_pretrained(folder) for folder in (output, lifted))
+    assert sorted(after.lifts) == [2, 3, 4] and sorted(after.tables) == [2, 3, 4]
+    assert lift_to_json(after.lifts[3]) == lift_to_json(before.lifts[3])
+    changed = replace(table, time_scale=1.01 * table.time_scale)
+    DyWeightScheduler.from_pretrained(learned).with_tables([changed]).save_pretrained(tmp_path / "changed")
+    assert learn(pixels, output, base=tmp_path / "changed", **{**LIFTED, "steps": [2], "shared": False}) == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"base": "euler"}, "holds operators that differ in ['tables', 'solver'"),
+        ({"base": "euler"}, "holds operators that differ in ['solver'"),
         ({"order": 3}, "holds operators that differ in ['operator.order']: choose another output"),
         ({"operator": {"width": 8, "blocks": 1}}, "holds operators that differ in ['operator.width']"),
         ({"solver": "dyweight"}, "holds a SpanLiftScheduler: choose another output for a DyWeightScheduler"),

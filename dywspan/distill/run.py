@@ -19,7 +19,7 @@ from ..core.operator import ResidualOperator
 from ..core.step import TWO_STAGE
 from ..schedulers.bind import bind, guidance_argument, guidance_scale
 from ..schedulers.dyweight import DyWeightScheduler
-from ..schedulers.spanlift import BASE, SpanLiftScheduler
+from ..schedulers.spanlift import BASE, SpanLiftScheduler, different_bases
 from .card import Images, draw_samples, provenances, sample_images, steps_of, write_card
 from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, DistillConfig
@@ -75,10 +75,11 @@ class Task:
         calls = self.calls
         return calls[sorted(calls)[len(calls) // 2]] if len(calls) > 1 else calls[None]  # type: ignore[type-var]
 
-    @property
-    def key(self) -> str:
-        """Hash of everything a result depends on."""
+    def key(self, group: list[int]) -> str:
+        """Hash of everything that the result for these numbers of steps depends on."""
         base = self.base and {k: self.base.config.get(k) for k in (*BASE, "lifts", "continuous_lift", "weights_sha256")}
+        if base and base["tables"]:
+            base["tables"] = {n: table for n, table in base["tables"].items() if int(n) in group}
         return digest([self.config.matters, self.model, base, self.inputs, self.held_out_inputs])
 
     def untrained(self, steps: int) -> DyWeightScheduler:
@@ -193,7 +194,7 @@ def run(config: DistillConfig) -> DyWeightScheduler | SpanLiftScheduler | None:
 def _learn(task: Task, group: list[int], log: Log | None) -> Any:
     """One artefact with what one group of step counts learned."""
     config, name = task.config, "-".join(map(str, group))
-    state = Path(config.output) / "state" / f"{name}-{task.key}"
+    state = Path(config.output) / "state" / f"{name}-{task.key(group)}"
     options: dict[str, Any] = {"call": config.call, "config": config, "loss": task.loss, "log": log}
     options["checkpoints"] = Checkpoints(state, config.checkpoint_every, config.keep_checkpoints)
     if task.base is not None:
@@ -335,7 +336,7 @@ def _check_extension(existing: SpanLiftScheduler | None, base: DyWeightScheduler
     if existing is None:
         return
     size = {"order": config.order, **config.operator}
-    wrong = [key for key in BASE if existing.config[key] != base.config[key]]
+    wrong = different_bases(existing.config, base.config)
     wrong += ["layout"] if existing.config["layout"] != config.layout else []
     wrong += [f"operator.{k}" for k, v in size.items() if existing.config["operator"].get(k, v) != v]
     if wrong:

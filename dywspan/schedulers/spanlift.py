@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,13 @@ logger = logging.get_logger(__name__)
 _DOWNLOAD = ("cache_dir", "token", "revision", "local_files_only", "force_download")
 BASE = ("tables", "continuous", "solver", "order", "grid")  # settings that make the base solver what it is
 _NOT_THE_BASE = ("self", "__class__", "layout", "operator", "lifts", "continuous_lift", "weights_sha256")
+
+
+def different_bases(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """What keeps the bases of two configurations apart; tables for other numbers of steps do not."""
+    tables, more = ours["tables"] or {}, theirs["tables"] or {}
+    clash = any(tables[n] != more[n] for n in tables.keys() & more.keys())
+    return ["tables"] * clash + [k for k in BASE if k != "tables" and ours[k] != theirs[k]]
 
 
 class SpanLiftScheduler(DyWeightScheduler):
@@ -164,14 +171,18 @@ class SpanLiftScheduler(DyWeightScheduler):
     def with_lifts(self, other: SpanLiftScheduler) -> SpanLiftScheduler:
         """A copy that holds the lifts and operators of ``other`` besides its own (same name or step count: replaced).
 
-        So does a continuous lift replace another.
+        So does a continuous lift replace another; and it holds the tables of both bases.
 
         Raises:
             ValueError: their bases, layouts or operator sizes differ.
         """
-        if different := [k for k in (*BASE, "layout", "operator") if self.config[k] != other.config[k]]:
+        different = [k for k in ("layout", "operator") if self.config[k] != other.config[k]]
+        if different := different_bases(self.config, other.config) + different:
             raise ValueError(f"These SpanLift solvers differ in {different}: they cannot share one artefact.")
         merged, theirs = copy.deepcopy(self), copy.deepcopy(other)
+        if theirs.tables:
+            merged.tables |= theirs.tables
+            merged.register_to_config(tables={**merged.config["tables"], **theirs.config["tables"]})
         merged.lifts |= theirs.lifts
         merged.operators |= theirs.operators
         merged.continuous_lift = theirs.continuous_lift or merged.continuous_lift
