@@ -111,6 +111,13 @@ def test_rows_are_those_of_samples_made_by_hand(tmp_path: Path) -> None:
         assert (levels - mine).abs().max() <= 1 and (levels != mine).float().mean() < 0.01
         assert float(rows["latent_mse"][i]) == pytest.approx(float((end - target).square().mean()), rel=1e-4)
         assert float(rows["psnr"][i]) == pytest.approx(float(psnr), abs=0.05)
+    # The reference's images are decoded once for all solvers, and are the same ones.
+    shown: dict[int, torch.Tensor] = {}
+    for solver in ("euler", "adams"):
+        before = evaluate(pipe, ours(solver=solver), 2, inputs, seeds, metrics, **options)
+        kept = evaluate(pipe, ours(solver=solver), 2, inputs, seeds, metrics, shown=shown, **options)
+        assert torch.equal(kept["psnr"], before["psnr"]) and sorted(shown) == [0, 1]
+        assert all(levels.dtype == torch.uint8 for levels in shown.values())
     # In lower precision the samples are others: they must not be found in the cache of these.
     lower = evaluate(pipe, ours(solver="euler"), 2, inputs, seeds, metrics, cache=tmp_path, precision="bf16", **options)
     assert not torch.equal(lower["latent_mse"], rows["latent_mse"])

@@ -77,9 +77,9 @@ class Task:
 
     def key(self, group: list[int]) -> str:
         """Hash of everything that the result for these numbers of steps depends on."""
-        base = self.base and {k: self.base.config.get(k) for k in (*BASE, "lifts", "continuous_lift", "weights_sha256")}
-        if base and base["tables"]:
-            base["tables"] = {n: table for n, table in base["tables"].items() if int(n) in group}
+        own = {} if self.base is None else self.base.config
+        base = {k: own.get(k) for k in (*BASE, "lifts", "continuous_lift", "weights_sha256")}
+        base["tables"] = {n: table for n, table in (base["tables"] or {}).items() if int(n) in group}
         return digest([self.config.matters, self.model, base, self.inputs, self.held_out_inputs])
 
     def untrained(self, steps: int) -> DyWeightScheduler:

@@ -37,6 +37,8 @@ from .metrics import METRICS, Metric, Sample, interval
 from .report import draw_samples, file_stem, plots, table, write_results
 from .rows import measure
 
+KEPT = 2**30  # bytes of decoded reference images
+
 
 @dataclass(frozen=True)
 class QualityConfig:
@@ -148,6 +150,7 @@ def evaluate(
     solver: Mapping[str, Any] | None = None,
     model: str | None = None,
     title: str | None = None,
+    shown: dict[int, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Rows of metrics for one solver, each sample from the noise of its own seed.
 
@@ -161,6 +164,7 @@ def evaluate(
         precision: "no", "bf16" or "fp16": autocast of the solver's evaluations.
         solver: all that determines the solver's endpoints; the scheduler's configuration by default.
         model: what stands for the pipeline in the hash; a fingerprint of its weights by default.
+        shown: the reference's decoded images by batch, to keep for the next solver; at most 1 GiB of them.
 
     Returns:
         (N, D) float32 by metric, in the order of ``seeds``.
@@ -169,6 +173,14 @@ def evaluate(
     if scheduler is None and reference is None:
         raise ValueError("scheduler=None measures the reference: give one.")
     parts = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
+    images = partial(to_images, pipe, layout=layout, size=size)
+
+    def show(j: int, target: Tensor) -> Tensor:
+        kept = {} if shown is None else shown
+        levels = kept[j] if j in kept else (images(target) * 255).round().byte()
+        if sum(v.nbytes for v in kept.values()) < KEPT:
+            kept[j] = levels
+        return levels / 255
 
     def make(j: int) -> Sample:
         own, target = parts[j], None if reference is None else reference[parts[j]].endpoints.to(pipe.device)
@@ -178,10 +190,9 @@ def evaluate(
         else:
             with autocast(pipe, precision):
                 latents = sample(pipe, scheduler, steps, inputs[own], seeds[own], call)[0].float()
-        images = partial(to_images, pipe, layout=layout, size=size)
         prompts = [str(arguments["prompt"]) for arguments in inputs[own]] if "prompt" in inputs[0] else None
-        shown = images(target) if target is not None and "reference_images" in needs else None
-        return Sample(images(latents), prompts, latents, shown, target)
+        aim = show(j, target) if target is not None and "reference_images" in needs else None
+        return Sample(images(latents), prompts, latents, aim, target)
 
     folder = None
     if cache is not None:
@@ -350,7 +361,7 @@ def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     reference = None
     if config.base or any(n.startswith("reference") for m in task.metrics for n in m.needs):
         reference = make_pairs(pipe, task.teacher, task.inputs, seeds, cache=task.cache / "pairs", **options)
-    options |= {"cache": task.cache, "reference": reference, "layout": config.layout}
+    options |= {"cache": task.cache, "reference": reference, "layout": config.layout, "shown": {}}
     options["size"] = config.latent_size and tuple(config.latent_size)
     if (alone := [m for m in task.metrics if not _is_paired(m)]) and reference is not None:
         own = {"solver": "reference", "scheduler": type(task.teacher.scheduler).__name__}
