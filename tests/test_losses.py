@@ -168,6 +168,16 @@ def test_the_loss_weighs_latents_and_averages_over_maps() -> None:
     torch.testing.assert_close(make_loss(pipe, "l1", pair, 0.25)(pipe, z, target), expected)
 
 
+def test_root_mean_squares_are_of_each_sample_alone() -> None:
+    pipe, target = _pipe(), torch.zeros(3, 4, 2, 2, dtype=torch.float64)
+    z = torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)[:, None, None, None].expand_as(target).clone()
+    value = make_loss(pipe, "rmse")(pipe, z.requires_grad_(), target)
+    assert float(value.detach()) == pytest.approx((0 + 0.5 + 2) / 3, abs=1e-6)
+    value.backward()
+    assert z.grad is not None and bool(z.grad.isfinite().all())
+    torch.testing.assert_close(z.grad[1:].flatten(1).norm(dim=1), torch.full((2,), 1 / 12, dtype=torch.float64))
+
+
 def test_without_a_latent_weight_the_latent_term_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, (z, target) = _pipe(), _latents()
     monkeypatch.setitem(LATENT, "mse", lambda a, b: torch.full((), torch.nan))
@@ -362,7 +372,7 @@ def test_decoding_and_encoding_are_in_one_piece_and_give_slicing_and_tiling_back
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"latent": "l2"}, "latent='l2' is none of mse, l1, huber"),
+        ({"latent": "l2"}, "latent='l2' is none of mse, rmse, l1, huber"),
         ({"layout": "bchw"}, "layout='bchw' is none of image, video"),
         (
             {"features": "vgg"},

@@ -25,7 +25,18 @@ from ..core.layout import LAYOUTS, Size
 Loss = Callable[[Any, Tensor, Tensor], Tensor]
 Features = Callable[[Tensor], Sequence[Tensor]]
 
-LATENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse_loss, "l1": l1_loss, "huber": huber_loss}
+
+def rmse_loss(endpoint: Tensor, target: Tensor) -> Tensor:
+    """Mean over samples of (mean (z - z*)^2)^(1/2): less ruled by samples that end in another image than the mse."""
+    return torch.linalg.vector_norm(_scaled_difference(endpoint, target), dim=1).mean()  # without a slope at 0
+
+
+LATENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": mse_loss,
+    "rmse": rmse_loss,
+    "l1": l1_loss,
+    "huber": huber_loss,
+}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 PATIENCE = 10.0  # seconds without an answer after which a download is given up
 
@@ -73,13 +84,14 @@ def make_loss(
         return value + torch.stack([mse_loss(a, b) for a, b in zip(student, reference)]).mean().to(value.device)
 
     def residuals(pipe: Any, endpoint: Tensor, target: Tensor) -> Tensor:
-        maps = [(weight**0.5 * endpoint, weight**0.5 * target)] if weight else []
+        rows = [weight**0.5 * RESIDUALS[latent](endpoint, target)] if weight else []
         if network is not None:
-            outputs = [network(decode(pipe, z, layout, size)) for z in (endpoint, target)]
-            maps += [(a / len(outputs[0]) ** 0.5, b / len(outputs[1]) ** 0.5) for a, b in zip(*outputs)]
-        return torch.cat([_scaled_difference(a, b).to(endpoint.device) for a, b in maps], 1)
+            maps = zip(*(network(decode(pipe, z, layout, size)) for z in (endpoint, target)))
+            own = [_scaled_difference(a, b) for a, b in maps]
+            rows += [differences.to(endpoint.device) / len(own) ** 0.5 for differences in own]
+        return torch.cat(rows, 1)
 
-    if latent == "mse" or not weight:
+    if latent in RESIDUALS or not weight:
         loss.residuals = residuals  # type: ignore[attr-defined]
     terms = [f"latent_{latent}" if weight == 1 else f"{weight:g} latent_{latent}"] if weight else []
     if features is not None:
@@ -104,13 +116,24 @@ def residuals_of(loss: Loss) -> Callable[[Any, Tensor, Tensor], Tensor]:
     """
     if not hasattr(loss, "residuals"):
         name = getattr(loss, "__name__", loss)
-        raise ValueError(f"Loss {name!r} is no sum of squares, which least_squares needs: use loss='mse', or adam.")
+        raise ValueError(
+            f"Loss {name!r} is no sum of squares, which least_squares needs: use loss='mse' or 'rmse', or adam."
+        )
     return loss.residuals  # type: ignore[attr-defined]
 
 
 def _scaled_difference(a: Tensor, b: Tensor) -> Tensor:
     """(B, R), rows whose squares sum to the mean squared difference."""
     return ((a - b) / a[0].numel() ** 0.5).flatten(1)
+
+
+def _root_difference(a: Tensor, b: Tensor) -> Tensor:
+    """(B, R), rows whose squares sum to the root mean square of the difference: r / |r|^(1/2)."""
+    rows = _scaled_difference(a, b)
+    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-30) ** 0.5
+
+
+RESIDUALS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": _scaled_difference, "rmse": _root_difference}
 
 
 @torch.no_grad()
