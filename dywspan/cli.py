@@ -209,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, nargs="+", default=[3, 5, 7])
     sub.add_argument("--samples", type=int, default=48, help="prompts the table is measured on")
     sub.add_argument("--columns", type=int, default=10, help="prompts the picture shows")
-    sub.add_argument("--guidance-scale", type=float, default=4.0)
+    sub.add_argument("--guidance-scale", type=float, default=1.0)
     sub.add_argument("--output", default="demo.png")
     sub.add_argument("--json", help="also write the table here")
 

@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--calls", nargs="+", default=CALLS, help="strengths: evaluations / steps of the whole way")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--output", default="img2img.json")
     args = parser.parse_args()
 

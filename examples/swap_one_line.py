@@ -17,5 +17,5 @@ prompt, output = sys.argv[1:] or ("red heart, noto", "heart.png")
 pipe = DiffusionPipeline.from_pretrained(here / "emoji-sd").to(torch.float32)
 pipe.scheduler = DyWeightScheduler.from_pretrained(here / "emoji-sd-solvers")
 
-image = pipe(prompt, num_inference_steps=5, guidance_scale=4, generator=torch.manual_seed(0)).images[0]
+image = pipe(prompt, num_inference_steps=5, guidance_scale=1, generator=torch.manual_seed(0)).images[0]
 image.resize((256, 256)).save(output)

@@ -188,9 +188,10 @@ def test_the_embedded_pipelines_files_are_ready_to_run(
     assert main(["distill", "--config", f"training/configs/{file}", "--dry-run", *small, *rest]) == 0
     printed = capsys.readouterr().out
     config = read(Path(file).stem)
-    assert re.search(rf"\| teacher +\| 320 pairs +\| {320 * 50} ", printed)
+    pairs, samples = config.pairs + config.held_out, (config.updates or 0) * config.batch_size
+    assert re.search(rf"\| teacher +\| {pairs} pairs +\| {pairs * 50} ", printed)
     for n in config.steps:
-        assert re.search(rf"\| {n} steps, learning +\| 2400 samples +\| {2400 * n} ", printed)
+        assert re.search(rf"\| {n} steps, learning +\| {samples} samples +\| {samples * n} ", printed)
     assert list(tmp_path.iterdir()) == [], "a dry run writes nothing"
 
 

@@ -157,9 +157,9 @@ def test_what_is_added_computes_only_itself(whole: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(quality, "sample", watched)
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    more = run(config(tmp_path, solvers=["DDIM", "Euler", LEARNED], steps=[2, 3, 4]))
-    made = {("EulerDiscreteScheduler", 2), ("EulerDiscreteScheduler", 3), ("EulerDiscreteScheduler", 4)}
-    assert {*asked} == made | {("DDIMScheduler", 4)} and len(asked) == 4 * 4  # of four batches each
+    more = run(config(tmp_path, solvers=["DDIM", "Euler", LEARNED], steps=[2, 3, 6]))
+    made = {("EulerDiscreteScheduler", 2), ("EulerDiscreteScheduler", 3), ("EulerDiscreteScheduler", 6)}
+    assert {*asked} == made | {("DDIMScheduler", 6)} and len(asked) == 4 * 4  # of four batches each
     known = {(row["solver"], row["nfe"]): row for row in measured(whole)}
     assert all(row == known[key] for row in more["rows"] if (key := (row["solver"], row["nfe"])) in known)
     asked.clear()
@@ -254,7 +254,7 @@ def test_a_cost_that_cannot_be_met_is_an_empty_cell(whole: Path) -> None:
     }
     assert result["notes"] == [
         "Heun, 2 evaluations: no number of steps costs 2 evaluations",
-        "DyWeight (learned), 2 evaluations: learned for [3, 5, 7] steps",
+        "DyWeight (learned), 2 evaluations: learned for [3, 4, 5, 7] steps",
     ]
 
 
@@ -438,7 +438,7 @@ def _wrong(tmp_path: Path) -> None:
         (["--solvers", "no/such/artefact"], "no/such/artefact"),
         (["--solvers", "NeuralSolver"], "none is published for networks whose noise starts at sigma 14.61"),
         (["--solvers", "DDIM", "--base", "Euler"], "base='Euler' is not among the solvers"),
-        (["--solver", LEARNED, "--steps", "4"], "learned for [3, 5, 7] steps. Drop it"),
+        (["--solver", LEARNED, "--steps", "6"], "learned for [3, 4, 5, 7] steps. Drop it"),
         (["--solver", "flow"], "learned for Flow networks, and this one is of kind Velocity"),
         (["--prompts", "none.txt"], "there is no such file"),
         (["--prompts", "few.txt"], "has 2 prompts, samples=4 are needed: lower samples, or set repeat_prompts"),
