@@ -177,7 +177,7 @@ def evaluate(
 
     def show(j: int, target: Tensor) -> Tensor:
         kept = {} if shown is None else shown
-        levels = kept[j] if j in kept else (images(target) * 255).round().byte()
+        levels = kept[j] if j in kept else (images(target) * 255).round().byte().cpu()
         if sum(v.nbytes for v in kept.values()) < KEPT:
             kept[j] = levels
         return levels / 255

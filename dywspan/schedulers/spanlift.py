@@ -182,7 +182,7 @@ class SpanLiftScheduler(DyWeightScheduler):
         merged, theirs = copy.deepcopy(self), copy.deepcopy(other)
         if theirs.tables:
             merged.tables |= theirs.tables
-            merged.register_to_config(tables={**merged.config["tables"], **theirs.config["tables"]})
+            merged.register_to_config(tables={**(merged.config["tables"] or {}), **theirs.config["tables"]})
         merged.lifts |= theirs.lifts
         merged.operators |= theirs.operators
         merged.continuous_lift = theirs.continuous_lift or merged.continuous_lift
