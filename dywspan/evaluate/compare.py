@@ -75,6 +75,6 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     lines: dict[str, dict[str, str]] = {}
     for r in rows:
         line = lines.setdefault(r["solver"], {"solver": r["solver"]})
-        cell = f"{r['latent_mse']:.3f} / {1e3 * r['feature_distance']:.2f} / {r['seconds_per_image']:.2f} s"
+        cell = f"{r['latent_mse']:.4f} / {1e3 * r['feature_distance']:.3f} / {r['seconds_per_image']:.2f} s"
         line[f"{r['num_inference_steps']} steps"] = cell
     return list(lines.values())
