@@ -116,7 +116,7 @@ def test_distill_then_demo_in_processes_of_their_own(tmp_path: Path) -> None:
     output = _run(*show, "--output", tmp_path / "demo.png", "--json", results)
     rows = json.loads(results.read_text())["rows"]
     assert [r["solver"] for r in rows][-1] == "DyWeight (learned)" and all(r["nfe"] == 2 for r in rows)
-    assert all(f"{r['latent_mse']:.3f} / {1e3 * r['feature_distance']:.2f}" in output for r in rows)
+    assert all(f"{r['latent_mse']:.4f} / {1e3 * r['feature_distance']:.3f}" in output for r in rows)
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.height > 6 * 96  # the reference and five solvers
 
