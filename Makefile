@@ -22,7 +22,7 @@ DISTILL := HF_HUB_OFFLINE=1 $(BIN)/dywspan distill --config training/configs
 solvers: .venv/installed-train
 	$(DISTILL)/emoji_sd_dyweight.yaml
 	$(DISTILL)/emoji_sd_spanlift.yaml
-	$(DISTILL)/emoji_sd_spanlift.yaml --steps 7 --lr 3e-4
+	$(DISTILL)/emoji_sd_spanlift.yaml --steps 7 --lr 3e-4 --updates 600 --evaluate-every 100
 
 .venv/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -28,7 +28,7 @@ Features = Callable[[Tensor], Sequence[Tensor]]
 
 def rmse_loss(endpoint: Tensor, target: Tensor) -> Tensor:
     """Mean over samples of (mean (z - z*)^2)^(1/2): less ruled by samples that end in another image than the mse."""
-    return torch.linalg.vector_norm(_scaled_difference(endpoint, target), dim=1).mean()  # without a slope at 0
+    return _root_difference(endpoint, target).square().sum(1).mean()  # without a slope at 0
 
 
 LATENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -182,7 +182,10 @@ def decode(pipe: Any, latents: Tensor, layout: str = "image", size: Size | None 
     std, mean = (torch.as_tensor(v, dtype=z.dtype, device=z.device).reshape(-1, 1, 1) for v in (std, mean))
     z = (z * std / (config.get("scaling_factor") or 1.0) + mean).to(vae.device, vae.dtype)
     with _in_one_piece(vae):
-        return (vae.decode(z[:, :, None]).sample[:, :, 0] if _is_video(vae) else vae.decode(z).sample).float()
+        if _is_video(vae):
+            return vae.decode(z[:, :, None]).sample[:, :, 0].float()
+        # Convolutions keep this memory format, and are the faster for it: a quarter to a third on a CPU.
+        return vae.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()
 
 
 def _vae(pipe: Any) -> Any:

@@ -52,7 +52,12 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     raise ValueError(f"{path} does not hold an evaluation: make one with `dywspan eval` or `dywspan bench`.")
 
 
-def table(results: Mapping[str, Any], metrics: Sequence[str] | None = None, steps: Sequence[int] | None = None) -> str:
+def table(
+    results: Mapping[str, Any],
+    metrics: Sequence[str] | None = None,
+    steps: Sequence[int] | None = None,
+    intervals: bool = True,
+) -> str:
     """Markdown: for every metric, a line a solver and a column a number of evaluations (NFE).
 
     A cell is the number, plus or minus half its 95 % interval; the best of a column is bold. A bench without metrics is
@@ -62,6 +67,7 @@ def table(results: Mapping[str, Any], metrics: Sequence[str] | None = None, step
         results: see :func:`read_results`.
         metrics: only these; of a bench without metrics, only these columns.
         steps: only these.
+        intervals: whether to show them; without, numbers have the same digits.
 
     Raises:
         ValueError: none of them was measured.
@@ -70,7 +76,7 @@ def table(results: Mapping[str, Any], metrics: Sequence[str] | None = None, step
         return _plain(results["rows"], metrics, steps)
     if "variant" in results["rows"][0]:
         alone = by_variant(results).items()
-        return "\n\n".join(f"### {name}\n\n{table(part, metrics, steps)}" for name, part in alone)
+        return "\n\n".join(f"### {name}\n\n{table(part, metrics, steps, intervals)}" for name, part in alone)
     reference = [row for row in results["rows"] if row["solver"] == "reference"]
     rows = [row for row in results["rows"] if row not in reference and (steps is None or row.get("nfe") in steps)]
     wanted = [name for name in results["metrics"] if metrics is None or name in metrics]
@@ -83,8 +89,12 @@ def table(results: Mapping[str, Any], metrics: Sequence[str] | None = None, step
         title = [f"**{name}**, {'lower' if better is min else 'higher'} is better"]
         title += [f"{key} {value}" for key, value in facts.items()]
         title += [f"reference ({row['nfe']} NFE) {number(row, name)}" for row in reference if name in row]
+
+        def text(row: Mapping[str, Any], name: str = name) -> str:
+            return number(row, name) if intervals else number(row, name).split(" ")[0]
+
         best = {nfe: better(row[name] for row in rows if row.get("nfe") == nfe) for nfe in {r.get("nfe") for r in rows}}
-        cells = [f"**{number(r, name)}**" if r[name] == best[r.get("nfe")] else number(r, name) for r in rows]
+        cells = [f"**{text(r)}**" if r[name] == best[r.get("nfe")] else text(r) for r in rows]
         parts += ["; ".join(title) + ":", _grid(rows, cells)]
         if closing := [row for row in rows if name in row.get("gap_closed", {})]:
             parts.append(f"Share of the way from {results['settings']['base']} to the reference, {name}:")
