@@ -39,7 +39,7 @@ DOCUMENT = ROOT / "docs" / "training.md"
 POLYNOMIAL = {"name": "polynomial", "rho": 7.0, "sigma_min": 0.002, "sigma_max": 80.0}
 LSUN_RANGE = {"name": "discrete", "sigma_min": 0.03876, "sigma_max": 83.82}
 SD_RANGE = {"name": "discrete", "sigma_min": 0.029167532920837402, "sigma_max": 14.614641189575195}
-TABLE = dict(solver="dyweight", optimizer="adam", init="ipndm", afs=False, bounded=False, weight_decay=0.0, clip=1.0)
+TABLE = dict(solver="dyweight", optimizer="adam", init="ipndm", afs=False, bounded=0.0, weight_decay=0.0, clip=1.0)
 LIFT = dict(solver="spanlift", operator={"width": 64, "blocks": 2, "kernel": 3})
 EQ_16 = dict(loss="mse", features="dinov2", latent_weight=0.1)
 EDM = dict(teacher="ipndm", teacher_steps=35, teacher_grid=POLYNOMIAL, pairs=10_000, order=3, features="inception")
@@ -64,7 +64,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "sd15_dyweight": dict(TABLE, **SD15, **LATENT_MSE, order=2, steps=[4, 6, 8, 10], batch_size=2, lr=5e-4),
     "flux_dyweight": dict(
         dict(TABLE, **FLUX, **LATENT_MSE, steps=[3, 5, 7, 9], lr=1e-3, grid={"name": "flow"}),
-        **dict(optimizer="adamw", weight_decay=5e-2, init="euler", bounded=True),
+        **dict(optimizer="adamw", weight_decay=5e-2, init="euler", bounded=0.5),
     ),
     "sana_dyweight": dict(TABLE, **SANA, order=2),
     "cifar10_spanlift": dict(EDM, **LIFT, steps=[3, 4, 5, 6]),

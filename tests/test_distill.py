@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -44,7 +45,7 @@ def _table(pipe: Any, n: int = 2) -> SolverTable:
     return SolverTable.initial(n, 2, default_grid(scheduler), scheduler.host.prediction, base="euler")
 
 
-def _student(pipe: Any, bounded: bool) -> TableStudent:
+def _student(pipe: Any, bounded: float = 0.0) -> TableStudent:
     return TableStudent(DyWeightScheduler.from_config(pipe.scheduler.config), _table(pipe), bounded)
 
 
@@ -118,7 +119,7 @@ def test_gradients_through_the_pipeline_are_those_of_central_differences(recompu
 def test_recomputing_changes_memory_not_gradients(pipe: Any) -> None:
     grads = []
     for recompute in (False, True):
-        learned = _student(pipe, bounded=False)
+        learned = _student(pipe)
         with frozen(pipe, recompute):
             scheduler = _scheduler(pipe, learned.table())
             x, _ = rollout(pipe, scheduler, prompt=PROMPTS[0], generator=generators([0]), num_inference_steps=2, **CALL)
@@ -214,15 +215,27 @@ def test_a_loss_that_is_not_finite_stops_and_says_where(pipe: Any, monkeypatch: 
 
 
 def test_bounded_time_scale_starts_at_the_table_and_stays_between_a_half_and_three_halves(pipe: Any) -> None:
-    learned = _student(pipe, bounded=True)
+    learned = _student(pipe, bounded=0.5)
     torch.testing.assert_close(learned.table().time_scale, torch.ones(2, dtype=torch.float64))
     for extreme, bound in ((50.0, 1.5), (-50.0, 0.5)):
         learned.phi.data.fill_(extreme)
         torch.testing.assert_close(learned.table().time_scale, torch.full((2,), bound, dtype=torch.float64))
 
 
+def test_a_bounded_student_moves_in_the_time_scale_itself_and_stops_at_its_bounds(pipe: Any) -> None:
+    learned = _student(pipe, bounded=0.1)
+    learned.move(torch.tensor([1.1, 1.4, -0.4, 0.97, 3.0], dtype=torch.float64))
+    expected = torch.tensor([1.1, 1.4, -0.4, 0.97, 1.1], dtype=torch.float64)
+    torch.testing.assert_close(learned.vector(), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(learned.table().time_scale, learned.vector()[3:], rtol=0, atol=0)
+    at = learned.vector()
+    learned.move(at)
+    torch.testing.assert_close(learned.vector(), at, rtol=0, atol=1e-12)
+    assert math.isfinite(float(learned.phi.sum()))  # so that gradients can go on from here
+
+
 def test_entries_that_do_not_exist_are_never_learned(pipe: Any) -> None:
-    learned = _student(pipe, bounded=False)
+    learned = _student(pipe)
     learned.table().weights.sum().backward()
     assert learned.weights.grad is not None and float(learned.weights.grad[0, 1]) == 0
 

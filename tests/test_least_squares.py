@@ -17,7 +17,7 @@ from test_trainable import fresh as fresh_subject
 from dywspan import DyWeightScheduler, SpanLiftScheduler
 from dywspan.distill.checkpoints import Checkpoints
 from dywspan.distill.config import LearningConfig
-from dywspan.distill.least_squares import DIFFERENCE, Problem
+from dywspan.distill.least_squares import DIFFERENCE, Problem, _target
 from dywspan.distill.losses import latent_mse, make_loss
 from dywspan.distill.memory import peak_bytes
 from dywspan.distill.pairs import Pairs, Teacher, fresh, make_pairs
@@ -60,6 +60,42 @@ def test_columns_are_those_of_autograd(name: str, solver: str) -> None:
         assert float((columns[1:] @ u - exact).norm() / exact.norm()) < 1e-3
 
 
+def test_at_a_bound_columns_are_seen_from_the_other_side() -> None:
+    """The number that is as large as it may be has the column it would have without bounds."""
+    subject = fresh_subject("StableDiffusionPipeline")
+    free, bounded = _problem(subject), _problem(subject)
+    (term,), pairs = free.terms, free.terms[0].pairs
+    student = bounded.student
+    assert isinstance(student, TableStudent)
+    student.bounded = 0.1
+    at = free.student.vector()
+    at[-1] = 1.2
+    student.move(at)
+    at = student.vector()
+    assert 1.09 < float(at[-1]) < 1.1
+    free.student.move(at)
+    ours, expected = bounded.columns(term, pairs)[1:], free.columns(term, pairs)[1:]
+    assert float((ours - expected).norm() / expected.norm()) < 1e-2
+    assert float(ours[-1].norm()) > 0.5 * float(expected[-1].norm()) > 0
+
+
+def test_a_solution_stops_at_bounds_and_the_other_numbers_know() -> None:
+    """Of a quadratic, the least in the box: by hand, x_1 = 0.1 at its bound, x_0 what is best then."""
+    subject = fresh_subject("StableDiffusionPipeline")
+    student = _problem(subject).student
+    assert isinstance(student, TableStudent)
+    start, student.bounded = student.vector(), 0.1
+    student.move(start)
+    size = len(start)
+    matrix, gradient = torch.eye(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+    matrix[0, -1] = matrix[-1, 0] = 0.5
+    gradient[-1] = -1.0  # alone, the last would go on by 4/3
+    reached = _target(student, start, matrix, gradient) - start
+    expected = 0.1 * (1 - 1e-3)
+    torch.testing.assert_close(float(reached[-1]), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(float(reached[0]), -0.5 * expected, rtol=0, atol=1e-9)
+
+
 def test_replay_is_exact_and_spares_what_does_not_change() -> None:
     subject = fresh_subject("StableDiffusionPipeline")
     calls: dict[bool, int] = {}
@@ -68,7 +104,8 @@ def test_replay_is_exact_and_spares_what_does_not_change() -> None:
         problem, meter = _problem(subject), Meter(subject.pipe)
         problem.replays = replays
         with meter.running():
-            results.append(problem.normal_equations())
+            start, *curvature = problem.normal_equations()
+            results.append((start.losses, *curvature))
         calls[replays] = meter.counts["student"]
     for with_replay, without in zip(*results):
         assert torch.equal(torch.as_tensor(with_replay), torch.as_tensor(without))
@@ -127,8 +164,8 @@ def test_memory_is_that_of_sampling(pipe: Any, pairs: Any) -> None:
     student = TableStudent(scheduler, initial_table(scheduler, 3, CONFIG, None))
     config = replace(CONFIG, batch_size=4)
     problem = Problem(pipe, student, [Term(3, CALL, train, train)], config=config, loss=latent_mse)
-    problem.losses()  # what is made once and kept is not counted
-    _, sampling = peak_bytes(problem.losses)
+    problem.move(student.vector())  # what is made once and kept is not counted
+    _, sampling = peak_bytes(lambda: problem.move(student.vector()))
     _, learning = peak_bytes(problem.normal_equations)
     kept = sum(columns.nbytes for columns in problem.jacobian)  # on the CPU, wherever the pipeline is
     assert sampling < learning < 1.1 * sampling + kept
@@ -136,7 +173,7 @@ def test_memory_is_that_of_sampling(pipe: Any, pairs: Any) -> None:
 
 def test_few_iterations_learn_more_than_many_gradient_steps(pipe: Any, pairs: Any) -> None:
     teacher, train, held_out = pairs
-    table = distill(pipe, teacher, train, held_out, 2, call=CALL, config=replace(CONFIG, batch_size=4, updates=8))
+    table = distill(pipe, teacher, train, held_out, 2, call=CALL, config=replace(CONFIG, batch_size=4, updates=6))
     error, spent = table.provenance["held_out_error"], table.provenance["evaluations"]
     adam = LearningConfig(updates=12, batch_size=4, lr=3e-2, init="euler", evaluate_every=4, recompute=False)
     other = distill(pipe, teacher, train, held_out, 2, call=CALL, config=adam).provenance

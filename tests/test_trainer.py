@@ -388,7 +388,7 @@ def test_a_second_run_adds_to_the_artefact(pixels: Path, learned: Path, tmp_path
         ({"afs": True}, lambda t: t.afs and len(t.weights) == 3),
         ({"time_shifting": False}, lambda t: not t.time_shifting and bool((t.time_scale != 1).any())),
         ({"time_scaling": False}, lambda t: bool((t.time_scale == 1).all())),
-        ({"bounded": True, "lr": 1.0}, lambda t: bool(((t.time_scale - 1).abs() < 0.5).all()) and t.time_scale[1] != 1),
+        ({"bounded": 0.5, "lr": 1.0}, lambda t: bool(((t.time_scale - 1).abs() < 0.5).all()) and t.time_scale[1] != 1),
         ({"order": 1}, lambda t: t.weights.shape == (2, 1)),
         ({"init": "euler", "loss": "l1"}, lambda t: t.provenance["loss"] == "latent_l1"),
         ({"optimizer": "adam", "micro_batch_size": 3, "recompute": True}, lambda t: True),

@@ -53,7 +53,7 @@ class LearningConfig:
     regression: int = option(0, "teacher paths that the first weights are fitted to, row by row; 0: start from init")
     horizon: float = option(8.0, "continuous: steps from which on the solver turns into its start, init or base")
     afs: bool = option(False, "analytical first step: one network evaluation less, for VE and VP models")
-    bounded: bool = option(False, "s = 0.5 + sigmoid(phi), the paper's choice for FLUX; else s is free")
+    bounded: float = option(0.0, "s = 1 + this (2 sigmoid(phi) - 1): 0.5 is the paper's for FLUX; 0: s is free")
     time_shifting: bool = option(True, "levels follow the weights' sums (DyWeight eq. 9); off for the ablation")
     time_scaling: bool = option(True, "learn s; off for the ablation")
     path_substeps: int = option(0, "substeps of a teacher for every step (DyWeight eq. A.15); 0: endpoint only")
@@ -136,6 +136,8 @@ class DistillConfig(LearningConfig):
         for name in ("lr", "clip", "horizon"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0: {_help(name)}.")
+        if not 0 <= self.bounded < 1:
+            raise ValueError(f"bounded={self.bounded} must lie between 0 and 1: {_help('bounded')}.")
         if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
             raise ValueError(f"steps={self.steps} must name numbers of steps, each at least 1 and once.")
         if self.teacher_steps < max(self.steps):

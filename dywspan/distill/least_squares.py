@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,10 +37,27 @@ from .student import Student
 # Step of the differences: wide enough to stand out of the rounding of the network's outputs, and to average over the
 # fast oscillations of time embeddings.
 DIFFERENCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 3e-2}
-ATTEMPTS = 6
+ATTEMPTS = 5
 LEAST_GAIN = 1e-4  # of the loss, relative: below it the fit has converged
-FIRST_PAIRS, GROWTH_GAIN = 8, 0.05  # pairs it begins with; they double where an iteration gains less
+FIRST_PAIRS, GROWTH, GROWTH_GAIN = 8, 4, 0.05  # pairs it begins with, four times as many where it gains less
 SECANT_GAIN = 0.02  # below it the Jacobian is computed anew
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Where the student was tried.
+
+    Attributes:
+        at: (P,) its numbers.
+        value: F; infinite if they are no solver.
+        losses: F_n of each term.
+        residuals: (B * R,) of this process's every batch, on the CPU.
+    """
+
+    at: Tensor
+    value: float
+    losses: Sequence[float] = ()
+    residuals: Sequence[Tensor] = ()
 
 
 class Problem:
@@ -48,7 +65,7 @@ class Problem:
 
     Attributes:
         jacobian: (1 + P, B * R) of every batch of every term, on the CPU: residuals, and how each number changes them.
-        trial: (B * R,) of them, where the student last was tried.
+        at: (P,) where it was computed, or corrected for.
     """
 
     def __init__(
@@ -63,42 +80,46 @@ class Problem:
         self.pipe, self.student, self.terms = pipe, student, list(terms)
         self.config, self.residuals = config, residuals_of(loss)
         self.replay, self.replays = Replay(pipe), True
-        self.origin = student.vector()
+        self.origin = self.at = student.vector()
         self.difference = config.difference or DIFFERENCE[self._precision()]
 
-    def losses(self) -> list[float]:
-        """F_n of each term where the student is."""
-        with self.replay.installed():
-            self.trial = [self._run(self.student, term, term.pairs[part]).cpu() for _, term, part, _ in self._batches()]
-        return self._means([residuals.square().sum() for residuals in self.trial]).tolist()
+    def move(self, vector: Tensor) -> Trial:
+        """Sample with these numbers, or those nearest to them that the student may have."""
+        self.student.move(vector)
+        at = self.student.vector()
+        try:
+            with self.replay.installed():
+                batches = [(term, term.pairs[part]) for _, term, part, _ in self._batches()]
+                residuals = [self._run(self.student, term, pairs).cpu() for term, pairs in batches]
+        except ValueError:  # numbers that are no solver: levels below zero
+            return Trial(at, math.inf)
+        losses = self._means([values.square().sum() for values in residuals]).tolist()
+        return Trial(at, self._objective(losses), losses, residuals)
 
-    def objective(self, losses: Sequence[float]) -> float:
-        """F where the student is."""
-        mean = sum(math.log(max(value, 1e-30)) for value in losses) / len(losses)
-        return mean + self.config.ridge * float((self.student.vector() - self.origin).square().sum())
-
-    def normal_equations(self, step: Tensor | None = None) -> tuple[list[float], Tensor, Tensor]:
-        """F_n of each term, (P,) half the gradient of F, and (P, P) its curvature.
+    def normal_equations(self, moved: Trial | None = None) -> tuple[Trial, Tensor, Tensor]:
+        """F, (P,) half its gradient and (P, P) its curvature.
 
         Args:
-            step: (P,) that led from the last ones to the last trial, to correct their Jacobian by; None: a new one.
+            moved: a trial since the last ones, to correct their Jacobian by; None: a new one, where the student is.
         """
-        if step is None:
+        if moved is None:
             self.jacobian = []  # freed before the new one is made
             with self.replay.installed():
                 self.jacobian = [self.columns(term, term.pairs[part]).cpu() for _, term, part, _ in self._batches()]
+            self.at = self.student.vector()
         else:
-            for columns, residuals in zip(self.jacobian, self.trial):
+            step, self.at = moved.at - self.at, moved.at
+            for columns, residuals in zip(self.jacobian, moved.residuals):
                 direction = step.to(columns) / step.square().sum()
                 missed = residuals - columns[0] - step.to(columns) @ columns[1:]
                 columns[1:].addr_(direction, missed)
                 columns[0] = residuals
-        at = self.student.vector()
         products = self._means([columns @ columns.T for columns in self.jacobian])  # [r, J]'[r, J]
         losses = products[:, 0, 0].tolist()
         mean = (products / products[:, :1, :1].clamp(min=1e-30)).mean(0)
-        ridge = self.config.ridge
-        return losses, mean[0, 1:] + ridge * (at - self.origin), mean[1:, 1:] + ridge * torch.eye(len(at))
+        pull, eye = self.config.ridge, torch.eye(len(self.at), dtype=torch.float64)
+        now = Trial(self.at, self._objective(losses), losses)
+        return now, mean[0, 1:] + pull * (self.at - self.origin), mean[1:, 1:] + pull * eye
 
     def columns(self, term: Term, part: Pairs) -> Tensor:
         """(1 + P, B * R): the residuals of some pairs, and how each number changes them."""
@@ -109,7 +130,7 @@ class Problem:
         columns = base.new_empty(1 + len(at), len(base))
         columns[0] = base
         for c in range(len(at)):
-            columns[1 + c] = (self._moved(student, term, part, at, c) - base) / self._step(at, c)
+            columns[1 + c] = self._column(student, term, part, base, at, c)
         student.move(at)
         self.replay.tape = []
         return columns if chain is None else torch.cat([base[None], chain.T.to(base) @ columns[1:]])
@@ -127,6 +148,10 @@ class Problem:
         self.replay.tape = []
         if not self.replays and is_main():
             print(f"{type(self.pipe).__name__}'s network does not answer the same question the same way: no replay.")
+
+    def _objective(self, losses: Sequence[float]) -> float:
+        mean = sum(math.log(max(value, 1e-30)) for value in losses) / len(losses)
+        return mean + self.config.ridge * float((self.student.vector() - self.origin).square().sum())
 
     def _precision(self) -> torch.dtype:
         """The coarsest that a sampling passes through."""
@@ -170,21 +195,31 @@ class Problem:
         with torch.no_grad():
             return self.residuals(self.pipe, wide, part.endpoints.to(wide)).flatten()
 
-    def _moved(self, student: Student, term: Term, part: Pairs, at: Tensor, column: int) -> Tensor:
-        student.move(at + self._step(at, column) * torch.eye(len(at), dtype=at.dtype)[column])
-        with self.replay.playing() if self.replays else nullcontext():
-            return self._run(student, term, part)
-
-    def _step(self, at: Tensor, column: int) -> float:
-        return self.difference * max(1.0, abs(float(at[column])))
+    def _column(
+        self, student: Student, term: Term, part: Pairs, base: Tensor, at: Tensor, c: int, side: int = 1
+    ) -> Tensor:
+        """How number c changes the residuals; seen from its other side at a bound, and at the edge of what samples."""
+        size = side * self.difference * max(1.0, abs(float(at[c])))
+        student.move(at + size * torch.eye(len(at), dtype=at.dtype)[c])
+        moved = float(student.vector()[c] - at[c])
+        try:
+            if abs(moved) < abs(size) / 2:
+                raise ValueError(f"The bounds are narrower than differences of {abs(size):g}: widen bounded.")
+            with self.replay.playing() if self.replays else nullcontext():
+                return (self._run(student, term, part) - base) / moved
+        except ValueError:
+            if side < 0:
+                raise
+        return self._column(student, term, part, base, at, c, -1)
 
 
 def fit_least_squares(progress: Progress) -> None:
     """Learn by Levenberg-Marquardt: few iterations, forward passes only.
 
-    Far from the optimum a few pairs show the way: it begins with 8, which double whenever an iteration gains less than
-    5 %. A step that does not lower the loss on the pairs is tried again, shorter. The Jacobian is computed anew where a
-    corrected one gains less than 2 %. Ends when a new one on all pairs gains less than 1e-4.
+    Far from the optimum a few pairs show the way: it begins with 8, and takes four times as many whenever an iteration
+    gains less than 5 %. A step that does not lower the loss on the pairs is tried again, shorter; one that does is
+    doubled as long as that helps. The Jacobian is computed anew where a corrected one gains less than 2 %. Ends when a
+    new one on all pairs gains less than 1e-4.
 
     Raises:
         ValueError: the pairs are made anew each time, or the loss is no sum of squares.
@@ -211,43 +246,58 @@ def fit_least_squares(progress: Progress) -> None:
                 problem.check_replay()
         label = f"{progress.label}, least squares"
         bar = tqdm(left, label, initial=progress.update, total=iterations, disable=not left or not is_main())
-        damping, step = progress.own.get("damping", 1.0), None
+        damping, moved = progress.own.get("damping", 1.0), None
         for iteration in bar:
-            is_new = step is None
+            is_new = moved is None
             with progress.meter.counting("jacobian"):
-                losses, gradient, matrix = problem.normal_equations(step)
-            point, diagonal, value = student.vector(), matrix.diagonal(), problem.objective(losses)
-            if not math.isfinite(value):
-                raise FloatingPointError(f"The loss is {losses} at iteration {iteration}: start from another init.")
-            diagonal = diagonal.clamp(min=1e-9 * float(diagonal.max()))
-            gain, trial = 0.0, losses
+                start, gradient, matrix = problem.normal_equations(moved)
+            if not math.isfinite(start.value):
+                raise FloatingPointError(f"The loss is {start.losses} at iteration {iteration}: use another init.")
+            diagonal = matrix.diagonal().clamp(min=1e-9 * float(matrix.diagonal().max()))
+            best = start
             for _ in range(ATTEMPTS if is_new else 1):
-                student.move(point + torch.linalg.solve(matrix + damping * diagonal.diag(), -gradient))
-                try:
-                    trial = problem.losses()
-                    gain = value - problem.objective(trial)
-                except ValueError:  # numbers that are no solver: levels below zero
-                    gain = -math.inf
-                if gain > 0:
-                    damping, losses = damping / 4, trial
+                trial = problem.move(_target(student, start.at, matrix + damping * diagonal.diag(), gradient))
+                if trial.value < best.value:
+                    best, damping = trial, damping / 4
                     break
-                damping *= 4
-            else:
-                student.move(point)
-            step = student.vector() - point if gain > SECANT_GAIN else None
+                damping *= 10
+            # Curvature is overestimated where residuals stay large, and another sampling is cheap beside a Jacobian.
+            while best is not start:
+                trial = problem.move(start.at + 2 * (best.at - start.at))
+                if trial.value >= best.value:
+                    break
+                best = trial
+            student.move(best.at)
+            gain = start.value - best.value
+            moved = best if gain > SECANT_GAIN else None
             all_pairs, last = count == every, iteration + 1 == iterations
             if is_new and gain < GROWTH_GAIN and not all_pairs:
-                count, step = min(2 * count, every), None
+                count, moved = min(GROWTH * count, every), None
                 problem.terms = first(count)
             progress.update, progress.own = iteration + 1, {"damping": damping, "pairs": count}
             # What few pairs say is not worth the evaluations of choosing, nor is what goes on at once.
-            bored = (last or (all_pairs and step is None)) and progress.evaluate()
+            bored = (last or (all_pairs and moved is None)) and progress.evaluate()
             progress.ended = bored or last or (is_new and all_pairs and gain < LEAST_GAIN)
-            by_name = {f"loss/{term.name}": value for term, value in zip(progress.terms, losses)}
+            by_name = {f"loss/{term.name}": value for term, value in zip(progress.terms, best.losses)}
             progress.report(bar, **by_name, damping=damping)
-            if step is None or progress.ended:  # a run that goes on from here computes its Jacobian anew
+            if moved is None or progress.ended:  # a run that goes on from here computes its Jacobian anew
                 progress.save()
             if progress.ended:
                 break
         bar.close()
         progress.finish()
+
+
+def _target(student: Student, at: Tensor, matrix: Tensor, gradient: Tensor) -> Tensor:
+    """at + step, matrix step = -gradient, where numbers that would pass their bounds stay there."""
+    free, step = torch.ones(len(at), dtype=torch.bool), torch.zeros_like(at)
+    while free.any():
+        fixed = matrix[:, ~free] @ step[~free]
+        step[free] = torch.linalg.solve(matrix[free][:, free], -(gradient + fixed)[free])
+        student.move(at + step)
+        moved = student.vector() - at
+        stopped = free & ((moved - step).abs() > 1e-9)
+        step[stopped], free = moved[stopped], free & ~stopped
+        if not stopped.any():
+            break
+    return at + step

@@ -91,24 +91,31 @@ class TableStudent(Student):
     Args:
         scheduler: of the pipeline.
         initial: where to start.
-        bounded: s = 0.5 + sigmoid(phi), the paper's choice for FLUX; else s is free.
+        bounded: the largest |s - 1|, s = 1 + bounded (2 sigmoid(phi) - 1); 0: s is free.
         time_scaling: learn s; else it stays what it is in ``initial``.
     """
 
     lr = 1e-2
 
     def __init__(
-        self, scheduler: DyWeightScheduler, initial: SolverTable, bounded: bool = False, time_scaling: bool = True
+        self, scheduler: DyWeightScheduler, initial: SolverTable, bounded: float = 0.0, time_scaling: bool = True
     ) -> None:
         self.scheduler, self.initial, self.bounded, self.time_scaling = scheduler, initial, bounded, time_scaling
-        s = initial.time_scale.double()
         self.weights = initial.weights.double().clone().requires_grad_()
-        self.phi = (torch.logit(s - 0.5) if bounded else s.clone()).requires_grad_(time_scaling)
+        self.phi = self._phi(initial.time_scale.double()).requires_grad_(time_scaling)
+
+    def _scale(self) -> Tensor:
+        return 1 + self.bounded * (2 * torch.sigmoid(self.phi) - 1) if self.bounded else self.phi
+
+    def _phi(self, scale: Tensor) -> Tensor:
+        if not self.bounded:
+            return scale.clone()
+        near = 1 - 1e-3  # at the bound itself phi would be infinite
+        return torch.logit((((scale - 1) / self.bounded).clamp(-near, near) + 1) / 2)
 
     def table(self) -> SolverTable:
         """The table these numbers make now, with gradients."""
-        scale = 0.5 + torch.sigmoid(self.phi) if self.bounded else self.phi
-        return replace(self.initial, weights=self.weights.tril(), time_scale=scale)
+        return replace(self.initial, weights=self.weights.tril(), time_scale=self._scale())
 
     def parameters(self) -> list[Tensor]:
         return [self.weights, self.phi] if self.time_scaling else [self.weights]
@@ -117,6 +124,18 @@ class TableStudent(Student):
         exist = torch.ones_like(self.weights, dtype=torch.bool).tril()
         asked = torch.arange(len(self.phi)) >= self.initial.afs
         return [(self.weights, exist), (self.phi, asked)] if self.time_scaling else [(self.weights, exist)]
+
+    def vector(self) -> Tensor:
+        """(P,) float64: weights, and s itself rather than phi, so that differences are the same with bounds."""
+        (_, exist), *scaled = self.numbers()
+        return torch.cat([self.weights.detach()[exist], *(self._scale().detach()[asked] for _, asked in scaled)])
+
+    @torch.no_grad()
+    def move(self, vector: Tensor) -> None:
+        """Give them these values; s stops at its bounds."""
+        super().move(vector)
+        for _, asked in self.numbers()[1:]:
+            self.phi[asked] = self._phi(self.phi[asked])
 
     def calls(self, steps: int) -> int:
         return _tail_calls(steps, self.weights.shape[1])
