@@ -183,6 +183,24 @@ def test_few_iterations_learn_more_than_many_gradient_steps(pipe: Any, pairs: An
     assert spent["student"] + spent["jacobian"] < other["evaluations"]["student"] + 2 * other["evaluations"]["backward"]
 
 
+def test_a_step_that_helps_is_doubled_and_the_best_of_all_tried_stays(
+    pipe: Any, pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, train, held_out = pairs
+    tried, move = [], Problem.move
+    monkeypatch.setattr(Problem, "move", lambda self, vector: tried.append(move(self, vector)) or tried[-1])
+    config = replace(CONFIG, batch_size=4, updates=1, time_scaling=False)
+    table = distill(pipe, teacher, train, held_out, 2, call=CALL, config=config)
+    start = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)  # Euler's
+    steps = [trial.at - start for trial in tried]
+    values = [trial.value for trial in tried]
+    best = values.index(min(values))
+    first = next(i for i in range(len(tried) - 1) if torch.allclose(steps[i + 1], 2 * steps[i]))
+    assert all(value > values[first] for value in values[:first])
+    assert best == len(tried) - 2 and values[first:-1] == sorted(values[first:-1], reverse=True)
+    assert torch.allclose(table.weights[torch.ones(2, 2).tril() > 0], tried[best].at)
+
+
 def test_a_stopped_fit_ends_with_the_same_numbers(pipe: Any, pairs: Any, tmp_path: Path) -> None:
     teacher, train, held_out = pairs
     options: dict[str, Any] = {"call": CALL, "config": replace(CONFIG, batch_size=4, updates=12)}
