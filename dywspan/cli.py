@@ -183,7 +183,7 @@ def table(args: argparse.Namespace) -> None:
     """The Markdown of an evaluation's or a bench's JSON file."""
     from .evaluate.report import read_results, table
 
-    print(table(read_results(args.results), args.metrics, args.steps))
+    print(table(read_results(args.results), args.metrics, args.steps, not args.no_intervals))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -249,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("results", help="JSON file of an evaluation or a bench")
     sub.add_argument("--metrics", nargs="+", help="only these, or only these columns")
     sub.add_argument("--steps", type=int, nargs="+", help="only these numbers of evaluations")
+    sub.add_argument("--no-intervals", action="store_true", help="numbers alone, without half their 95 %% interval")
     return parser
 
 

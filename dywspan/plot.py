@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -66,7 +67,8 @@ def picture(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence
     """
     font = ImageFont.load_default(15)
     small = ImageFont.load_default(11)
-    left, top, gap = 190, 44, 10
+    left = max(190, *(16 + math.ceil(font.getlength(label)) for label, _ in rows))
+    top, gap = 44, 10
     height = top + sum(size + 2 if images else gap for _, images in rows)
     sheet = Image.new("RGB", (left + len(columns) * (size + 2), height), "white")
     draw = ImageDraw.Draw(sheet)

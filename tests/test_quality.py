@@ -326,6 +326,9 @@ def test_the_table_says_what_the_file_says(whole: Path, capsys: pytest.CaptureFi
         assert shown[key].startswith("**") == (row["latent_mse"] == best[row["nfe"]])
     header, *gaps = lines[4:]
     assert {r[0]: r[-1] for r in gaps}["Heun"] == f"{rows['Heun', '3 NFE']['gap_closed']['latent_mse']:.0%}"
+    assert main(["bench", "table", str(whole / "results.json"), "--metrics", "latent_mse", "--no-intervals"]) == 0
+    bare = capsys.readouterr().out
+    assert "±" not in bare and all(value.strip("*").split(" ")[0] in bare for value in shown.values())
 
 
 def test_numbers_are_shown_to_the_digits_that_are_certain() -> None:
