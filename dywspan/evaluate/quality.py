@@ -170,6 +170,7 @@ def evaluate(
         (N, D) float32 by metric, in the order of ``seeds``.
     """
     needs = {need for m in metrics for need in m.needs}
+    seen = any("latents" not in m.needs for m in metrics)
     if scheduler is None and reference is None:
         raise ValueError("scheduler=None measures the reference: give one.")
     parts = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
@@ -192,7 +193,7 @@ def evaluate(
                 latents = sample(pipe, scheduler, steps, inputs[own], seeds[own], call)[0].float()
         prompts = [str(arguments["prompt"]) for arguments in inputs[own]] if "prompt" in inputs[0] else None
         aim = show(j, target) if target is not None and "reference_images" in needs else None
-        return Sample(images(latents), prompts, latents, aim, target)
+        return Sample(images(latents) if seen else latents[:, :0], prompts, latents, aim, target)
 
     folder = None
     if cache is not None:

@@ -59,7 +59,8 @@ class Metric:
         value: of the rows of all samples, (N, D), the number.
         lower_is_better: whether a smaller number is the better one.
         facts: what the number depends on, stated in every table that uses it.
-        needs: the fields of :class:`Sample` that ``rows`` reads, besides the images.
+        needs: the fields of :class:`Sample` that ``rows`` reads, besides the images; with ``latents``, instead of them:
+            for such metrics alone nothing is decoded.
         influence: of the rows of all samples, (N,): how the number moves with each sample's share, to first order.
             Stated where resampling is biased, see :func:`interval`.
     """
