@@ -43,6 +43,7 @@ def _lpips() -> Any:
 # Those of test_rewards.py need files of their own.
 ENTRIES: dict[str, Callable[[], Metric]] = {
     "latent_mse": lambda: METRICS["latent_mse"](_pipe()),
+    "latent_rmse": lambda: METRICS["latent_rmse"](_pipe()),
     "psnr": lambda: METRICS["psnr"](_pipe()),
     "feature_distance": lambda: METRICS["feature_distance"](_pipe()),
     "lpips": lambda: METRICS["lpips"](_pipe(), model=_lpips()),
@@ -100,6 +101,7 @@ def test_latent_mse_and_psnr_by_hand() -> None:
     sample = Sample(images, None, torch.zeros(2, 5), reference, torch.tensor([[1.0] * 5, [3.0] * 5]))
     torch.testing.assert_close(METRICS["latent_mse"]().rows(sample), torch.tensor([[1.0], [9.0]]))
     assert METRICS["latent_mse"]().value(torch.tensor([[1.0], [9.0]])) == 5
+    torch.testing.assert_close(METRICS["latent_rmse"]().rows(sample), torch.tensor([[1.0], [3.0]]))
     expected = torch.tensor([[20 * np.log10(5)], [20 * np.log10(2.5)]], dtype=torch.float32)
     torch.testing.assert_close(METRICS["psnr"]().rows(sample), expected)
 

@@ -740,6 +740,14 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(
     assert "dywspan: The loss is not finite at update" in capsys.readouterr().err
 
 
+def test_an_update_to_levels_below_zero_says_how_to_avoid_it(
+    pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert learn(pixels, tmp_path, lr=30.0, steps=[2], evaluate_every=9) == 2
+    error = capsys.readouterr().err
+    assert "made no solver. Lower lr=" in error and "must be positive" in error
+
+
 @pytest.mark.parametrize("precision", ["no", None])
 def test_a_second_run_in_a_process_has_the_precision_it_asks_for(
     precision: str | None, pixels: Path, tmp_path: Path

@@ -145,11 +145,15 @@ def fit(progress: Progress) -> None:
                 with progress.meter.counting("fresh"):
                     part = source(own[micro : micro + size])
                 # Some dependencies of diffusers switch gradients off globally: ask for them where they are needed.
-                with torch.enable_grad(), autocast(pipe, config.mixed_precision):
-                    student.apply()
-                    fraction = batch_loss(pipe, student, term.steps, part, term.call, progress.loss) * (
-                        len(part) / config.batch_size
-                    )
+                try:
+                    with torch.enable_grad(), autocast(pipe, config.mixed_precision):
+                        student.apply()
+                        loss = batch_loss(pipe, student, term.steps, part, term.call, progress.loss)
+                except ValueError as error:  # levels below zero
+                    if not update:
+                        raise
+                    raise ValueError(f"Update {update} made no solver. Lower lr={rate:g}. ({error})") from error
+                fraction = loss * (len(part) / config.batch_size)
                 if not bool(fraction.detach().isfinite()):
                     raise FloatingPointError(_where_it_broke(pipe, student, term, part, update, rate, config))
                 # Terms weigh alike, though few steps err more.

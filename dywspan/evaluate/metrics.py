@@ -19,12 +19,12 @@ __all__ = ["METRICS", "Metric", "Sample", "interval"]
 
 def latent_mse(pipe: Any = None) -> Metric:
     """mean (z - z*)^2 of each endpoint z to the reference solver's z*, in the latents' own units."""
+    return _latent("latent_mse", lambda squares: squares)
 
-    def rows(sample: Sample) -> Tensor:
-        z, target = (sample.need(name, "latent_mse").float() for name in ("latents", "reference_latents"))
-        return (z - target.to(z.device)).square().flatten(1).mean(1, keepdim=True)
 
-    return Metric("latent_mse", rows, needs=("latents", "reference_latents"))
+def latent_rmse(pipe: Any = None) -> Metric:
+    """(mean (z - z*)^2)^(1/2) of each endpoint; the mean of these is ruled less by the few that end elsewhere."""
+    return _latent("latent_rmse", Tensor.sqrt)
 
 
 def psnr(pipe: Any = None) -> Metric:
@@ -69,6 +69,14 @@ def lpips(pipe: Any = None, net: str = "alex", model: torch.nn.Module | None = N
     return _distance("lpips", lpips_features(net, model), f"lpips 0.1, {net}")
 
 
+def _latent(name: str, of: Callable[[Tensor], Tensor]) -> Metric:
+    def rows(sample: Sample) -> Tensor:
+        z, target = (sample.need(field, name).float() for field in ("latents", "reference_latents"))
+        return of((z - target.to(z.device)).square().flatten(1).mean(1, keepdim=True))
+
+    return Metric(name, rows, needs=("latents", "reference_latents"))
+
+
 def _distance(name: str, network: Features, fact: str) -> Metric:
     def rows(sample: Sample) -> Tensor:
         target = _reference_images(sample, name)
@@ -84,6 +92,7 @@ def _reference_images(sample: Sample, metric: str) -> Tensor:
 # By name; each gets the pipeline and its own options.
 METRICS: dict[str, Callable[..., Metric]] = {
     "latent_mse": latent_mse,
+    "latent_rmse": latent_rmse,
     "feature_distance": image_distance,
     "psnr": psnr,
     "lpips": lpips,
