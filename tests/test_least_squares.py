@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,6 +170,21 @@ def test_memory_is_that_of_sampling(pipe: Any, pairs: Any) -> None:
     _, learning = peak_bytes(problem.normal_equations)
     kept = sum(columns.nbytes for columns in problem.jacobian)  # on the CPU, wherever the pipeline is
     assert sampling < learning < 1.1 * sampling + kept
+
+
+def test_few_pairs_are_shared_by_the_processes(pipe: Any, pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, config = pairs[1], replace(CONFIG, batch_size=16)
+    scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
+    student = TableStudent(scheduler, initial_table(scheduler, 2, CONFIG, None))
+    problem = Problem(pipe, student, [Term(2, CALL, train, train)], config=config, loss=latent_mse)
+    parts = []
+    for rank in range(2):
+        state = SimpleNamespace(process_index=rank, num_processes=2)
+        monkeypatch.setattr("dywspan.distill.processes._state", lambda state=state: state)
+        ((_, _, part, counts),) = problem._batches()
+        assert counts
+        parts += range(len(train))[part]
+    assert parts == [*range(len(train))]
 
 
 def test_few_iterations_learn_more_than_many_gradient_steps(pipe: Any, pairs: Any) -> None:

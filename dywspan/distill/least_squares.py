@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from .config import ITERATIONS, LearningConfig
 from .losses import Loss, residuals_of
 from .pairs import Pairs
-from .processes import in_turn, is_main, total
+from .processes import in_turn, is_main, total, world_size
 from .progress import PRECISIONS, Progress, Term, autocast
 from .replay import Replay
 from .rollout import denoisers, sample
@@ -182,8 +182,9 @@ class Problem:
 
     def _batches(self) -> list[tuple[int, Term, slice, int]]:
         """This process's: the term's place, the term, which of its pairs, and what they count."""
-        size, found = self.config.micro_batch_size or self.config.batch_size, []
+        most, found = self.config.micro_batch_size or self.config.batch_size, []
         for k, term in enumerate(self.terms):
+            size = min(most, -(-len(term.pairs) // world_size()))  # a part for each
             turns = in_turn(-(-len(term.pairs) // size))
             found += [(k, term, slice(j * size, (j + 1) * size), counts) for j, counts in turns]
         return found
