@@ -89,8 +89,8 @@ class Problem:
         at = self.student.vector()
         try:
             with self.replay.installed():
-                batches = [(term, term.pairs[part]) for _, term, part, _ in self._batches()]
-                residuals = [self._run(self.student, term, pairs).cpu() for term, pairs in batches]
+                batches = self._batches()
+                residuals = [self._run(self.student, term, term.pairs[part]).cpu() for _, term, part, _ in batches]
         except ValueError:  # numbers that are no solver: levels below zero
             return Trial(at, math.inf)
         losses = self._means([values.square().sum() for values in residuals]).tolist()
