@@ -41,6 +41,7 @@ from dywspan.distill.rollout import load_pipeline
 from dywspan.distill.student import LiftStudent
 from dywspan.distill.train import default_grid
 
+COUNT = 2 * len(FEATURES)
 FLOW = {"name": "flow", "shift": 3.0}
 
 
@@ -265,11 +266,11 @@ GOOD = continuous_to_json(lifts())
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        ({"coefficients": [[0.0] * 7] * 3}, r"must be 2 x 7 numbers; got shape \(3, 7\)"),
-        ({"coefficients": [[0.0] * 6] * 2}, r"must be 2 x 7 numbers; got shape \(2, 6\)"),
+        ({"coefficients": [[0.0] * 8] * 3}, r"must be 2 x 8 numbers; got shape \(3, 8\)"),
+        ({"coefficients": [[0.0] * 7] * 2}, r"must be 2 x 8 numbers; got shape \(2, 7\)"),
         ({"coefficients": [[0.0] * 7, [0.0] * 6]}, r"rows of the same length; they have \[7, 6\]"),
         ({"coefficients": [["a"] * 7] * 2}, "row 0 must hold numbers only"),
-        ({"coefficients": [[float("nan")] * 7] * 2}, "must be finite; got .*nan"),
+        ({"coefficients": [[float("nan")] * 8] * 2}, "must be finite; got .*nan"),
         ({"features": ["1", "u"]}, r"features are \['1', 'u'\], this version's .*upgrade dywspan"),
         ({"order": 0}, "order=0 must be a positive whole number"),
         ({"order": 2.0}, "order=2.0 must be a positive whole number"),
@@ -288,7 +289,7 @@ def test_damage_is_named(damage: dict[str, Any], said: str) -> None:
 
 def test_horizon_and_operator_may_be_left_out() -> None:
     found = read_continuous({"coefficients": GOOD["coefficients"], "order": 3}, ContinuousLift)
-    assert found is not None and (found.order, found.horizon, found.operator) == (3, 8.0, "shared")
+    assert found is not None and (found.order, found.horizon, found.operator) == (3, 20.0, "shared")
 
 
 def test_solvers_of_one_base_are_put_together() -> None:
@@ -338,9 +339,9 @@ def test_gradients_are_those_of_central_differences() -> None:
     for network in student.networks:
         network.requires_grad_(True)
     values, *_ = student.parameters()
-    assert values.shape == (2, len(FEATURES)) and len(student.vector()) == 14
+    assert values.shape == (2, len(FEATURES)) and len(student.vector()) == COUNT
     slopes, *others = subject.gradients(student, pairs)
-    differences = [subject.central_difference(student, pairs, values.detach().view(-1), i, eps) for i in range(14)]
+    differences = [subject.central_difference(student, pairs, values.detach().view(-1), i, eps) for i in range(COUNT)]
     torch.testing.assert_close(slopes.flatten(), torch.tensor(differences), rtol=1e-6, atol=1e-8)
     assert bool(slopes.all()) and all(bool(gradient.any()) for gradient in others)
 
@@ -384,7 +385,7 @@ def test_no_more_is_gone_on_with_than_is_learned(continuous: bool, counts: list[
     student = LiftStudent(scheduler.initialize(), [2], (4, 8, 8), horizon=8.0 if continuous else None)
     learned = student.lifted
     assert sorted(learned.lifts) == counts and sorted(learned.operators) == operators
-    assert (learned.continuous_lift is not None) == continuous and len(student.vector()) == (14 if continuous else 4)
+    assert (learned.continuous_lift is not None) == continuous and len(student.vector()) == (COUNT if continuous else 4)
     assert sorted(scheduler.lifts) == [2, 3] and scheduler.continuous_lift is not None
 
 
@@ -523,7 +524,7 @@ def test_what_cannot_be_learned_is_said_before_anything_is_computed(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("optimizer", "samples", "calls"), [("adam", 16, 1), ("least_squares", 32, 2 + 14)])
+@pytest.mark.parametrize(("optimizer", "samples", "calls"), [("adam", 16, 1), ("least_squares", 32, 2 + COUNT)])
 def test_the_plan_counts_what_learning_it_takes(
     optimizer: str,
     samples: int,

@@ -41,16 +41,16 @@ from dywspan.distill.student import ContinuousStudent
 from dywspan.distill.train import around, batch_loss, default_grid, distill_continuous, distill_lift, make_terms
 from dywspan.schedulers.bind import guidance_argument, guidance_scale
 
-G0 = 4.0
+G0, COUNT = 4.0, len(FEATURES)
 EMOJI_PROMPTS = EMOJI.parent / "prompts" / "emoji-train.txt"
 
 
-def learned(function: Any, size: float = 0.3) -> Any:
+def learned(function: Any, size: float = 0.1) -> Any:
     """Where the guidance scale matters, as training leaves it."""
     wide = guided(function, G0)
     draw = torch.Generator().manual_seed(7)
     slopes = size * torch.randn(wide.coefficients.shape, generator=draw, dtype=torch.float64)
-    return replace(wide, coefficients=wide.coefficients + slopes * (torch.arange(14) >= 7))
+    return replace(wide, coefficients=wide.coefficients + slopes * (torch.arange(2 * COUNT) >= COUNT))
 
 
 # ---------------------------------------------------------------------- the functions
@@ -76,8 +76,8 @@ def test_each_slope_moves_what_it_belongs_to_by_the_logarithm() -> None:
     n, c, g = 6, -0.37, 10.0
     phi = features(levels := make_grid(spec, n, prediction, mu), prediction.signal(levels))
     for row, column in [(r, k) for r in range(2) for k in range(len(FEATURES))]:
-        function = guided(ContinuousLift(torch.zeros(2, 7).double(), 3, 4.0), G0)
-        function.coefficients[row, 7 + column] = c
+        function = guided(ContinuousLift(torch.zeros(2, COUNT).double(), 3, 4.0), G0)
+        function.coefficients[row, COUNT + column] = c
         found = function.lift(levels, prediction, g)
         moved = c * math.log(2.5) * 0.4**3 * phi[:, column]  # f = 1 / (1 + 6 / 4)
         torch.testing.assert_close((found.alpha - 1, found.beta)[row], moved)
@@ -93,7 +93,7 @@ def test_it_survives_json_and_damage_is_named(function: Any) -> None:
     assert data["features"] == [*FEATURES, *GUIDED] and "guidance_scale" not in continuous_to_json(function)
     rows = len(function.coefficients)
     for damage, said in (
-        ({"coefficients": [[0.0] * 7] * rows}, r"x 14 numbers, twice the features with guidance_scale; got shape"),
+        ({"coefficients": [[0.0] * 8] * rows}, r"x 16 numbers, twice the features with guidance_scale; got shape"),
         ({"guidance_scale": None}, "its features are .*this version's"),
         ({"guidance_scale": 0}, "guidance_scale=0 must be a positive number, 1 without guidance"),
         ({"guidance_scale": "4"}, "guidance_scale='4' must be a positive number"),
@@ -213,7 +213,7 @@ def test_a_bound_pipeline_is_what_it_was(tmp_path: Path) -> None:
 def test_gradients_and_columns_reach_both_halves(name: str) -> None:
     subject = fresh(name)
     scheduler = subject.solver()
-    student = ContinuousStudent(scheduler, learned(table_of(2, default_grid(scheduler)), 0.1))
+    student = ContinuousStudent(scheduler, learned(table_of(2, default_grid(scheduler))))
     pairs = subject.pairs(range(2))
     terms = make_terms(subject.pipe, [3], {2.0: pairs, 7.0: pairs}, {2.0: pairs, 7.0: pairs}, subject.call)
     assert [term.name for term in terms] == ["3 @ 2", "3 @ 7"] and around(terms) == pytest.approx(14**0.5)
@@ -227,7 +227,7 @@ def test_gradients_and_columns_reach_both_halves(name: str) -> None:
             direct = problem.columns(term, pairs)
         scale = direct[1:].norm(dim=1).max()
         torch.testing.assert_close(columns[1:] / scale, direct[1:] / scale, rtol=0, atol=1e-4)
-        plain, slopes = direct[1:].unflatten(0, (3, 2, 7)).unbind(1)
+        plain, slopes = direct[1:].unflatten(0, (3, 2, COUNT)).unbind(1)
         assert float(slopes.norm(dim=-1).max()) > 0.1 * scale
         factor = math.log(term.call["guidance_scale"] / G0)
         torch.testing.assert_close(slopes, factor * plain, rtol=0, atol=1e-4 * float(scale))
@@ -235,7 +235,7 @@ def test_gradients_and_columns_reach_both_halves(name: str) -> None:
             student.apply()
             batch_loss(subject.pipe, student, 3, pairs, term.call, latent_mse).backward()
         assert student.coefficients.grad is not None
-        plain, slopes = student.coefficients.grad.split(7, dim=1)
+        plain, slopes = student.coefficients.grad.split(COUNT, dim=1)
         torch.testing.assert_close(slopes, factor * plain)
         assert float(plain.norm()) > 0
         student.coefficients.grad = None
@@ -261,9 +261,9 @@ def made() -> Any:
 def test_learned_at_two_scales_it_is_better_at_both(made: Any, optimizer: Any) -> None:
     subject, train, held_out = made
     pipe, call = copy.copy(subject.pipe), subject.call
-    config = replace(SQUARES, optimizer=optimizer, updates=2 if optimizer == SQUARES.optimizer else 12, lr=0.1)
+    config = replace(SQUARES, optimizer=optimizer, updates=2 if optimizer == SQUARES.optimizer else 16, lr=0.1)
     table = distill_continuous(pipe, subject.teacher, train, held_out, [2, 3], call=call, config=config)
-    assert table.guidance_scale == pytest.approx(13.5**0.5) and bool(table.coefficients[:, 7:].any())
+    assert table.guidance_scale == pytest.approx(13.5**0.5) and bool(table.coefficients[:, COUNT:].any())
     made_of = table.provenance
     assert made_of["guidance_scales"] == SCALES and "guidance_scale" not in made_of["call"]
     assert made_of["pairs"] == {"train": 4, "held_out": 4}
@@ -288,7 +288,7 @@ def test_a_lift_learns_it_too_and_one_that_does_not_follow_it_can(made: Any) -> 
     found = distill_lift(pipe, subject.teacher, train, held_out, plain, [2], config=squares, **options)
     lift = found.continuous_lift
     assert lift is not None and lift.guidance_scale == pytest.approx(13.5**0.5)
-    assert bool(lift.coefficients[:, 7:].any()) and lift.coefficients.shape == (2, 14)
+    assert bool(lift.coefficients[:, COUNT:].any()) and lift.coefficients.shape == (2, 2 * COUNT)
     errors = lift.provenance["held_out_error"]
     assert [*errors] == ["2 @ 1.5", "2 @ 9"] and all(e["after"] < e["before"] for e in errors.values())
     with pytest.raises(ValueError, match="do not depend on the guidance scale: set continuous"):

@@ -16,7 +16,7 @@ from .operator import Lift
 from .prediction import Prediction
 from .table import SOME_NETWORK, SolverTable
 
-FEATURES = ("1", "u", "2u^2-1", "delta", "delta u", "first", "last")
+FEATURES = ("1", "u", "2u^2-1", "delta", "delta u", "first", "last", "last but one")
 GUIDED = tuple(f"({name}) log(g/g0)" for name in FEATURES)
 
 
@@ -24,16 +24,19 @@ GUIDED = tuple(f"({name}) log(g/g0)" for name in FEATURES)
 class ContinuousTable:
     """A base solver and corrections to it that fade as steps get small, so that the base's order of convergence stays.
 
-        sum_j w_ij d_{i-j} = sum_j base_ij d_{i-j} + sum_m f^(K-m) (C_m . phi_i) nabla^m d_i,    m = 0 .. K-1
-        s_i                = exp(f^K (C_K . phi_i)),                                        f = 1 / (1 + N / horizon)
+        logit p_{i+1}     += f^(K-1) (C_0 . phi_i),                  p_i = (u_i - u_N) / (u_0 - u_N),    i = 0 .. N-2
+        sum_j w_ij d_{i-j} = sum_j base_ij d_{i-j} + sum_m f^(K-m) (C_m . phi_i) nabla^m d_i,    m = 1 .. K-1
+        s_i                = exp(f^K (C_K . phi_i)),                                       f = 1 / (1 + N / horizon)
 
+    The first moves the levels of the states between the first and the last (by f if K = 1); of the last step, whose
+    level is given, C_0 . phi is the logarithm of how much longer it is. The base's weights stay those of the grid.
     nabla^m d is the m-th backward difference, of the size h^m: every correction is of the size h^K, times the step. phi
     are ``FEATURES`` of a step: u = tanh(log(sigma / alpha) / 4), where it stands; delta, how much longer than the mean
-    it is in u; whether it is the first or the last. With the guidance scale g as an input, phi are twice as many:
-    these, and these times log(g / g0).
+    it is in u; whether it is the first, the last, or the one before. With the guidance scale g as an input, phi are
+    twice as many: these, and these times log(g / g0).
 
     Attributes:
-        coefficients: (K + 1, 7) C, or (K + 1, 14) with g0, dimensionless; zeros are the base solver.
+        coefficients: (K + 1, 8) C, or (K + 1, 16) with g0, dimensionless; zeros are the base solver.
         grid: the nominal grid for every N, see :func:`dywspan.core.grid.make_grid`.
         base: of ``BASES``, with K = ``order``.
         horizon: number of steps at which f is 1/2.
@@ -47,7 +50,7 @@ class ContinuousTable:
     coefficients: Tensor
     grid: Mapping[str, Any]
     base: str = "adams"
-    horizon: float = 8.0
+    horizon: float = 20.0
     guidance_scale: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -66,7 +69,7 @@ class ContinuousTable:
 
     @classmethod
     def initial(
-        cls, order: int, grid: Mapping[str, Any], *, base: str = "adams", horizon: float = 8.0
+        cls, order: int, grid: Mapping[str, Any], *, base: str = "adams", horizon: float = 20.0
     ) -> ContinuousTable:
         """The base solver."""
         return cls(torch.zeros(order + 1, len(FEATURES), dtype=torch.float64), dict(grid), base, horizon)
@@ -86,14 +89,31 @@ class ContinuousTable:
             sigmas: (N+1,) another grid than the nominal one.
             guidance_scale: g; None: g0. Nothing depends on it where it is no input.
         """
+        n, order, fade = num_inference_steps, self.order, 1 / (1 + num_inference_steps / self.horizon)
         grid = dict(self.grid) if sigmas is None else {"sigmas": sigmas.tolist()}
-        base = SolverTable.initial(num_inference_steps, self.order, grid, prediction, base=self.base, mu=mu)
-        levels = make_grid(grid, num_inference_steps, prediction, mu)
-        fade, order = 1 / (1 + num_inference_steps / self.horizon), self.order
-        powers = torch.tensor([fade ** (order - m) for m in range(order)] + [fade**order], dtype=torch.float64)
-        corrections = features(levels, prediction.signal(levels)) @ _at(self, guidance_scale).T * powers
-        weights = base.weights + corrections[:, :order].tril() @ differences(order)  # step i has i + 1 derivatives
-        return SolverTable(weights, corrections[:, order].exp(), grid, provenance=self.provenance)
+        levels = make_grid(grid, n, prediction, mu)
+        alphas = prediction.signal(levels)
+        exponents = torch.tensor([max(1, order - 1), *range(order - 1, 0, -1), order])
+        moves, *bends, scales = (features(levels, alphas) @ _at(self, guidance_scale).T * fade**exponents).unbind(1)
+        lengths = _lengths(levels, alphas, moves)
+        weights = SolverTable.initial(n, order, grid, prediction, base=self.base, mu=mu).weights
+        if bends:  # step i has i + 1 derivatives
+            weights = weights + torch.stack(bends, 1).tril(-1) @ differences(order)[1:]
+        return SolverTable(lengths[:, None] * weights, scales.exp(), grid, provenance=self.provenance)
+
+
+def _lengths(sigmas: Tensor, alphas: Tensor, moves: Tensor) -> Tensor:
+    """(N,) how much longer each step is than to the grid's next level, for states at the levels moved to."""
+    u, move = _place(sigmas, alphas), torch.expm1(moves[:-1])
+    place, whole = u[1:-1], u[0] - u[-1]
+    p = (place - u[-1]) / whole
+    delta = whole * p * (1 - p) * move / (1 + p * move)  # of u
+    grow = ((1 + delta / (1 + place)) / (1 - delta / (1 - place))) ** 2 - 1  # of r = ((1 + u) / (1 - u))^2
+    inner = sigmas[1:-1] * (1 + grow) / (1 + (1 - alphas[1:-1]) * grow)
+    moved = torch.cat([sigmas[:1], inner, sigmas[-1:]])
+    if not bool((moved.detach().diff() < 0).all()):
+        raise ValueError(f"The corrections move the levels out of their order: {moved.tolist()}.")
+    return torch.cat([moved.diff()[:-1] / (sigmas[1:-1] - moved[:-2]), moves[-1:].exp()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +126,7 @@ class ContinuousLift:
     the levels of the base's schedule, on any grid; with the guidance scale as an input twice as many, as there.
 
     Attributes:
-        coefficients: (2, 7) C, or (2, 14) with g0, dimensionless; zeros are the base.
+        coefficients: (2, 8) C, or (2, 16) with g0, dimensionless; zeros are the base.
         order: K, of the base.
         horizon: number of steps at which f is 1/2.
         operator: name of the operator it uses.
@@ -119,7 +139,7 @@ class ContinuousLift:
 
     coefficients: Tensor
     order: int
-    horizon: float = 8.0
+    horizon: float = 20.0
     operator: str = "shared"
     guidance_scale: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -132,7 +152,7 @@ class ContinuousLift:
             raise ValueError(f"operator={self.operator!r} must be the name of one.")
 
     @classmethod
-    def initial(cls, order: int, *, horizon: float = 8.0, operator: str = "shared") -> ContinuousLift:
+    def initial(cls, order: int, *, horizon: float = 20.0, operator: str = "shared") -> ContinuousLift:
         """alpha_i = 1, beta_i = f^K: the base while the operator's head is zero, which a gradient reaches at once."""
         coefficients = torch.zeros(2, len(FEATURES), dtype=torch.float64)
         coefficients[1, 0] = 1.0
@@ -180,7 +200,7 @@ def check_guidance_scale(value: Any) -> None:
 
 
 def _at(function: ContinuousTable | ContinuousLift, guidance_scale: float | None) -> Tensor:
-    """(rows, 7) float64 coefficients of phi at a guidance scale."""
+    """(rows, 8) float64 coefficients of phi at a guidance scale."""
     check_guidance_scale(guidance_scale)
     coefficients, around = function.coefficients.double(), function.guidance_scale
     if around is None:
@@ -212,13 +232,18 @@ def differences(order: int) -> Tensor:
 
 
 def features(sigmas: Tensor, alphas: Tensor) -> Tensor:
-    """(N, 7) phi of each step, see :class:`ContinuousTable`; bounded at sigma = 0 and at flow's sigma = 1.
+    """(N, 8) phi of each step, see :class:`ContinuousTable`; bounded at sigma = 0 and at flow's sigma = 1.
 
     Args:
         sigmas, alphas: (N+1,) noise and signal levels.
     """
-    u = torch.tanh((sigmas.double().log() - alphas.double().clamp(min=0).log()) / 4)  # sigma = 1 may be rounded up
-    n, place = len(sigmas) - 1, u[:-1]
+    u, n = _place(sigmas, alphas), len(sigmas) - 1
+    place = u[:-1]
     longer = n * (u[:-1] - u[1:]) / (u[0] - u[-1]) - 1
-    first, last = torch.eye(n, dtype=torch.float64)[[0, n - 1]]
-    return torch.stack([torch.ones_like(place), place, 2 * place**2 - 1, longer, longer * place, first, last], 1)
+    ends = torch.eye(n + 1, n, dtype=torch.float64)[[0, n - 1, n - 2 if n > 1 else n]]
+    return torch.stack([torch.ones_like(place), place, 2 * place**2 - 1, longer, longer * place, *ends], 1)
+
+
+def _place(sigmas: Tensor, alphas: Tensor) -> Tensor:
+    """u = tanh(log(sigma / alpha) / 4), in [-1, 1]."""
+    return torch.tanh((sigmas.double().log() - alphas.double().clamp(min=0).log()) / 4)  # sigma = 1 may be rounded up

@@ -77,8 +77,8 @@ def regress_continuous(
 
         c = argmin sum over n, i of h_ni^2 / E_n |v_ni(c) - v*_ni|^2 in the products of row i
 
-    v are a row's coefficients in its directions, v* those found, E_n = sum_i h_ni^2 |lack|^2. Corrections of row sums
-    act on the last step alone, as in :func:`regress`.
+    v are a row's coefficients in its directions, to first order in c, v* those found, E_n = sum_i h_ni^2 |lack|^2. The
+    levels stay, and only the last step's length is free, as in :func:`regress`.
 
     Args:
         paths: by number of steps, see :func:`regress`.
@@ -94,9 +94,10 @@ def regress_continuous(
         _, levels, rows = _fit(pipe, nominal, own, call, batch_size, mixed_precision)
         base, phi = start.table(n, prediction, sigmas=levels).weights, features(levels, prediction.signal(levels))
         fade, scale = 1 / (1 + n / function.horizon), sum(row.size**2 * float(row.products[0, 0]) for row in rows)
-        powers = torch.tensor([fade ** (order - m) for m in range(order)], dtype=torch.float64)
+        powers = fade ** torch.tensor([max(1, order - 1), *range(order - 1, 0, -1)])
         for i, row in enumerate(rows):
-            slope = (differences(order).T * powers)[..., None] * phi[i]  # of w_ij by C_m
+            moves = torch.stack([base[i], *differences(order)[1:]], 1)  # (K, K): of w_ij by correction m
+            slope = (moves * powers)[..., None] * phi[i]
             slope[:, i + 1 :] = 0  # there are i + 1 derivatives
             a, v = (_along(w, i, i == n - 1) for w in (slope[:, free], base[i]))
             products = row.size**2 / scale * row.products[1:, 1:]

@@ -154,10 +154,16 @@ class Cell:
     learned: bool = False
 
     def describe(self) -> dict[str, Any]:
-        """All that determines its endpoints."""
+        """All that determines its endpoints: of what was learned count by count, this count's."""
+        own, count = Teacher(self.scheduler, self.num_inference_steps).describe(), str(self.num_inference_steps)
+        tables, lifts = ({k: v for k, v in own["config"].get(n, {}).items() if k == count} for n in ("tables", "lifts"))
+        named = {lift["operator"] for lift in lifts.values()}
+        if function := own["config"].get("continuous_lift"):
+            named.add(function["operator"])
         operators = getattr(self.scheduler, "operators", {})
-        weights = {name: digest(list(module.state_dict().values())) for name, module in operators.items()}
-        return {**Teacher(self.scheduler, self.num_inference_steps).describe(), "operators": weights}
+        weights = {name: digest(list(operators[name].state_dict().values())) for name in sorted(named)}
+        own["config"] = {k: v for k, v in own["config"].items() if k != "weights_sha256"}
+        return own | {"config": own["config"] | {"tables": tables, "lifts": lifts}, "operators": weights}
 
 
 def find_solvers(names: Sequence[str]) -> list[Solver]:
