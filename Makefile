@@ -17,12 +17,13 @@ test-slow: .venv/installed-dev
 lint: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
-# How examples/emoji-sd-solvers and examples/emoji-sd-spanlift are made.
+# How the learned solvers of examples/ are made.
 DISTILL := HF_HUB_OFFLINE=1 $(BIN)/dywspan distill --config training/configs
 solvers: .venv/installed-train
 	$(DISTILL)/emoji_sd_dyweight.yaml
 	$(DISTILL)/emoji_sd_spanlift.yaml
 	$(DISTILL)/emoji_sd_spanlift.yaml --steps 7 --lr 3e-4 --updates 600 --evaluate-every 100
+	$(DISTILL)/emoji_sd_continuous.yaml
 
 .venv/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

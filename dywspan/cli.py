@@ -104,7 +104,7 @@ def inspect(args: argparse.Namespace) -> None:
     scheduler: Any = (SpanLiftScheduler if lifted else DyWeightScheduler).from_pretrained(args.artefact)
     if (continuous := scheduler.continuous) is not None:
         form = f"{continuous.base}({continuous.order}M) and corrections that halve at {continuous.horizon:g} steps"
-        names = ["log level", *(f"w, difference {m}" for m in range(1, continuous.order)), "log s"]
+        names = ["levels", *(f"w, difference {m}" for m in range(1, continuous.order)), "log s"]
         _show_continuous(f"any number of steps, grid {dict(continuous.grid)}: {form}", names, continuous)
     if lifted and (function := scheduler.continuous_lift) is not None:
         form = f"of order {function.order} that halve at {function.horizon:g} steps, operator {function.operator!r}"

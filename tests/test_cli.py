@@ -55,17 +55,17 @@ def test_inspect_prints_a_function_and_tables_that_it_writes(
     assert "4 steps: held-out error 0.25000 -> 0.12500" in shown and "shift" in shown
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown.splitlines() if "|" in line]
     coefficients = {row[0]: dict(zip(rows[0], row)) for row in rows[2:5]}
-    assert list(coefficients) == ["w, difference 0", "w, difference 1", "log s"]
-    assert coefficients["w, difference 0"]["1"] == "0.5000" and coefficients["log s"]["first"] == "-0.7500"
-    # f = 1 / (1 + 3 / 4): of the first step of three, w_00 = 1 + f^2 / 2 and s_0 = exp(-3/4 f^2)
-    assert f"{1 + (4 / 7) ** 2 / 2:.4f}" in shown and f"{math.exp(-0.75 * (4 / 7) ** 2):.4f}" in shown
+    assert list(coefficients) == ["levels", "w, difference 1", "log s"]
+    assert coefficients["levels"]["1"] == "0.5000" and coefficients["log s"]["first"] == "-0.7500"
+    # f = 1 / (1 + 3 / 4): of three steps, the last is exp(f / 2) as long and s_0 = exp(-3/4 f^2)
+    assert (longer := f"{math.exp(4 / 7 / 2):.4f}") in shown and f"{math.exp(-0.75 * (4 / 7) ** 2):.4f}" in shown
     with Image.open(tmp_path / "solver.png") as picture:
         assert picture.convert("L").getextrema() == pytest.approx((0, 255), abs=60)
     table = DyWeightScheduler.from_pretrained(_artefact(tmp_path / "table")).tables[2]
     own.with_tables([table]).save_pretrained(tmp_path / "both")
     assert main(["inspect", str(tmp_path / "both")]) == 0
     both = capsys.readouterr().out
-    assert "any number of steps" in both and "1.5000" in both and f"{1 + (4 / 7) ** 2 / 2:.4f}" not in both
+    assert "any number of steps" in both and "1.5000" in both and longer not in both
 
 
 @pytest.mark.parametrize(

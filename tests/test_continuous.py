@@ -271,7 +271,7 @@ def test_what_is_no_continuous_table_is_said(data: Any) -> None:
 
 def test_base_and_horizon_may_be_left_out() -> None:
     table = read_continuous({"coefficients": GOOD["coefficients"], "grid": FLOW_GRID})
-    assert table is not None and (table.base, table.horizon, dict(table.provenance)) == ("adams", 20.0, {})
+    assert table is not None and (table.base, table.horizon, dict(table.provenance)) == ("adams", 8.0, {})
     assert read_continuous(None) is None
 
 

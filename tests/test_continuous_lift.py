@@ -289,7 +289,7 @@ def test_damage_is_named(damage: dict[str, Any], said: str) -> None:
 
 def test_horizon_and_operator_may_be_left_out() -> None:
     found = read_continuous({"coefficients": GOOD["coefficients"], "order": 3}, ContinuousLift)
-    assert found is not None and (found.order, found.horizon, found.operator) == (3, 20.0, "shared")
+    assert found is not None and (found.order, found.horizon, found.operator) == (3, 8.0, "shared")
 
 
 def test_solvers_of_one_base_are_put_together() -> None:

@@ -35,6 +35,20 @@ def test_the_documents_tables_are_the_recorded_measurement() -> None:
     assert len(found := grids(guidance)) == 3 and all(grid in document for grid in found)
 
 
+def test_one_function_is_before_every_classical_solver_at_few_steps() -> None:
+    results = read_results(QUALITY.with_name("continuous.json"))
+    (grid,) = grids(results, metrics=["latent_rmse"])
+    assert grid in (ROOT / "docs" / "emoji.md").read_text()
+    by_count: dict[int, dict[str, float]] = {}
+    for row in results["rows"]:
+        by_count.setdefault(row["nfe"], {})[row["solver"]] = row["latent_rmse"]
+        assert row.get("held_out") == (row["nfe"] not in (2, 3, 4, 5, 6, 8, 12) if "any" in row["solver"] else None)
+    for n, errors in by_count.items():
+        own, table = (errors.pop(f"DyWeight, emoji-sd-{name}", None) for name in ("any-steps", "solvers"))
+        assert own is not None and len(errors) == 9 and (own < min(errors.values())) == (n <= 12)
+        assert table is None or 0.97 < own / table < (1.18 if 5 <= n <= 8 else 1.03)
+
+
 def test_learned_solvers_come_first() -> None:
     """SpanLift before DyWeight before the best of all others, by both distances and by PSNR."""
     rows = read_results(QUALITY)["rows"]

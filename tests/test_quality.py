@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -22,7 +23,7 @@ from PIL import Image
 from tiny_pipelines import build, pixel_unet
 
 import dywspan.evaluate.quality as quality
-from dywspan import DyWeightScheduler, SolverTable
+from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
 from dywspan.artifact import table_to_json
 from dywspan.cli import main
 from dywspan.core.continuous import ContinuousTable
@@ -96,6 +97,21 @@ def measured(folder: Path) -> list[dict[str, Any]]:
 
 
 # --------------------------------------------------------------------------------------- the same numbers every time
+
+
+def test_a_cell_is_known_by_what_was_learned_for_its_own_count() -> None:
+    """So that the cache keeps what an artefact's other tables do not change."""
+    lifted = SpanLiftScheduler.from_pretrained(ROOT / "examples" / "emoji-sd-spanlift")
+    for whole in (shipped, lifted):
+        few = copy.deepcopy(whole)
+        kept = {name: {"3": few.config[name]["3"]} for name in ("tables", "lifts") if few.config.get(name)}
+        few.register_to_config(**kept)
+        if whole is lifted:
+            few.operators = {"3": few.operators["3"]}
+        one, other = (Cell("learned", scheduler, 3, 3).describe() for scheduler in (whole, few))
+        assert one == other and one["config"]["tables"] == kept["tables"]
+        assert len(one["operators"]) == (whole is lifted)
+        assert one != Cell("learned", whole, 4, 4).describe() and not one["config"].get("lifts", {}).keys() - {"3"}
 
 
 def test_rows_are_those_of_samples_made_by_hand(tmp_path: Path) -> None:
@@ -489,11 +505,14 @@ def test_prompts_are_repeated_with_new_noise_if_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "examples" / "quality").glob("*.yaml")), ids=lambda f: f.stem)
-def test_the_shipped_settings_can_be_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_settings_are_those_of_the_recorded_results(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     settings = make_config({"config": str(file)}, QualityConfig)
-    assert settings.output == f"docs/results/quality-{file.stem}.json"
-    assert {solver.name for solver in find_solvers(settings.solvers)} >= {settings.base}
+    assert settings.base in (None, *(solver.name for solver in find_solvers(settings.solvers)))
+    results = read_results(settings.output)
+    recorded = {name: results["settings"][name] for name in ("model", "prompts", "samples", "batch_size")}
+    assert recorded == {name: getattr(settings, name) for name in recorded}
+    assert {row["nfe"] for row in results["rows"]} >= {*settings.steps}
 
 
 def test_the_command_end_to_end(tmp_path: Path) -> None:

@@ -25,15 +25,15 @@ class ContinuousTable:
     """A base solver and corrections to it that fade as steps get small, so that the base's order of convergence stays.
 
         logit p_{i+1}     += f^(K-1) (C_0 . phi_i),                  p_i = (u_i - u_N) / (u_0 - u_N),    i = 0 .. N-2
-        sum_j w_ij d_{i-j} = sum_j base_ij d_{i-j} + sum_m f^(K-m) (C_m . phi_i) nabla^m d_i,    m = 1 .. K-1
-        s_i                = exp(f^K (C_K . phi_i)),                                       f = 1 / (1 + N / horizon)
+        sum_j w_ij d_{i-j} = L_i (sum_j base_ij d_{i-j} + sum_m f^(K-m) (C_m . phi_i) nabla^m d_i),    m = 1 .. K-1
+        s_i                = exp(f^K (C_K . phi_i)),                                        f = 1 / (1 + N / horizon)
 
-    The first moves the levels of the states between the first and the last (by f if K = 1); of the last step, whose
-    level is given, C_0 . phi is the logarithm of how much longer it is. The base's weights stay those of the grid.
-    nabla^m d is the m-th backward difference, of the size h^m: every correction is of the size h^K, times the step. phi
-    are ``FEATURES`` of a step: u = tanh(log(sigma / alpha) / 4), where it stands; delta, how much longer than the mean
-    it is in u; whether it is the first, the last, or the one before. With the guidance scale g as an input, phi are
-    twice as many: these, and these times log(g / g0).
+    The first moves the levels of the states between the first and the last (by f if K = 1); L_i is how much longer the
+    step there is than to the grid's level, and in the last step exp(f^(K-1) (C_0 . phi)). The base's weights stay those
+    of the grid. nabla^m d is the m-th backward difference, of the size h^m: every correction is of the size h^K, times
+    the step. phi are ``FEATURES`` of a step: u = tanh(log(sigma / alpha) / 4), where it stands; delta, how much longer
+    than the mean it is in u; whether it is the first, the last, or the one before. With the guidance scale g as an
+    input, phi are twice as many: these, and these times log(g / g0).
 
     Attributes:
         coefficients: (K + 1, 8) C, or (K + 1, 16) with g0, dimensionless; zeros are the base solver.
@@ -50,7 +50,7 @@ class ContinuousTable:
     coefficients: Tensor
     grid: Mapping[str, Any]
     base: str = "adams"
-    horizon: float = 20.0
+    horizon: float = 8.0
     guidance_scale: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -69,7 +69,7 @@ class ContinuousTable:
 
     @classmethod
     def initial(
-        cls, order: int, grid: Mapping[str, Any], *, base: str = "adams", horizon: float = 20.0
+        cls, order: int, grid: Mapping[str, Any], *, base: str = "adams", horizon: float = 8.0
     ) -> ContinuousTable:
         """The base solver."""
         return cls(torch.zeros(order + 1, len(FEATURES), dtype=torch.float64), dict(grid), base, horizon)
@@ -88,12 +88,15 @@ class ContinuousTable:
             mu: the pipeline's resolution-dependent shift.
             sigmas: (N+1,) another grid than the nominal one.
             guidance_scale: g; None: g0. Nothing depends on it where it is no input.
+
+        Raises:
+            ValueError: the corrections move the levels out of their order.
         """
         n, order, fade = num_inference_steps, self.order, 1 / (1 + num_inference_steps / self.horizon)
         grid = dict(self.grid) if sigmas is None else {"sigmas": sigmas.tolist()}
         levels = make_grid(grid, n, prediction, mu)
         alphas = prediction.signal(levels)
-        exponents = torch.tensor([max(1, order - 1), *range(order - 1, 0, -1), order])
+        exponents = torch.tensor([max(1, order - 1), *range(order - 1, 0, -1), order], dtype=torch.float64)
         moves, *bends, scales = (features(levels, alphas) @ _at(self, guidance_scale).T * fade**exponents).unbind(1)
         lengths = _lengths(levels, alphas, moves)
         weights = SolverTable.initial(n, order, grid, prediction, base=self.base, mu=mu).weights
@@ -139,7 +142,7 @@ class ContinuousLift:
 
     coefficients: Tensor
     order: int
-    horizon: float = 20.0
+    horizon: float = 8.0
     operator: str = "shared"
     guidance_scale: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -152,7 +155,7 @@ class ContinuousLift:
             raise ValueError(f"operator={self.operator!r} must be the name of one.")
 
     @classmethod
-    def initial(cls, order: int, *, horizon: float = 20.0, operator: str = "shared") -> ContinuousLift:
+    def initial(cls, order: int, *, horizon: float = 8.0, operator: str = "shared") -> ContinuousLift:
         """alpha_i = 1, beta_i = f^K: the base while the operator's head is zero, which a gradient reaches at once."""
         coefficients = torch.zeros(2, len(FEATURES), dtype=torch.float64)
         coefficients[1, 0] = 1.0

@@ -51,7 +51,7 @@ class LearningConfig:
     order: int = option(2, "K, derivatives a step may use")
     init: str = option("ipndm", "base solver a table starts from: ipndm, euler, uniform, adams, ...")
     regression: int = option(0, "teacher paths that the first weights are fitted to, row by row; 0: start from init")
-    horizon: float = option(20.0, "continuous: steps from which on the solver turns into its start, init or base")
+    horizon: float = option(8.0, "continuous: steps from which on the solver turns into its start, init or base")
     afs: bool = option(False, "analytical first step: one network evaluation less, for VE and VP models")
     bounded: float = option(0.0, "s = 1 + this (2 sigmoid(phi) - 1): 0.5 is the paper's for FLUX; 0: s is free")
     time_shifting: bool = option(True, "levels follow the weights' sums (DyWeight eq. 9); off for the ablation")

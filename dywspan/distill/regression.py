@@ -94,7 +94,7 @@ def regress_continuous(
         _, levels, rows = _fit(pipe, nominal, own, call, batch_size, mixed_precision)
         base, phi = start.table(n, prediction, sigmas=levels).weights, features(levels, prediction.signal(levels))
         fade, scale = 1 / (1 + n / function.horizon), sum(row.size**2 * float(row.products[0, 0]) for row in rows)
-        powers = fade ** torch.tensor([max(1, order - 1), *range(order - 1, 0, -1)])
+        powers = fade ** torch.tensor([max(1, order - 1), *range(order - 1, 0, -1)], dtype=torch.float64)
         for i, row in enumerate(rows):
             moves = torch.stack([base[i], *differences(order)[1:]], 1)  # (K, K): of w_ij by correction m
             slope = (moves * powers)[..., None] * phi[i]
