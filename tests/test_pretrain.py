@@ -87,6 +87,17 @@ def test_a_pipeline_comes_out_and_a_stopped_run_goes_on_to_the_same_weights(
     assert type(pipe).__name__ in told and "4 updates of\n4 images with their captions and 2 with parts" in told
 
 
+def test_another_pipelines_autoencoder_is_taken(script: Any, data: Path, tmp_path: Path) -> None:
+    given = Path(__file__).parents[1] / "examples" / "emoji-sd"
+    options = {"autoencoder": given, "updates": 1, "word-updates": 1, "batch-size": 2, "pictures": 1}
+    options |= {"data": data, "output": tmp_path}
+    script.main(["flow", *(f"--{name}={value}" for name, value in options.items())])
+    name = "vae/diffusion_pytorch_model.safetensors"
+    one, two = load_file(given / name), load_file(tmp_path / "emoji-flow" / name)
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert not (tmp_path / "autoencoder").exists()
+
+
 def test_parts_of_captions_are_words_in_their_order(script: Any) -> None:
     captions = [f"a{i} b c d e, noto" for i in range(900)]
     generator = torch.Generator().manual_seed(0)
