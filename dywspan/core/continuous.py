@@ -74,6 +74,11 @@ class ContinuousTable:
         """The base solver."""
         return cls(torch.zeros(order + 1, len(FEATURES), dtype=torch.float64), dict(grid), base, horizon)
 
+    def fades(self, num_inference_steps: int) -> Tensor:
+        """(K + 1,) what each row of C counts for: f^(K-1) of levels, f^(K-m) of nabla^m, f^K of the time scale."""
+        exponents = [max(1, self.order - 1), *range(self.order - 1, 0, -1), self.order]
+        return (1 / (1 + num_inference_steps / self.horizon)) ** torch.tensor(exponents, dtype=torch.float64)
+
     def table(
         self,
         num_inference_steps: int,
@@ -92,12 +97,12 @@ class ContinuousTable:
         Raises:
             ValueError: the corrections move the levels out of their order.
         """
-        n, order, fade = num_inference_steps, self.order, 1 / (1 + num_inference_steps / self.horizon)
+        n, order = num_inference_steps, self.order
         grid = dict(self.grid) if sigmas is None else {"sigmas": sigmas.tolist()}
         levels = make_grid(grid, n, prediction, mu)
         alphas = prediction.signal(levels)
-        exponents = torch.tensor([max(1, order - 1), *range(order - 1, 0, -1), order], dtype=torch.float64)
-        moves, *bends, scales = (features(levels, alphas) @ _at(self, guidance_scale).T * fade**exponents).unbind(1)
+        corrections = features(levels, alphas) @ _at(self, guidance_scale).T * self.fades(n)
+        moves, *bends, scales = corrections.unbind(1)
         lengths = _lengths(levels, alphas, moves)
         weights = SolverTable.initial(n, order, grid, prediction, base=self.base, mu=mu).weights
         if bends:  # step i has i + 1 derivatives

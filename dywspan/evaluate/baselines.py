@@ -162,8 +162,8 @@ class Cell:
             named.add(function["operator"])
         operators = getattr(self.scheduler, "operators", {})
         weights = {name: digest(list(operators[name].state_dict().values())) for name in sorted(named)}
-        own["config"] = {k: v for k, v in own["config"].items() if k != "weights_sha256"}
-        return own | {"config": own["config"] | {"tables": tables, "lifts": lifts}, "operators": weights}
+        config = {k: v for k, v in own["config"].items() if k != "weights_sha256"}  # of all operators
+        return own | {"config": config | {"tables": tables, "lifts": lifts}, "operators": weights}
 
 
 def find_solvers(names: Sequence[str]) -> list[Solver]:
