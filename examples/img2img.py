@@ -32,11 +32,13 @@ def endpoints(
     """(n, 4, h, w) latents of ``solver`` with ``steps`` steps of the whole way."""
     own, found = pipe.scheduler, []
     pipe.scheduler = solver.makers[0](pipe, steps)
-    for first, prompts, images in batches:
-        noise = [torch.Generator().manual_seed(first + i) for i in range(len(prompts))]
-        given = {"prompt": prompts, "image": images, "generator": noise, "output_type": "latent"}
-        found.append(pipe(**given, num_inference_steps=steps, **call).images)
-    pipe.scheduler = own  # of whose settings the next solver is made
+    try:
+        for first, prompts, images in batches:
+            noise = [torch.Generator().manual_seed(first + i) for i in range(len(prompts))]
+            given = {"prompt": prompts, "image": images, "generator": noise, "output_type": "latent"}
+            found.append(pipe(**given, num_inference_steps=steps, **call).images)
+    finally:
+        pipe.scheduler = own  # of whose settings the next solver is made
     return torch.cat(found)
 
 

@@ -24,15 +24,15 @@ from torch import Tensor
 from dywspan import DyWeightScheduler, SpanLiftScheduler
 from dywspan.artifact import continuous_to_json, read_continuous, shown_tables
 from dywspan.core.bases import BASES, MAX_ORDER
-from dywspan.core.continuous import FEATURES, ContinuousTable, features
+from dywspan.core.continuous import FEATURES, ContinuousLift, ContinuousTable, features
 from dywspan.core.grid import make_grid, resolution_mu
 from dywspan.core.prediction import EDM, Flow, Prediction
 from dywspan.core.step import step
 from dywspan.core.table import SolverTable
-from dywspan.distill.config import LearningConfig
+from dywspan.distill.config import DistillConfig, LearningConfig
 from dywspan.distill.least_squares import Problem
 from dywspan.distill.losses import latent_mse
-from dywspan.distill.pairs import Teacher, make_pairs
+from dywspan.distill.pairs import Teacher, ends, make_pairs
 from dywspan.distill.progress import Term, endpoint_error
 from dywspan.distill.replay import Meter
 from dywspan.distill.student import ContinuousStudent, Student
@@ -194,7 +194,10 @@ def test_each_coefficient_moves_what_it_belongs_to(grid: dict[str, Any], predict
     torch.testing.assert_close(found.logit() - p.logit(), torch.full_like(p, move))
     lengths = levels.weights.sum(1)
     assert float(lengths[-1]) == pytest.approx(math.exp(move))
-    torch.testing.assert_close(levels.weights / lengths[:, None], base.weights)
+    moved_to = levels.schedule(prediction).levels.clone()
+    moved_to[-1] = 0
+    expected = BASES["adams"](moved_to, prediction.signal(moved_to), order)
+    torch.testing.assert_close(levels.weights / lengths[:, None], expected)
 
 
 def test_levels_out_of_their_order_are_refused() -> None:
@@ -341,21 +344,61 @@ def test_values_given_in_the_call_are_the_grid(name: str, given: Any, levels: Ca
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionImg2ImgPipeline", "StableDiffusion3Img2ImgPipeline"])
-def test_img2img_starts_in_the_middle_of_the_table(name: str) -> None:
+def test_img2img_is_written_a_table_for_the_levels_that_are_left(name: str) -> None:
+    """As long as the whole way's: corrections are no larger where it is begun late."""
     tiny = tp.build(name)
     own = DyWeightScheduler.from_config(tiny.pipe.scheduler.config)
-    function = learned(3, default_grid(own))
-    whole = function.table(4, own.host.prediction)
-    trace, expected = (tp.run(tiny, s, [0]) for s in (own.with_continuous(function), own.with_tables([whole])))
-    assert len(trace.steps) == 2 and torch.equal(trace.output, expected.output)
-    level = prediction_time(own, whole)
-    assert trace.noised[0][0] == pytest.approx(level) and trace.told[0].item() == pytest.approx(level)
+    function, prediction = learned(3, default_grid(own)), own.host.prediction
+    nominal = make_grid(function.grid, 4, prediction)
+    rest = function.table(2, prediction, sigmas=nominal[2:], whole=4)
+    assert float((rest.weights - function.table(2, prediction, sigmas=nominal[2:]).weights).abs().max()) > 1e-3
+    euler = SolverTable.initial(2, 3, {"sigmas": nominal[:3].tolist()}, prediction, base="euler")
+    numbers = [torch.cat([getattr(t, v) for t in (euler, rest)]) for v in ("weights", "time_scale")]
+    known = own.with_tables([SolverTable(*numbers, {"sigmas": nominal.tolist()})])
+    scheduler = own.with_continuous(function)
+    trace, expected = (tp.run(tiny, s, [0]) for s in (scheduler, known))
+    assert len(trace.steps) == 2
+    torch.testing.assert_close(trace.output, expected.output, rtol=1e-5, atol=1e-5)
+    begun, told = (float(prediction.timestep(v)) for v in (nominal[2], rest.schedule(prediction).queries[0]))
+    assert trace.noised[0][0] == pytest.approx(begun, rel=0.2) and trace.told[0].item() == pytest.approx(told)
+    assert float(scheduler.sigmas[2]) == pytest.approx(float(nominal[2]))
+    torch.testing.assert_close(trace.output, tp.run(tiny, scheduler, [0]).output)
 
 
-def prediction_time(scheduler: DyWeightScheduler, table: SolverTable) -> float:
-    """The model time of the third step."""
-    prediction = scheduler.host.prediction
-    return float(prediction.timestep(table.schedule(prediction).queries)[2])
+@pytest.mark.parametrize("lifted", [False, True])
+def test_a_begin_index_can_be_set_again(lifted: bool) -> None:
+    """Every start is what it is when set first, in ``timesteps`` that a pipeline took part of before."""
+    base = DyWeightScheduler(prediction_type="flow_prediction").with_continuous(learned())
+
+    def fresh() -> DyWeightScheduler:
+        if not lifted:
+            return copy.deepcopy(base)
+        scheduler = SpanLiftScheduler.from_config(base.config, operator={"channels": 1, "order": 2, "width": 8})
+        coefficients = torch.randn(2, len(FEATURES), generator=torch.Generator().manual_seed(0)).double()
+        scheduler.continuous_lift = ContinuousLift(coefficients, 2)
+        return scheduler.initialize()
+
+    def numbers(scheduler: DyWeightScheduler, begin: int) -> list[Any]:
+        own = [scheduler._alpha[begin:], scheduler._beta[begin:]] if isinstance(scheduler, SpanLiftScheduler) else []
+        return [scheduler._rows[begin:], scheduler.timesteps[begin:].tolist(), scheduler._levels[begin:], *own]
+
+    again = fresh()
+    again.set_timesteps(5)
+    taken, whole = again.timesteps[1:], numbers(again, 0)
+    for begin in (2, 0, 3, 3, 1):
+        once = fresh()
+        once.set_timesteps(5)
+        once.set_begin_index(begin)
+        again.set_begin_index(begin)
+        assert numbers(again, begin) == numbers(once, begin) and again.begin_index == begin
+        assert (numbers(again, 0) == whole) == (begin == 0)
+        assert taken.tolist() == again.timesteps[1:].tolist()
+        if lifted and begin:
+            levels, prediction = once._schedule.levels[begin:], Flow()
+            lift = once.continuous_lift.lift(levels, prediction, whole=5)
+            assert once._alpha[begin:] == lift.alpha.tolist() and once._beta == [0.0] * begin + lift.beta.tolist()
+    again.set_timesteps(5)
+    assert numbers(again, 0) == whole
 
 
 def test_an_operator_of_beta_zero_leaves_a_continuous_base_as_it_is(tmp_path: Path) -> None:
@@ -394,7 +437,7 @@ def test_columns_by_the_tables_numbers_are_those_of_the_coefficients(
     """Also where the grid is known to the pipeline's call only: by a shift (FLUX), or all of it (Mochi)."""
     subject = fresh(name)
     student = student_of(subject)
-    problem = problem_of(subject, student, 4, difference=1e-6)
+    problem = problem_of(subject, student, 4, difference=1e-7)
     (term,) = problem.terms
     by_table = problem.columns(term, term.pairs)
     assert student.local(4)[1] is not None
@@ -431,6 +474,57 @@ def test_gradients_are_those_of_central_differences(name: str) -> None:
     acts = gradient.abs() > 1e-9 * gradient.abs().max()
     assert not acts[1, FEATURES.index("first")], "the first step has no difference"
     assert int(acts.sum()) == acts.numel() - 1
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline (v-prediction)", "FluxPipeline"])
+def test_late_pairs_start_on_the_teachers_way_and_can_be_learned_from(name: str) -> None:
+    """Fine steps from there reach the endpoint, and coarse ones learn to."""
+    subject = fresh(name)
+    own = DyWeightScheduler.from_config(subject.pipe.scheduler.config)
+    grid, prediction, (steps, whole) = default_grid(own), own.host.prediction, (2, 3)
+    fine = DyWeightScheduler.from_config(own.config, solver="adams", order=3, grid=grid)
+    six = subject.inputs(range(6)), range(6)
+    paths = make_pairs(subject.pipe, Teacher(fine, 16 * whole, 16), *six, call=subject.call)
+    mu = resolution_mu(paths.endpoints.shape[1]) if isinstance(prediction, Flow) else None
+    level = 1.0 if isinstance(prediction, Flow) else float(make_grid(grid, whole, prediction, mu)[whole - steps])
+    pairs = ends(paths, steps, level)
+    assert torch.equal(pairs.endpoints, paths.endpoints) and len(pairs.inputs[0]["latents"]) == 1
+
+    function = ContinuousTable.initial(3, grid)
+    scheduler = own.with_continuous(function)
+    scheduler.whole = 16 * whole
+    close = endpoint_error(subject.pipe, scheduler, 16 * steps, pairs, subject.call)
+    scheduler.whole = whole
+    assert close < 1e-3 * endpoint_error(subject.pipe, scheduler, steps, pairs, subject.call)
+
+    teacher, plain = Teacher(fine, 16 * whole), replace(paths, targets=paths.endpoints, is_path=False)
+    for optimizer in ("adamw", "least_squares"):
+        config = LearningConfig(optimizer=optimizer, updates=12, evaluate_every=3, batch_size=6, order=3, init="adams")
+        late = {(steps, whole): (pairs, pairs)}
+        arguments = (subject.pipe, teacher, plain, plain, [3])
+        learned = distill_continuous(*arguments, call=subject.call, config=config, late=late)
+        errors = learned.provenance["held_out_error"]
+        assert [*errors] == ["3", "2/3"] and all(e["after"] < 0.8 * e["before"] for e in errors.values()), optimizer
+        scheduler = own.with_continuous(learned)
+        scheduler.whole = whole
+        found = endpoint_error(subject.pipe, scheduler, steps, pairs, subject.call)
+        assert found == pytest.approx(errors["2/3"]["after"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"late_starts": ["3"]}, r"late_starts=\['3'\] must be of the form \"3/5\""),
+        ({"late_starts": ["5/5"]}, "must name fewer steps than the whole way"),
+        ({"late_starts": ["0/5"]}, "fewer steps"),
+        ({"late_starts": ["3/5", "3/5"]}, "each once"),
+        ({"late_starts": ["3/5"], "continuous": False}, "set continuous"),
+        ({"late_starts": ["3/5"], "guidance_scales": [2, 4]}, "leave out guidance_scales"),
+    ],
+)
+def test_late_starts_that_cannot_be_are_named(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        DistillConfig(**{"model": "m", "output": "o", "continuous": True, **change})
 
 
 @pytest.fixture(scope="module")

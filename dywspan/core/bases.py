@@ -3,6 +3,7 @@
 Each base is a function ``(sigmas, alphas, order, ...) -> weights`` with ``sigmas`` the (N+1,) grid, ``alphas`` the
 signal levels on it (ones in the VE frame) and ``weights`` an (N, K) float64 table whose rows sum to 1: an untrained
 DyWeight table *is* one of these. Column j multiplies the j-th newest derivative; orders grow from 1 with the history.
+"adams" and "deis" are differentiable in the levels.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def euler(sigmas: Tensor, alphas: Tensor, order: int = 1) -> Tensor:
@@ -23,7 +25,7 @@ def euler(sigmas: Tensor, alphas: Tensor, order: int = 1) -> Tensor:
 
 def uniform(sigmas: Tensor, alphas: Tensor, order: int = 2) -> Tensor:
     """w = 1 / (number of derivatives there are): DyWeight's table A.3 tries it as an initial value."""
-    return _rows(sigmas, order, lambda i, k: [1 / k] * k)
+    return _rows(sigmas, order, lambda i, k: torch.full((k,), 1 / k, dtype=torch.float64))
 
 
 def ipndm(sigmas: Tensor, alphas: Tensor, order: int = 3) -> Tensor:
@@ -31,7 +33,7 @@ def ipndm(sigmas: Tensor, alphas: Tensor, order: int = 3) -> Tensor:
 
     Source: DyWeight eq. (3).
     """
-    return _rows(sigmas, order, lambda i, k: _interpolatory([-j for j in range(k)], _MONOMIALS))
+    return _rows(sigmas, order, lambda i, k: _interpolatory(-torch.arange(k, dtype=torch.float64), _MONOMIALS[:k]))
 
 
 def adams(sigmas: Tensor, alphas: Tensor, order: int = 3) -> Tensor:
@@ -39,10 +41,10 @@ def adams(sigmas: Tensor, alphas: Tensor, order: int = 3) -> Tensor:
 
     Source: DyWeight appendix A.
     """
-    s = sigmas.tolist()
 
-    def row(i: int, k: int) -> Sequence[float]:
-        return _interpolatory([(s[i - j] - s[i]) / (s[i + 1] - s[i]) for j in range(k)], _MONOMIALS)
+    def row(i: int, k: int) -> Tensor:
+        past = sigmas[i - k + 1 : i + 1].flip(0)
+        return _interpolatory((past - past[0]) / (sigmas[i + 1] - past[0]), _MONOMIALS[:k])
 
     return _rows(sigmas, order, row)
 
@@ -52,15 +54,17 @@ def deis(sigmas: Tensor, alphas: Tensor, order: int = 3, lower_order_final: bool
 
     Source: DEIS (Zhang & Chen 2022), rhoAB in log rho.
     """
-    s, n = sigmas.tolist(), len(sigmas) - 1
+    n = len(sigmas) - 1
 
-    def row(i: int, k: int) -> Sequence[float]:
+    def row(i: int, k: int) -> Tensor:
         k = min(k, n - i) if lower_order_final else k
-        r = s[i + 1] / s[i]
+        past = sigmas[i - k + 1 : i + 1].flip(0)
+        r = sigmas[i + 1] / past[0]
+        log = r.log() if r > 0 else r  # r log(r)^m is 0 at 0
         moments = [r - 1]  # integral of log(y)^m over y in [1, r], by parts
         for m in range(1, k):
-            moments.append((r * math.log(r) ** m if r > 0 else 0.0) - m * moments[-1])
-        return _interpolatory([math.log(s[i - j] / s[i]) for j in range(k)], [m / (r - 1) for m in moments])
+            moments.append(r * log**m - m * moments[-1])
+        return _interpolatory((past / past[0]).log(), torch.stack(moments) / (r - 1))
 
     return _rows(sigmas, order, row)
 
@@ -125,24 +129,18 @@ BASES: dict[str, Callable[..., Tensor]] = {
 }
 MAX_ORDER = {"euler": 1, "uniform": 4, "ipndm": 4, "adams": 4, "deis": 3, "dpmpp": 3, "unipc": 3}
 
-_MONOMIALS = [1.0, 1 / 2, 1 / 3, 1 / 4]  # integrals of theta^m over [0, 1]
+_MONOMIALS = torch.tensor([1.0, 1 / 2, 1 / 3, 1 / 4], dtype=torch.float64)  # integrals of theta^m over [0, 1]
 
 
-def _rows(sigmas: Tensor, order: int, row: Callable[[int, int], Sequence[float]]) -> Tensor:
+def _rows(sigmas: Tensor, order: int, row: Callable[[int, int], Tensor]) -> Tensor:
     """Table whose row i is ``row(i, k)`` with k = min(order, i + 1) derivatives at hand."""
-    n = len(sigmas) - 1
-    weights = torch.zeros(n, order, dtype=torch.float64)
-    for i in range(n):
-        values = row(i, min(order, i + 1))
-        weights[i, : len(values)] = torch.tensor(values, dtype=torch.float64)
-    return weights
+    rows = [row(i, min(order, i + 1)) for i in range(len(sigmas) - 1)]
+    return torch.stack([pad(values, (0, order - len(values))) for values in rows])
 
 
-def _interpolatory(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
+def _interpolatory(nodes: Tensor, moments: Tensor) -> Tensor:
     """Weights exact for polynomials: sum_j w_j nodes_j^m = moments_m for m < number of nodes."""
-    theta = torch.tensor(nodes, dtype=torch.float64)
-    powers = torch.stack([theta**m for m in range(len(theta))])
-    return torch.linalg.solve(powers, torch.tensor(moments[: len(theta)], dtype=torch.float64)).tolist()
+    return torch.linalg.solve(torch.stack([nodes**m for m in range(len(nodes))]), moments)
 
 
 def _in_log_snr(

@@ -14,7 +14,7 @@ from .bases import BASES
 from .grid import make_grid
 from .operator import Lift
 from .prediction import Prediction
-from .table import SOME_NETWORK, SolverTable
+from .table import SOME_NETWORK, SolverTable, base_weights
 
 FEATURES = ("1", "u", "2u^2-1", "delta", "delta u", "first", "last", "last but one")
 GUIDED = tuple(f"({name}) log(g/g0)" for name in FEATURES)
@@ -28,12 +28,12 @@ class ContinuousTable:
         sum_j w_ij d_{i-j} = L_i (sum_j base_ij d_{i-j} + sum_m f^(K-m) (C_m . phi_i) nabla^m d_i),    m = 1 .. K-1
         s_i                = exp(f^K (C_K . phi_i)),                                        f = 1 / (1 + N / horizon)
 
-    The first moves the levels of the states between the first and the last (by f if K = 1); L_i is how much longer the
-    step there is than to the grid's level, and in the last step exp(f^(K-1) (C_0 . phi)). The base's weights stay those
-    of the grid. nabla^m d is the m-th backward difference, of the size h^m: every correction is of the size h^K, times
-    the step. phi are ``FEATURES`` of a step: u = tanh(log(sigma / alpha) / 4), where it stands; delta, how much longer
-    than the mean it is in u; whether it is the first, the last, or the one before. With the guidance scale g as an
-    input, phi are twice as many: these, and these times log(g / g0).
+    The first moves the levels of the states between the first and the last (by f if K = 1), and the base is that of the
+    levels moved to. L_i is how much longer the step there is than to the grid's level, and in the last step
+    exp(f^(K-1) (C_0 . phi)). nabla^m d is the m-th backward difference, of the size h^m: every correction is of the
+    size h^K, times the step. phi are ``FEATURES`` of a step: u = tanh(log(sigma / alpha) / 4), where it stands; delta,
+    how much longer than the mean it is in u; whether it is the first, the last, or the one before. With the guidance
+    scale g as an input, phi are twice as many: these, and these times log(g / g0).
 
     Attributes:
         coefficients: (K + 1, 8) C, or (K + 1, 16) with g0, dimensionless; zeros are the base solver.
@@ -86,6 +86,7 @@ class ContinuousTable:
         mu: float | None = None,
         sigmas: Tensor | None = None,
         guidance_scale: float | None = None,
+        whole: int | None = None,
     ) -> SolverTable:
         """The table for one number of steps; differentiable in the coefficients.
 
@@ -93,6 +94,7 @@ class ContinuousTable:
             mu: the pipeline's resolution-dependent shift.
             sigmas: (N+1,) another grid than the nominal one.
             guidance_scale: g; None: g0. Nothing depends on it where it is no input.
+            whole: number of steps of the whole way of which ``sigmas`` are the end: corrections fade as there.
 
         Raises:
             ValueError: the corrections move the levels out of their order.
@@ -101,17 +103,18 @@ class ContinuousTable:
         grid = dict(self.grid) if sigmas is None else {"sigmas": sigmas.tolist()}
         levels = make_grid(grid, n, prediction, mu)
         alphas = prediction.signal(levels)
-        corrections = features(levels, alphas) @ _at(self, guidance_scale).T * self.fades(n)
+        corrections = features(levels, alphas) @ _at(self, guidance_scale).T * self.fades(whole or n)
         moves, *bends, scales = corrections.unbind(1)
-        lengths = _lengths(levels, alphas, moves)
-        weights = SolverTable.initial(n, order, grid, prediction, base=self.base, mu=mu).weights
+        moved = _moved(levels, alphas, moves)
+        lengths = torch.cat([moved.diff()[:-1] / (levels[1:-1] - moved[:-2]), moves[-1:].exp()])
+        weights = base_weights(self.base, moved, prediction, order)
         if bends:  # step i has i + 1 derivatives
             weights = weights + torch.stack(bends, 1).tril(-1) @ differences(order)[1:]
         return SolverTable(lengths[:, None] * weights, scales.exp(), grid, provenance=self.provenance)
 
 
-def _lengths(sigmas: Tensor, alphas: Tensor, moves: Tensor) -> Tensor:
-    """(N,) how much longer each step is than to the grid's next level, for states at the levels moved to."""
+def _moved(sigmas: Tensor, alphas: Tensor, moves: Tensor) -> Tensor:
+    """(N+1,) the levels of the states, between the first and the last of the grid."""
     u, move = _place(sigmas, alphas), torch.expm1(moves[:-1])
     place, whole = u[1:-1], u[0] - u[-1]
     p = (place - u[-1]) / whole
@@ -121,7 +124,7 @@ def _lengths(sigmas: Tensor, alphas: Tensor, moves: Tensor) -> Tensor:
     moved = torch.cat([sigmas[:1], inner, sigmas[-1:]])
     if not bool((moved.detach().diff() < 0).all()):
         raise ValueError(f"The corrections move the levels out of their order: {moved.tolist()}.")
-    return torch.cat([moved.diff()[:-1] / (sigmas[1:-1] - moved[:-2]), moves[-1:].exp()])
+    return moved
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,14 +169,17 @@ class ContinuousLift:
         coefficients[1, 0] = 1.0
         return cls(coefficients, order, horizon, operator)
 
-    def lift(self, levels: Tensor, prediction: Prediction, guidance_scale: float | None = None) -> Lift:
+    def lift(
+        self, levels: Tensor, prediction: Prediction, guidance_scale: float | None = None, whole: int | None = None
+    ) -> Lift:
         """alpha and beta of N steps; differentiable in the coefficients.
 
         Args:
             levels: (N+1,) of the states, see :class:`dywspan.core.step.Schedule`.
             guidance_scale: g; None: g0.
+            whole: as of :meth:`ContinuousTable.table`.
         """
-        fade = 1 / (1 + (len(levels) - 1) / self.horizon)
+        fade = 1 / (1 + (whole or len(levels) - 1) / self.horizon)
         phi = features(levels, prediction.signal(levels))
         alpha, beta = (fade**self.order * (phi @ _at(self, guidance_scale).T)).unbind(1)
         return Lift(1 + alpha, beta, self.operator, self.provenance)

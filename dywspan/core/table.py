@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .bases import BASES, MAX_ORDER
 from .grid import make_grid
@@ -77,16 +78,9 @@ class SolverTable:
         mu: float | None = None,
     ) -> SolverTable:
         """An untrained table: the base solver's weights on the grid, s = 1."""
-        if base not in BASES:
-            raise ValueError(f"Unknown base solver {base!r}: use one of {sorted(BASES)}.")
         n = num_inference_steps + afs
         sigmas = make_grid(grid, n, prediction, mu)
-        rows = BASES[base](sigmas, prediction.signal(sigmas), min(order, MAX_ORDER[base]))
-        weights = torch.zeros(n, order, dtype=torch.float64)
-        columns = min(order, rows.shape[1])
-        weights[:, :columns] = rows[:, :columns]
-        # A base that looks back further than K: the rest goes to the oldest derivative, so that rows keep their sum.
-        weights[:, columns - 1] += rows[:, columns:].sum(1)
+        weights = base_weights(base, sigmas, prediction, order)
         return cls(weights, torch.ones(n, dtype=torch.float64), dict(grid), afs, time_shifting=time_shifting)
 
     def schedule(self, prediction: Prediction, mu: float | None = None) -> Schedule:
@@ -105,3 +99,18 @@ class SolverTable:
                 "Check that the weights belong to this grid."
             )
         return schedule
+
+
+def base_weights(base: str, sigmas: Tensor, prediction: Prediction, order: int) -> Tensor:
+    """(N, K) rows of a base solver with K = ``order``.
+
+    Raises:
+        ValueError: no such base.
+    """
+    if base not in BASES:
+        raise ValueError(f"Unknown base solver {base!r}: use one of {sorted(BASES)}.")
+    rows = BASES[base](sigmas, prediction.signal(sigmas), min(order, MAX_ORDER[base]))
+    columns = min(order, rows.shape[1])
+    # A base that looks back further than K: the rest goes to the oldest derivative, so that rows keep their sum.
+    oldest = rows[:, columns - 1 :].sum(1, keepdim=True)
+    return pad(torch.cat([rows[:, : columns - 1], oldest], 1), (0, order - columns))

@@ -41,7 +41,7 @@ def draw_samples(rows: Mapping[str, Images | None], inputs: Inputs, path: Path) 
 def provenances(scheduler: Any) -> dict[int | str, Mapping[str, Any]]:
     """Where the solver of each number of steps comes from that was learned or, for a continuous one, learned from.
 
-    By number of steps, or where there are several guidance scales by "5 @ 7.5".
+    By number of steps, or where there are several guidance scales by "5 @ 7.5", and late starts by "3/5".
     """
     own, function = getattr(scheduler, "lifts", scheduler.tables), for_every_count(scheduler)
     shared = function.provenance if function is not None else {}
@@ -51,8 +51,8 @@ def provenances(scheduler: Any) -> dict[int | str, Mapping[str, Any]]:
 
 
 def steps_of(name: int | str) -> int:
-    """The number of steps in 5 or "5 @ 7.5"."""
-    return int(str(name).partition(" @ ")[0])
+    """The number of steps in 5 or "5 @ 7.5", and of the whole way in "3/5"."""
+    return int(str(name).partition(" @ ")[0].rpartition("/")[2])
 
 
 _USE = """```python

@@ -105,6 +105,9 @@ class DistillConfig(LearningConfig):
     continuous: bool = option(
         False, "learn from steps one function that writes a table, or a lift, for any number of them"
     )
+    late_starts: list[str] = option(
+        [], 'continuous: learn also to start in the middle, as img2img does; "3/5": the last three of five steps'
+    )
     guidance_scales: list[float] = option([], "continuous: learn also to follow the guidance scale, at each of these")
     grid: dict[str, Any] | None = option(None, 'nominal grid of tables, e.g. {"name": "flow", "shift": 3}')
     base: str = option("euler", "of SpanLift: a DyWeight artefact, a base solver, or a SpanLift artefact to go on from")
@@ -155,6 +158,13 @@ class DistillConfig(LearningConfig):
             wrong |= {"time_scaling": not self.time_scaling}
             if named := [f"{name}={getattr(self, name)!r}" for name, is_wrong in wrong.items() if is_wrong]:
                 raise ValueError(f"continuous learns DyWeight tables of the usual form: leave out {', '.join(named)}.")
+        if self.late_starts and (not self.continuous or self.solver != "dyweight" or self.guidance_scales):
+            raise ValueError(
+                f"late_starts={self.late_starts} are learned by continuous tables for one guidance scale: set "
+                "continuous, and solver to dyweight, and leave out guidance_scales."
+            )
+        if not all(0 < steps < whole for steps, whole in self.ends) or len({*self.ends}) < len(self.ends):
+            raise ValueError(f"late_starts={self.late_starts} must name fewer steps than the whole way has, each once.")
         if scales := self.guidance_scales:
             if not self.continuous or "guidance_scale" in self.call:
                 raise ValueError(
@@ -173,6 +183,18 @@ class DistillConfig(LearningConfig):
             )
         if self.path_substeps and self.on_the_fly:
             raise ValueError("path_substeps needs teacher paths from the cache: set on_the_fly to false.")
+
+    @property
+    def ends(self) -> list[tuple[int, int]]:
+        """(steps, steps of the whole way) of each of ``late_starts``.
+
+        Raises:
+            ValueError: one is not of the form "3/5".
+        """
+        found = [re.fullmatch(r"(\d+)/(\d+)", text) for text in self.late_starts]
+        if not all(found):
+            raise ValueError(f'late_starts={self.late_starts} must be of the form "3/5": the last three of five steps.')
+        return [(int(m[1]), int(m[2])) for m in found if m]
 
     @property
     def matters(self) -> dict[str, Any]:

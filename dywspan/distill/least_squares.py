@@ -178,6 +178,7 @@ class Problem:
     def _endpoint(self, student: Student, term: Term, part: Pairs) -> tuple[Tensor, Any]:
         with torch.no_grad(), autocast(self.pipe, self.config.mixed_precision):
             student.apply()
+            student.scheduler.whole = term.whole
             return sample(self.pipe, student.scheduler, term.steps, part.inputs, part.seeds, term.call)
 
     def _batches(self) -> list[tuple[int, Term, slice, int]]:

@@ -97,6 +97,17 @@ class Pairs:
         return self.choose(range(*part.indices(len(self))))
 
 
+def ends(paths: Pairs, steps: int, level: float) -> Pairs:
+    """Pairs that start in the middle of teacher paths, this many steps before their end.
+
+    Args:
+        level: what a pipeline that is given latents multiplies them by, there: sigma, 1 for flow networks.
+    """
+    states = paths.targets[range(len(paths))]
+    starts = (states[:, -steps - 1] / level).split(1)
+    return Pairs([{**own, "latents": z} for own, z in zip(paths.inputs, starts)], paths.seeds, states[:, -1])
+
+
 Source = Callable[[Sequence[int]], Pairs]  # positions in an endless stream of samples -> these
 
 

@@ -35,6 +35,7 @@ class Term:
         call: arguments of the pipeline's call.
         train, held_out: teacher pairs made with this call; of several terms as many.
         guidance_scale: of the call, where terms differ in it.
+        whole: steps of the whole way, where these are the end of it only, as in img2img; the pairs start there.
     """
 
     steps: int
@@ -42,11 +43,13 @@ class Term:
     train: Pairs | Source
     held_out: Pairs
     guidance_scale: float | None = None
+    whole: int | None = None
 
     @property
     def name(self) -> str:
-        """ "5", or "5 @ 7.5"."""
-        return f"{self.steps}" if self.guidance_scale is None else f"{self.steps} @ {self.guidance_scale:g}"
+        """ "5", "5 @ 7.5", or "3/5" for the last three of five steps."""
+        name = f"{self.steps}" if self.whole is None else f"{self.steps}/{self.whole}"
+        return name if self.guidance_scale is None else f"{name} @ {self.guidance_scale:g}"
 
     @property
     def pairs(self) -> Pairs:
@@ -151,8 +154,11 @@ class Progress:
         with torch.no_grad():
             self.student.apply()
         with autocast(self.pipe, precision), self.meter.counting("held_out"):
-            solver = self.pipe, self.student.scheduler
-            return {t.name: endpoint_error(*solver, t.steps, t.held_out, t.call, loss=self.loss) for t in self.terms}
+            pipe, scheduler, errors = self.pipe, self.student.scheduler, {}
+            for t in self.terms:
+                scheduler.whole = t.whole
+                errors[t.name] = endpoint_error(pipe, scheduler, t.steps, t.held_out, t.call, loss=self.loss)
+            return errors
 
     def evaluate(self) -> bool:
         """Measure the parameters as they are and keep them if they are the best; whether patience is at its end."""

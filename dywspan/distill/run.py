@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ import torch
 from ..core.bases import BASES
 from ..core.layout import LAYOUTS, Packed
 from ..core.operator import ResidualOperator
+from ..core.prediction import Flow
 from ..core.step import TWO_STAGE
 from ..schedulers.bind import bind, guidance_argument, guidance_scale
 from ..schedulers.dyweight import DyWeightScheduler
@@ -26,7 +28,7 @@ from .config import OPTIMIZERS, DistillConfig
 from .embeddings import remembered_prompts
 from .inputs import check_call, split_inputs
 from .losses import Loss, make_loss
-from .pairs import UNWRITABLE, Pairs, Source, Teacher, digest, fingerprint, fresh, make_pairs
+from .pairs import UNWRITABLE, Pairs, Source, Teacher, digest, ends, fingerprint, fresh, make_pairs
 from .plan import print_plan
 from .processes import is_main, share, wait
 from .rollout import Inputs, blocks, denoisers, load_pipeline, sample
@@ -107,6 +109,8 @@ def prepare(config: DistillConfig, device: torch.device | str = "cpu") -> Task:
     if isinstance(LAYOUTS[config.layout], Packed) or guidance_argument(pipe) is not None:
         bind(pipe)
     check_call(pipe, inputs, config.call)
+    if config.late_starts and "latents" not in inspect.signature(type(pipe).__call__).parameters:
+        raise ValueError(f"late_starts={config.late_starts} need a pipeline that takes latents: leave them out.")
     base = _base(config, pipe) if config.solver == "spanlift" else None
     if isinstance(base, SpanLiftScheduler):  # its operators stay of their size
         if Path(config.base).resolve() == Path(config.output).resolve():
@@ -205,7 +209,7 @@ def _learn(task: Task, group: list[int], log: Log | None) -> Any:
     scheduler = DyWeightScheduler.from_config(task.pipe.scheduler.config)
     if config.continuous:
         pairs, paths = _pairs(task, task.teacher), {n: _paths(task, n) for n in group if config.regression}
-        options |= {"grid": config.grid, "paths": paths}
+        options |= {"grid": config.grid, "paths": paths, "late": {end: _ends(task, *end) for end in config.ends}}
         return scheduler.with_continuous(distill_continuous(task.pipe, task.teacher, *pairs, group, **options))
     (n,) = group
     teacher = _path_teacher(task, n, config.path_substeps) if config.path_substeps else task.teacher
@@ -231,6 +235,17 @@ def _paths(task: Task, n: int) -> Pairs:
     """What the first weights of a table of n steps are fitted to."""
     teacher = _path_teacher(task, n, -(-task.config.teacher_steps // n))
     return _made(task, teacher, task.inputs[: task.config.regression], TRAIN_SEED, task.call)
+
+
+def _ends(task: Task, steps: int, whole: int) -> tuple[Pairs, Pairs]:
+    """Training and held-out pairs of the last steps of a way of ``whole``."""
+    teacher = _path_teacher(task, whole, -(-task.config.teacher_steps // whole))
+    set_timesteps(teacher.scheduler, whole)
+    is_flow = isinstance(teacher.scheduler.host.prediction, Flow)
+    level = 1.0 if is_flow else float(teacher.scheduler.sigmas[whole - steps])
+    parts = (task.inputs, TRAIN_SEED), (task.held_out_inputs, HELD_OUT_SEED)
+    train, held_out = (ends(_made(task, teacher, *part, task.call), steps, level) for part in parts)
+    return train, held_out
 
 
 def _made(task: Task, teacher: Teacher, inputs: Inputs, first_seed: int, call: Mapping[str, Any]) -> Pairs:

@@ -182,6 +182,7 @@ class ContinuousStudent(Student):
         # Many pipelines choose the grid in their call: it is known once they have sampled, as the guidance scale is.
         sigmas = sigmas if sigmas is not None and len(sigmas) == steps + 1 else None
         call: dict[str, Any] = {"sigmas": sigmas, "guidance_scale": self.scheduler.guidance_scale}
+        call["whole"] = self.scheduler.whole
 
         def numbers(coefficients: Tensor) -> Tensor:
             table = replace(self.initial, coefficients=coefficients).table(steps, prediction, **call)

@@ -60,6 +60,9 @@ def learning_rate(update: int, updates: int) -> float:
 
 T = TypeVar("T")
 Guided = Mapping[float, T]  # by guidance scale
+Late = Mapping[
+    tuple[int, int], tuple[Pairs, Pairs]
+]  # training and held-out, by steps and those of the whole way, see ends
 
 
 def make_terms(
@@ -68,15 +71,17 @@ def make_terms(
     train: Pairs | Source | Guided[Pairs | Source],
     held_out: Pairs | Guided[Pairs],
     call: Mapping[str, Any],
+    late: Late | None = None,
 ) -> list[Term]:
-    """What is learned together: every number of steps, at every guidance scale.
+    """What is learned together: every number of steps, at every guidance scale; and ends of the way.
 
     Raises:
         ValueError: pairs by guidance scale, of a pipeline that takes none.
     """
+    ends = [Term(n, call, *pairs, whole=whole) for (n, whole), pairs in (late or {}).items()]
     if not isinstance(train, Mapping) or not isinstance(held_out, Mapping):
         assert not isinstance(train, Mapping) and not isinstance(held_out, Mapping)
-        return [Term(n, call, train, held_out) for n in steps]
+        return [Term(n, call, train, held_out) for n in steps] + ends
     name = guidance_argument(pipe)
     if name is None:
         raise ValueError(f"{type(pipe).__name__} is called without a guidance scale: learn for one kind of pairs.")
@@ -137,6 +142,7 @@ def fit(progress: Progress) -> None:
         for update in bar:
             turn, rate = update % len(terms), peak_rate * learning_rate(update, updates)
             term, source = terms[turn], sources[turn]
+            student.scheduler.whole = term.whole
             own = share(range(update * config.batch_size, (update + 1) * config.batch_size))
             size = config.micro_batch_size or len(own)
             optimizer.zero_grad()
@@ -272,6 +278,7 @@ def distill_continuous(
     grid: Mapping[str, Any] | None = None,
     loss: Loss = latent_mse,
     paths: Mapping[int, Pairs] | None = None,
+    late: Late | None = None,
     checkpoints: Checkpoints | None = None,
     log: Log | None = None,
 ) -> ContinuousTable:
@@ -282,10 +289,11 @@ def distill_continuous(
             depend on it. The pipeline is then bound, see :func:`dywspan.bind`.
         steps: numbers of steps to learn from; few and many, for the function to hold between them.
         paths: a teacher's by number of steps, to start from weights that follow them, see :func:`regress_continuous`.
+        late: training and held-out pairs that start in the middle of the way.
         others: as of :func:`distill`.
     """
     scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
-    terms, options = make_terms(pipe, steps, train, held_out, call), {"config": config, "loss": loss}
+    terms, options = make_terms(pipe, steps, train, held_out, call, late), {"config": config, "loss": loss}
     initial, size = initial_continuous(scheduler, config, grid), config.batch_size
     if paths:
         middle = sorted(terms, key=lambda term: term.guidance_scale or 0)[len(terms) // 2].call
@@ -365,10 +373,14 @@ def _provenance(
     config: LearningConfig,
     loss: Loss,
 ) -> dict[str, Any]:
-    by_scale = {term.guidance_scale: term for term in terms}
+    by_scale = {term.guidance_scale: term for term in terms if term.whole is None}
     kept = sum(len(term.train) for term in by_scale.values() if isinstance(term.train, Pairs))
     held_out = sum(len(term.held_out) for term in by_scale.values())
-    teacher_cost = round((kept + held_out) * teacher.num_inference_steps * cost["per_step"])
+    steps = (kept + held_out) * teacher.num_inference_steps
+    for whole, term in {term.whole: term for term in terms if term.whole is not None}.items():
+        assert isinstance(term.train, Pairs)
+        steps += (len(term.train) + len(term.held_out)) * whole * -(-teacher.num_inference_steps // whole)
+    teacher_cost = round(steps * cost["per_step"])
     call = {k: v for k, v in terms[0].call.items() if all(term.call[k] == v for term in terms)}
     scales = [scale for scale in by_scale if scale is not None]
     return {

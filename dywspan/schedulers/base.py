@@ -93,8 +93,12 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ the schedule
 
-    def _publish(self, schedule: Schedule, device: str | torch.device | None) -> None:
-        """All ``step`` needs, as Python floats (0-dim tensors where a gradient is wanted): no device reads later."""
+    def _publish(self, schedule: Schedule, device: str | torch.device | None, begin: int = 0) -> None:
+        """All ``step`` needs, as Python floats (0-dim tensors where a gradient is wanted): no device reads later.
+
+        Args:
+            begin: the step that its rows are made to begin at.
+        """
         prediction = self.host.prediction
         self._schedule, self._skipped = schedule, int(schedule.afs)
         levels, queries = schedule.levels, schedule.queries
@@ -124,7 +128,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self._clock = times.to(torch.float32).to(device)
         published = levels[self._skipped :].detach().float()
         self.sigmas = 1 - published if getattr(prediction, "inverted", False) else published
-        self._rows_begin = 0
+        self._rows_begin = begin
         self._reset()
 
     def _reset(self) -> None:

@@ -84,6 +84,7 @@ class DyWeightScheduler(SolverScheduler):
         self.continuous: ContinuousTable | None = read_continuous(continuous)
         self.nominal: Tensor | None = None  # the grid that the continuous one wrote its last table for
         self.guidance_scale: float | None = None
+        self.whole: int | None = None  # steps of the whole way, if its continuous one is to write the end of it only
         self._prepare(num_train_timesteps)
 
     # ------------------------------------------------------------------ configuration
@@ -159,14 +160,13 @@ class DyWeightScheduler(SolverScheduler):
         if table is not None and custom is not None:
             logger.info("The table for %d steps has its own grid: the given values are not used.", n)
         if table is None and self.continuous is not None:
-            if custom is None:
-                self.nominal = make_grid(self.continuous.grid, n, self.host.prediction, mu)
+            if custom is None or self.whole is not None:
+                levels = make_grid(self.continuous.grid, self.whole or n, self.host.prediction, mu)
+                self.nominal = levels[-n - 1 :]
             else:
                 self.nominal = self.host.grid(num_inference_steps, sigmas, timesteps, mu)
-            # diffusers' Euler takes sigmas with the last one, of no step: not their number counts then.
-            given: dict[str, Any] = {"sigmas": self.nominal, "guidance_scale": self.guidance_scale}
-            table = self.continuous.table(len(self.nominal) - 1, self.host.prediction, **given)
-        if table is not None:
+            self._grid, schedule = None, self._written(0)
+        elif table is not None:
             self._grid, schedule = None, table.schedule(self.host.prediction, mu)
         elif self._solver is not None:
             spec = self.config["grid"]
@@ -182,6 +182,36 @@ class DyWeightScheduler(SolverScheduler):
             )
         self._publish(schedule, device)
 
+    def _written(self, begin: int) -> Schedule:
+        """What the continuous table writes for the levels from ``begin`` on; steps before it take nobody anywhere."""
+        assert self.continuous is not None and self.nominal is not None
+        # diffusers' Euler takes sigmas with the last one, of no step: not their number counts then.
+        whole, rest = self.whole or len(self.nominal) - 1, self.nominal[begin:]
+        call: dict[str, Any] = {"guidance_scale": self.guidance_scale, "whole": whole}
+        table = self.continuous.table(len(rest) - 1, self.host.prediction, sigmas=rest, **call)
+        schedule = table.schedule(self.host.prediction)
+        before, none = self.nominal[:begin], schedule.increments.new_zeros(begin, schedule.increments.shape[1])
+        return Schedule(
+            levels=torch.cat([before, schedule.levels]),
+            queries=torch.cat([before, schedule.queries]),
+            increments=torch.cat([none, schedule.increments]),
+            sizes=torch.cat([none[:, 0], schedule.sizes]),
+        )
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start here. A continuous table is written anew, for the levels that are left.
+
+        The pipeline has its part of ``timesteps`` by then: they change in place.
+        """
+        written = self._schedule is not None and self._grid is None and self.num_inference_steps not in self.tables
+        if written and begin_index != self._rows_begin and 0 <= begin_index < len(self.timesteps):
+            taken = self.timesteps
+            self._publish(self._written(begin_index), taken.device, begin_index)
+            with torch.no_grad():
+                taken.copy_(self.timesteps)
+            self.timesteps = self._clock = taken
+        super().set_begin_index(begin_index)
+
     def _classical(self, sigmas: Tensor) -> Schedule:
         if self._solver in TWO_STAGE:
             return TWO_STAGE[self._solver](sigmas)
@@ -194,11 +224,13 @@ class DyWeightScheduler(SolverScheduler):
             )
         try:
             weights = BASES[self._solver](sigmas, alphas, self.config["order"], **options)
-        except ZeroDivisionError:
+        except (ZeroDivisionError, torch.linalg.LinAlgError):
+            weights = sigmas.new_full((1,), torch.nan)
+        if not bool(weights.isfinite().all()):
             raise ValueError(
                 f"Solver {self._solver!r} cannot take a step of size 0 on the grid {sigmas.tolist()}: "
                 "pass another one, grid={'name': ..., ...}."
-            ) from None
+            )
         return Schedule.from_weights(sigmas, weights)
 
     def _start_at(self, i: int) -> None:

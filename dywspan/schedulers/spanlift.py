@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,15 +194,19 @@ class SpanLiftScheduler(DyWeightScheduler):
         copied.continuous_lift = lift
         return copied
 
-    def lift(self, num_inference_steps: int, schedule: Schedule) -> Lift | None:
+    def lift(self, num_inference_steps: int, schedule: Schedule, begin: int = 0) -> Lift | None:
         """The lift of its base's schedule: that of the number of steps, or what the continuous one gives.
 
         Args:
             schedule: the base's, for this number of steps.
+            begin: the step that a continuous one is to begin at.
         """
         if num_inference_steps in self.lifts or self.continuous_lift is None:
             return self.lifts.get(num_inference_steps)
-        return self.continuous_lift.lift(schedule.levels.detach(), self.host.prediction, self.guidance_scale)
+        levels, call = schedule.levels[begin:].detach(), (self.host.prediction, self.guidance_scale)
+        lift = self.continuous_lift.lift(levels, *call, whole=len(schedule))
+        none = lift.alpha.new_zeros(begin)
+        return replace(lift, alpha=torch.cat([none + 1, lift.alpha]), beta=torch.cat([none, lift.beta]))
 
     def set_latent_size(self, height: int, width: int) -> None:
         """Say what packed tokens are: height and width of the unpacked latent. Not needed for square ones."""
@@ -306,23 +310,16 @@ class SpanLiftScheduler(DyWeightScheduler):
 
     # ------------------------------------------------------------------ sampling
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: Sequence[int] | None = None,
-        sigmas: Sequence[float] | None = None,
-        mu: float | None = None,
-    ) -> None:
-        """As :meth:`DyWeightScheduler.set_timesteps`.
+    def _publish(self, schedule: Schedule, device: str | torch.device | None, begin: int = 0) -> None:
+        """And all the operator needs.
 
         Raises:
             ValueError: no operator for this number of steps, or one whose weights were never loaded.
         """
-        super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu)
-        n, schedule = self.num_inference_steps, self._schedule
-        assert n is not None and schedule is not None
-        lift = self.lift(n, schedule)
+        super()._publish(schedule, device, begin)
+        n = self.num_inference_steps
+        assert n is not None
+        lift = self.lift(n, schedule, begin)
         if lift is None:
             raise ValueError(
                 f"No SpanLift for num_inference_steps={n}: it was learned for {sorted(self.lifts)} steps. "
