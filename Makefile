@@ -6,7 +6,8 @@ WORKERS := -n logical --maxprocesses 4
 .PHONY: demo test test-slow lint solvers clean
 
 demo: .venv/installed-train
-	HF_HUB_OFFLINE=1 $(BIN)/dywspan demo --output demo/demo.png --json demo/demo.json
+	HF_HUB_OFFLINE=1 $(BIN)/dywspan demo --output demo/emoji-sd.png --json demo/emoji-sd.json
+	HF_HUB_OFFLINE=1 $(BIN)/dywspan demo --model examples/emoji-flow --output demo/emoji-flow.png --json demo/emoji-flow.json
 
 test: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(WORKERS)
@@ -24,6 +25,9 @@ solvers: .venv/installed-train
 	$(DISTILL)/emoji_sd_spanlift.yaml
 	$(DISTILL)/emoji_sd_spanlift.yaml --steps 7 --lr 3e-4 --updates 600 --evaluate-every 100
 	$(DISTILL)/emoji_sd_continuous.yaml
+	$(DISTILL)/emoji_flow_dyweight.yaml
+	$(DISTILL)/emoji_flow_least_squares.yaml
+	$(DISTILL)/emoji_flow_spanlift.yaml
 
 .venv/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -41,41 +42,48 @@ def demo(args: argparse.Namespace) -> None:
 
     from .distill.pairs import Teacher, make_pairs
     from .distill.rollout import load_pipeline, sample
-    from .evaluate.baselines import BASELINES
+    from .evaluate.baselines import BASELINES, find_solvers, make_cell
     from .evaluate.compare import compare, summary
     from .plot import picture
 
-    for path in (args.model, args.solvers):
+    learned, lifted = args.solvers or f"{args.model}-solvers", args.spanlift or f"{args.model}-spanlift"
+    for path in (args.model, learned):
         if not Path(path).exists():
             raise FileNotFoundError(f"{path} is not here: run in a clone of the repository, or name it by an option.")
-    pipe = bind(load_pipeline(str(args.model)))
-    call = {"guidance_scale": args.guidance_scale}
+    pipe, dyweight = bind(load_pipeline(str(args.model))), DyWeightScheduler.from_pretrained(learned)
+    call = dict(next(iter(shown_tables(dyweight).values())).provenance.get("call", {}))  # what it was learned for
+    if args.guidance_scale is not None:
+        call["guidance_scale"] = args.guidance_scale
     prompts = _lines(args.prompts, args.samples)
     inputs, seeds = [{"prompt": prompt} for prompt in prompts], range(len(prompts))
-    names = ("DDIM", "DPM-Solver++(2M)", "UniPC", "iPNDM(2M)")
-    solvers = {name: BASELINES[name][0](pipe, 0) for name in names}
+    solvers = {}
+    for solver in find_solvers(["DDIM", "Euler", "DPM-Solver++(2M)", "UniPC", "iPNDM(2M)"]):
+        with contextlib.suppress(ValueError):  # it is not for this kind of pipeline
+            solvers[solver.name] = make_cell(pipe, solver, args.steps[0], inputs[0], call).scheduler
     teacher = Teacher(BASELINES["iPNDM(2M)"][0](pipe, 50), 50)
     reference = make_pairs(pipe, teacher, inputs, seeds, call=call)
-    solvers["DyWeight (learned)"] = DyWeightScheduler.from_pretrained(args.solvers)
-    if Path(args.spanlift).exists():
-        solvers["SpanLift (learned)"] = SpanLiftScheduler.from_pretrained(args.spanlift)
+    solvers["DyWeight (learned)"] = dyweight
+    if Path(lifted).exists():
+        solvers["SpanLift (learned)"] = SpanLiftScheduler.from_pretrained(lifted)
     results = compare(pipe, solvers, args.steps, reference, call=call)
 
-    shown = slice(0, args.columns)
+    hard = results[[*solvers].index("iPNDM(2M)")]
+    shown = sorted(range(len(prompts)), key=lambda i: -hard.errors[i])[: args.columns]
     with torch.no_grad():
-        _, output = sample(pipe, teacher.scheduler, 50, inputs[shown], seeds[shown], call, decode=True)
+        _, output = sample(pipe, teacher.scheduler, 50, [inputs[i] for i in shown], shown, call, decode=True)
     sheet = [("reference, 50 steps", output.images)]
     for n in args.steps:
         sheet.append(("", []))
-        sheet += [(f"{r.solver}, {n}", r.images[shown]) for r in results if r.num_inference_steps == n]
+        at_n = [r for r in results if r.num_inference_steps == n]
+        sheet += [(f"{r.solver}, {n}", [r.images[i] for i in shown]) for r in at_n]
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    picture(sheet, prompts[shown]).save(args.output)
+    picture(sheet, [prompts[i] for i in shown]).save(args.output)
 
     rows = [r.row() for r in results]
     print(f"\nDistance to the 50-step reference (iPNDM), {len(prompts)} prompts, every solver on the same noise:")
     print("latent MSE / 1000 x feature distance / seconds per image\n")
     print(markdown(summary(rows)))
-    print(f"\nPicture: {args.output}")
+    print(f"\nPicture: {args.output}, of the prompts on which {hard.solver} errs most at {args.steps[0]} steps")
     if args.json:
         write_results(args.json, rows)
 
@@ -203,13 +211,13 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("demo", demo)
     sub.add_argument("--model", default=EXAMPLES / "emoji-sd")
-    sub.add_argument("--solvers", default=EXAMPLES / "emoji-sd-solvers")
-    sub.add_argument("--spanlift", default=EXAMPLES / "emoji-sd-spanlift")
+    sub.add_argument("--solvers", help="DyWeight artefact; default: the model's name and -solvers")
+    sub.add_argument("--spanlift", help="SpanLift artefact; default: the model's name and -spanlift, if there is one")
     sub.add_argument("--prompts", default=EXAMPLES / "prompts" / "emoji-held-out.txt")
     sub.add_argument("--steps", type=int, nargs="+", default=[3, 5, 7])
     sub.add_argument("--samples", type=int, default=48, help="prompts the table is measured on")
     sub.add_argument("--columns", type=int, default=10, help="prompts the picture shows")
-    sub.add_argument("--guidance-scale", type=float, default=1.0)
+    sub.add_argument("--guidance-scale", type=float, help="default: what the solvers were learned for")
     sub.add_argument("--output", default="demo.png")
     sub.add_argument("--json", help="also write the table here")
 

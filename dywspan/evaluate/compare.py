@@ -25,6 +25,7 @@ class Result:
         latent_mse: mean squared error of the endpoints to the reference's, over all samples.
         feature_distance: of the decoded images to the reference's, see :func:`dywspan.distill.losses.encoder`.
         seconds_per_image: wall time of the whole pipeline call, decoding included.
+        errors: squared error of each sample's endpoint.
         images: decoded images, PIL.
     """
 
@@ -34,10 +35,11 @@ class Result:
     latent_mse: float
     feature_distance: float
     seconds_per_image: float
+    errors: Sequence[float]
     images: Sequence[Image.Image]
 
     def row(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "images"}
+        return {k: v for k, v in vars(self).items() if k not in ("errors", "images")}
 
 
 @torch.no_grad()
@@ -52,9 +54,10 @@ def compare(
 ) -> list[Result]:
     """Every solver at every number of steps on the prompts and noise of ``reference``."""
     results, features = [], encoder(pipe)
+    layout = "packed" if reference.endpoints.ndim == 3 else "image"
     for n in steps:
         for name, scheduler in tqdm(solvers.items(), desc=f"{n} steps"):
-            error, distances, seconds, images = 0.0, [], 0.0, []
+            errors, distances, seconds, images = [], [], 0.0, []
             for start in range(0, len(reference), batch_size):
                 part = reference[start : start + batch_size]
                 started = time.perf_counter()
@@ -62,11 +65,12 @@ def compare(
                 seconds += time.perf_counter() - started
                 images += output.images
                 target = part.endpoints.to(endpoint.device)
-                error += float((endpoint.float() - target).square().sum())
-                distances.append(feature_distance(features, *(decode(pipe, z) for z in (endpoint.float(), target))))
-            mse, distance = error / reference.endpoints.numel(), float(torch.cat(distances).mean())
+                errors += (endpoint.float() - target).square().flatten(1).mean(1).tolist()
+                decoded = (decode(pipe, z, layout) for z in (endpoint.float(), target))
+                distances.append(feature_distance(features, *decoded))
+            mse, distance = sum(errors) / len(errors), float(torch.cat(distances).mean())
             nfe = len(scheduler.timesteps)
-            results.append(Result(name, n, nfe, mse, distance, seconds / len(reference), images))
+            results.append(Result(name, n, nfe, mse, distance, seconds / len(reference), errors, images))
     return results
 
 
