@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .artifact import markdown, shown_tables
+from .artifact import for_every_count, markdown, shown_tables
 from .core.continuous import FEATURES, GUIDED
 from .evaluate.report import write_results
 from .schedulers.bind import bind
@@ -56,16 +56,19 @@ def demo(args: argparse.Namespace) -> None:
         call["guidance_scale"] = args.guidance_scale
     prompts = _lines(args.prompts, args.samples)
     inputs, seeds = [{"prompt": prompt} for prompt in prompts], range(len(prompts))
-    solvers = {}
+    solvers: dict[str, Any] = {}
     for solver in find_solvers(["DDIM", "Euler", "DPM-Solver++(2M)", "UniPC", "iPNDM(2M)"]):
         with contextlib.suppress(ValueError):  # it is not for this kind of pipeline
             solvers[solver.name] = make_cell(pipe, solver, args.steps[0], inputs[0], call).scheduler
     teacher = Teacher(BASELINES["iPNDM(2M)"][0](pipe, 50), 50)
     reference = make_pairs(pipe, teacher, inputs, seeds, call=call)
-    solvers["DyWeight (learned)"] = dyweight
+    ours: dict[str, Any] = {"DyWeight (learned)": dyweight}
     if Path(lifted).exists():
-        solvers["SpanLift (learned)"] = SpanLiftScheduler.from_pretrained(lifted)
-    results = compare(pipe, solvers, args.steps, reference, call=call)
+        ours["SpanLift (learned)"] = SpanLiftScheduler.from_pretrained(lifted)
+    results = []
+    for n in args.steps:
+        learned_for_n = {k: s for k, s in ours.items() if n in getattr(s, "lifts", s.tables) or for_every_count(s)}
+        results += compare(pipe, solvers | learned_for_n, [n], reference, call=call)
 
     hard = results[[*solvers].index("iPNDM(2M)")]
     shown = sorted(range(len(prompts)), key=lambda i: -hard.errors[i])[: args.columns]

@@ -77,8 +77,9 @@ def compare(
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """One line a solver, one column a number of steps: latent MSE / feature distance / seconds per image."""
     lines: dict[str, dict[str, str]] = {}
+    columns = {f"{r['num_inference_steps']} steps": "" for r in rows}
     for r in rows:
-        line = lines.setdefault(r["solver"], {"solver": r["solver"]})
+        line = lines.setdefault(r["solver"], {"solver": r["solver"], **columns})
         cell = f"{r['latent_mse']:.4f} / {1e3 * r['feature_distance']:.3f} / {r['seconds_per_image']:.2f} s"
         line[f"{r['num_inference_steps']} steps"] = cell
     return list(lines.values())
