@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .artifact import for_every_count, markdown, shown_tables
+from .artifact import markdown, shown_tables
 from .core.continuous import FEATURES, GUIDED
 from .evaluate.report import write_results
 from .schedulers.bind import bind
@@ -50,27 +50,25 @@ def demo(args: argparse.Namespace) -> None:
     for path in (args.model, learned):
         if not Path(path).exists():
             raise FileNotFoundError(f"{path} is not here: run in a clone of the repository, or name it by an option.")
-    pipe, dyweight = bind(load_pipeline(str(args.model))), DyWeightScheduler.from_pretrained(learned)
-    call = dict(next(iter(shown_tables(dyweight).values())).provenance.get("call", {}))  # what it was learned for
+    pipe, tables = bind(load_pipeline(str(args.model))), shown_tables(DyWeightScheduler.from_pretrained(learned))
+    call = dict(next(iter(tables.values())).provenance.get("call", {}))  # what it was learned for
     if args.guidance_scale is not None:
         call["guidance_scale"] = args.guidance_scale
     prompts = _lines(args.prompts, args.samples)
     inputs, seeds = [{"prompt": prompt} for prompt in prompts], range(len(prompts))
-    solvers: dict[str, Any] = {}
-    for solver in find_solvers(["DDIM", "Euler", "DPM-Solver++(2M)", "UniPC", "iPNDM(2M)"]):
-        with contextlib.suppress(ValueError):  # it is not for this kind of pipeline
-            solvers[solver.name] = make_cell(pipe, solver, args.steps[0], inputs[0], call).scheduler
     teacher = Teacher(BASELINES["iPNDM(2M)"][0](pipe, 50), 50)
     reference = make_pairs(pipe, teacher, inputs, seeds, call=call)
-    ours: dict[str, Any] = {"DyWeight (learned)": dyweight}
-    if Path(lifted).exists():
-        ours["SpanLift (learned)"] = SpanLiftScheduler.from_pretrained(lifted)
+    artefacts = [str(path) for path in (learned, lifted) if Path(path).exists()]
+    solvers = find_solvers(["DDIM", "Euler", "DPM-Solver++(2M)", "UniPC", "iPNDM(2M)", *artefacts])
     results = []
     for n in args.steps:
-        learned_for_n = {k: s for k, s in ours.items() if n in getattr(s, "lifts", s.tables) or for_every_count(s)}
-        results += compare(pipe, solvers | learned_for_n, [n], reference, call=call)
+        fitting = {}
+        for solver in solvers:
+            with contextlib.suppress(ValueError):  # not for this kind of pipeline, or not learned for n steps
+                fitting[solver.name] = make_cell(pipe, solver, n, inputs[0], call).scheduler
+        results += compare(pipe, fitting, [n], reference, call=call)
 
-    hard = results[[*solvers].index("iPNDM(2M)")]
+    hard = next(r for r in results if r.solver == "iPNDM(2M)")
     shown = sorted(range(len(prompts)), key=lambda i: -hard.errors[i])[: args.columns]
     with torch.no_grad():
         _, output = sample(pipe, teacher.scheduler, 50, [inputs[i] for i in shown], shown, call, decode=True)

@@ -93,10 +93,10 @@ def regress_continuous(
         nominal = SolverTable.initial(n, order, dict(function.grid), prediction, base="euler")
         _, levels, rows = _fit(pipe, nominal, own, call, batch_size, mixed_precision)
         base, phi = start.table(n, prediction, sigmas=levels).weights, features(levels, prediction.signal(levels))
-        scale = sum(row.size**2 * float(row.products[0, 0]) for row in rows)
+        fades, scale = function.fades(n)[:order], sum(row.size**2 * float(row.products[0, 0]) for row in rows)
         for i, row in enumerate(rows):
             moves = torch.stack([base[i], *differences(order)[1:]], 1)  # (K, K): of w_ij by correction m
-            slope = (moves * function.fades(n)[:order])[..., None] * phi[i]
+            slope = (moves * fades)[..., None] * phi[i]
             slope[:, i + 1 :] = 0  # there are i + 1 derivatives
             a, v = (_along(w, i, i == n - 1) for w in (slope[:, free], base[i]))
             products = row.size**2 / scale * row.products[1:, 1:]

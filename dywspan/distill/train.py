@@ -60,9 +60,8 @@ def learning_rate(update: int, updates: int) -> float:
 
 T = TypeVar("T")
 Guided = Mapping[float, T]  # by guidance scale
-Late = Mapping[
-    tuple[int, int], tuple[Pairs, Pairs]
-]  # training and held-out, by steps and those of the whole way, see ends
+# Training and held-out pairs, by steps and those of the whole way: see ``pairs.ends``.
+Late = Mapping[tuple[int, int], tuple[Pairs, Pairs]]
 
 
 def make_terms(
