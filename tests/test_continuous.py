@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_core import FRAMES, GRID_SPECS, HIGH, INSTANCES, LOW, Gaussian, slope
+from test_distill import EMOJI
 from test_trainable import Subject, fresh
 from test_trainable import float64 as float64
 from torch import Tensor
@@ -29,12 +30,14 @@ from dywspan.core.grid import make_grid, resolution_mu
 from dywspan.core.prediction import EDM, Flow, Prediction
 from dywspan.core.step import step
 from dywspan.core.table import SolverTable
+from dywspan.distill import run
 from dywspan.distill.config import DistillConfig, LearningConfig
 from dywspan.distill.least_squares import Problem
 from dywspan.distill.losses import latent_mse
 from dywspan.distill.pairs import Teacher, ends, make_pairs
 from dywspan.distill.progress import Term, endpoint_error
 from dywspan.distill.replay import Meter
+from dywspan.distill.rollout import rollout
 from dywspan.distill.student import ContinuousStudent, Student
 from dywspan.distill.train import default_grid, distill_continuous
 
@@ -511,6 +514,32 @@ def test_late_pairs_start_on_the_teachers_way_and_can_be_learned_from(name: str)
         assert found == pytest.approx(errors["2/3"]["after"], rel=1e-4)
 
 
+def test_all_late_starts_are_on_one_teachers_way(tmp_path: Path) -> None:
+    """In a multiple of the least common multiple of their whole ways."""
+    settings: dict[str, Any] = {"model": str(EMOJI), "output": str(tmp_path), "prompts": ["a cat", "a red apple"]}
+    settings |= {"pairs": 1, "held_out": 1, "teacher_steps": 20, "continuous": True, "call": {"guidance_scale": 1.0}}
+    task = run.prepare(DistillConfig(**settings, late_starts=["2/4", "2/3"]))
+    own = DyWeightScheduler.from_config(task.pipe.scheduler.config)
+    teacher = DyWeightScheduler.from_config(own.config, grid=default_grid(own), solver="ipndm", order=2)
+    noise = torch.Generator()
+    call = {**task.inputs[0], **task.call, "num_inference_steps": 24, "generator": noise}
+    for steps, whole in task.config.ends:
+        train, _ = run._ends(task, steps, whole)
+        until = 24 - 24 * steps // whole
+        with torch.no_grad():
+            noise.manual_seed(run.TRAIN_SEED)
+            end, _ = rollout(task.pipe, teacher, **call)
+            noise.manual_seed(run.TRAIN_SEED)
+            state, _ = rollout(task.pipe, teacher, until=until, **call)
+        level = float(teacher.sigmas[until])
+        torch.testing.assert_close(level * train.inputs[0]["latents"], teacher.state(until - 1, state))
+        torch.testing.assert_close(train.endpoints, end)
+        student = task.untrained(whole)
+        student.set_timesteps(whole)
+        assert float(student.sigmas[whole - steps]) == pytest.approx(level)
+    assert len([*tmp_path.glob("cache/*/key.json")]) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -519,7 +548,7 @@ def test_late_pairs_start_on_the_teachers_way_and_can_be_learned_from(name: str)
         ({"late_starts": ["0/5"]}, "fewer steps"),
         ({"late_starts": ["3/5", "3/5"]}, "each once"),
         ({"late_starts": ["3/5"], "continuous": False}, "set continuous"),
-        ({"late_starts": ["3/5"], "guidance_scales": [2, 4]}, "leave out guidance_scales"),
+        ({"late_starts": ["3/5"], "variants": {"a": {"height": 8}}}, "leave out variants"),
     ],
 )
 def test_late_starts_that_cannot_be_are_named(change: dict[str, Any], said: str) -> None:

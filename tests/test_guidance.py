@@ -13,6 +13,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import safetensors.torch
 import tiny_pipelines as tp
 import torch
 from test_continuous import GRIDS
@@ -36,7 +37,7 @@ from dywspan.distill.losses import latent_mse
 from dywspan.distill.pairs import make_pairs
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.rollout import frozen, rollout
-from dywspan.distill.run import prepare
+from dywspan.distill.run import prepare, run
 from dywspan.distill.student import ContinuousStudent
 from dywspan.distill.train import around, batch_loss, default_grid, distill_continuous, distill_lift, make_terms
 from dywspan.schedulers.bind import guidance_argument, guidance_scale
@@ -215,8 +216,10 @@ def test_gradients_and_columns_reach_both_halves(name: str) -> None:
     scheduler = subject.solver()
     student = ContinuousStudent(scheduler, learned(table_of(2, default_grid(scheduler))))
     pairs = subject.pairs(range(2))
-    terms = make_terms(subject.pipe, [3], {2.0: pairs, 7.0: pairs}, {2.0: pairs, 7.0: pairs}, subject.call)
-    assert [term.name for term in terms] == ["3 @ 2", "3 @ 7"] and around(terms) == pytest.approx(14**0.5)
+    argument, both = str(guidance_argument(subject.pipe)), {"low": pairs, "high": pairs}
+    calls = {name: {**subject.call, argument: g} for name, g in {"low": 2.0, "high": 7.0}.items()}
+    terms = make_terms(subject.pipe, [3], both, both, calls)
+    assert [term.name for term in terms] == ["3 @ low", "3 @ high"] and around(terms) == pytest.approx(14**0.5)
     config = LearningConfig(optimizer="least_squares", batch_size=2, difference=1e-6)
     problem = Problem(subject.pipe, student, terms, config=config, loss=latent_mse)
     for term in terms:
@@ -229,7 +232,7 @@ def test_gradients_and_columns_reach_both_halves(name: str) -> None:
         torch.testing.assert_close(columns[1:] / scale, direct[1:] / scale, rtol=0, atol=1e-4)
         plain, slopes = direct[1:].unflatten(0, (3, 2, COUNT)).unbind(1)
         assert float(slopes.norm(dim=-1).max()) > 0.1 * scale
-        factor = math.log(term.call["guidance_scale"] / G0)
+        factor = math.log((term.guidance_scale or 1) / G0)
         torch.testing.assert_close(slopes, factor * plain, rtol=0, atol=1e-4 * float(scale))
         with frozen(subject.pipe):
             student.apply()
@@ -241,48 +244,51 @@ def test_gradients_and_columns_reach_both_halves(name: str) -> None:
         student.coefficients.grad = None
 
 
-SCALES = [1.5, 9.0]
+SCALES = {"weak": {"guidance_scale": 1.5}, "strong": {"guidance_scale": 9.0}}
 SQUARES = LearningConfig(optimizer="least_squares", init="adams", batch_size=2, updates=3)
 
 
 @pytest.fixture(scope="module")
 def made() -> Any:
-    """A pipeline, and two training and held-out pairs at each of two guidance scales."""
+    """A pipeline, two training and held-out pairs at each of two guidance scales, and the calls."""
     subject = fresh("StableDiffusionPipeline")
-    pairs: tuple[dict[float, Any], ...] = ({}, {})
-    for g in SCALES:
+    pairs: tuple[dict[str, Any], ...] = ({}, {})
+    calls = {name: {**subject.call, **own} for name, own in SCALES.items()}
+    for name, call in calls.items():
         for kept, samples in zip(pairs, (range(2), range(20, 22))):
-            call = {**subject.call, "guidance_scale": g}
-            kept[g] = make_pairs(subject.pipe, subject.teacher, subject.inputs(samples), samples, call=call)
-    return subject, *pairs
+            kept[name] = make_pairs(subject.pipe, subject.teacher, subject.inputs(samples), samples, call=call)
+    return subject, *pairs, calls
 
 
 @pytest.mark.parametrize("optimizer", ["least_squares", "adamw"])
 def test_learned_at_two_scales_it_is_better_at_both(made: Any, optimizer: Any) -> None:
-    subject, train, held_out = made
-    pipe, call = copy.copy(subject.pipe), subject.call
+    subject, train, held_out, calls = made
+    pipe = copy.copy(subject.pipe)
     config = replace(SQUARES, optimizer=optimizer, updates=2 if optimizer == SQUARES.optimizer else 16, lr=0.1)
-    table = distill_continuous(pipe, subject.teacher, train, held_out, [2, 3], call=call, config=config)
+    table = distill_continuous(pipe, subject.teacher, train, held_out, [2, 3], call=calls, config=config)
     assert table.guidance_scale == pytest.approx(13.5**0.5) and bool(table.coefficients[:, COUNT:].any())
     made_of = table.provenance
-    assert made_of["guidance_scales"] == SCALES and "guidance_scale" not in made_of["call"]
+    assert made_of["variants"] == SCALES and "guidance_scale" not in made_of["call"]
     assert made_of["pairs"] == {"train": 4, "held_out": 4}
-    assert [*made_of["held_out_error"]] == ["2 @ 1.5", "2 @ 9", "3 @ 1.5", "3 @ 9"]
+    assert [*made_of["held_out_error"]] == ["2 @ weak", "2 @ strong", "3 @ weak", "3 @ strong"]
     solver = subject.solver().with_continuous(table)
     for name, error in made_of["held_out_error"].items():
-        n, g = int(name[0]), float(name[4:])
+        n, variant = int(name[0]), name[4:]
         assert error["after"] < 0.98 * error["before"], (name, made_of["held_out_error"])
-        again = endpoint_error(pipe, solver, n, held_out[g], {**call, "guidance_scale": g})
+        again = endpoint_error(pipe, solver, n, held_out[variant], calls[variant])
         assert again == pytest.approx(error["after"], rel=1e-6)
 
 
 def test_a_lift_learns_it_too_and_one_that_does_not_follow_it_can(made: Any) -> None:
-    subject, train, held_out = made
-    pipe, call = copy.copy(subject.pipe), subject.call
-    options: dict[str, Any] = {"call": call, "continuous": True, "operator": {"width": 8}}
+    subject, train, held_out, calls = made
+    pipe = copy.copy(subject.pipe)
+    options: dict[str, Any] = {"call": calls, "continuous": True, "operator": {"width": 8}}
     config = LearningConfig(updates=6, batch_size=2, lr=1e-2, evaluate_every=3)
     base = subject.solver("euler")
-    plain = distill_lift(pipe, subject.teacher, train[9.0], held_out[9.0], base, [2], config=config, **options)
+    alone = (train["strong"], held_out["strong"])
+    plain = distill_lift(
+        pipe, subject.teacher, *alone, base, [2], config=config, **{**options, "call": calls["strong"]}
+    )
     assert plain.continuous_lift is not None and plain.continuous_lift.guidance_scale is None
     squares = replace(SQUARES, updates=1)
     found = distill_lift(pipe, subject.teacher, train, held_out, plain, [2], config=squares, **options)
@@ -290,16 +296,27 @@ def test_a_lift_learns_it_too_and_one_that_does_not_follow_it_can(made: Any) -> 
     assert lift is not None and lift.guidance_scale == pytest.approx(13.5**0.5)
     assert bool(lift.coefficients[:, COUNT:].any()) and lift.coefficients.shape == (2, 2 * COUNT)
     errors = lift.provenance["held_out_error"]
-    assert [*errors] == ["2 @ 1.5", "2 @ 9"] and all(e["after"] < e["before"] for e in errors.values())
-    with pytest.raises(ValueError, match="do not depend on the guidance scale: set continuous"):
-        distill_lift(pipe, subject.teacher, train, held_out, base, [2], config=config, call=call)
-    with pytest.raises(ValueError, match="DDPMPipeline is called without a guidance scale"):
-        make_terms(tp.build("DDPMPipeline").pipe, [2], train, held_out, {})
+    assert [*errors] == ["2 @ weak", "2 @ strong"] and all(e["after"] < e["before"] for e in errors.values())
+    with pytest.raises(ValueError, match="are for one call: set continuous"):
+        distill_lift(pipe, subject.teacher, train, held_out, base, [2], config=config, call=calls)
 
 
 def test_a_run_writes_what_it_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = ["distill", "--model", str(EMOJI), "--output", str(tmp_path), "--continuous", "--optimizer", "least_squares"]
-    told += ["--steps", "2", "--guidance-scales", "1", "6", "--init", "adams", "--pairs", "2", "--held-out", "1"]
+    told += [
+        "--steps",
+        "2",
+        "--variants",
+        json.dumps({"1": {}, "6": {"guidance_scale": 6}}),
+        "--guidance-scale",
+        "1",
+        "--init",
+        "adams",
+        "--pairs",
+        "2",
+        "--held-out",
+        "1",
+    ]
     told += ["--prompts", str(EMOJI_PROMPTS), "--teacher-steps", "4", "--updates", "1", "--pictures", "1"]
     assert main([*told, "--dry-run"]) == 0
     assert "6 pairs" in capsys.readouterr().out
@@ -319,25 +336,49 @@ def test_a_run_writes_what_it_learned(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"continuous": False}, "are learned by continuous"),
-        ({"guidance_scale": 3}, "leave out guidance_scale"),
-        ({"guidance_scales": [4]}, r"guidance_scales=\[4.0\] must name two or more, each above 0 and once"),
-        ({"guidance_scales": [4, 4.0]}, "must name two or more"),
-        ({"guidance_scales": [0, 4]}, "each above 0"),
-        ({"guidance_scales": ["4"]}, r"must be list\[float\]"),
+        ({"continuous": False}, "are learned together by continuous"),
+        ({"variants": {"a": {"height": 8}, "b": {"height": 8}}}, "must name calls, each by other arguments"),
+        ({"variants": {"a": 2}}, "must name calls"),
+        ({"variants": [2, 4]}, "must be dict"),
+        ({"late_starts": ["1/2"]}, "leave out variants"),
     ],
     ids=str,
 )
 def test_settings_that_cannot_work(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         DistillConfig(**{**RANGE, **settings})
-    assert DistillConfig(**RANGE).guidance_scales == [2.0, 8.0] and DistillConfig(**RANGE).matters["guidance_scales"]
+    assert DistillConfig(**RANGE).matters["variants"] == RANGE["variants"]
 
 
-RANGE: dict[str, Any] = {"model": "m", "output": "o", "continuous": True, "guidance_scales": [2, 8]}
+VARIANTS = {"weak": {"guidance_scale": 2.0}, "strong": {"guidance_scale": 8.0}}
+RANGE: dict[str, Any] = {"model": "m", "output": "o", "continuous": True, "variants": VARIANTS}
 
 
-def test_a_scale_that_the_pipeline_does_not_follow_is_found_before_anything_is_computed() -> None:
-    config = DistillConfig(**RANGE | {"model": str(EMOJI), "guidance_scales": [0.5, 8], "prompts": ["a", "b"]})
-    with pytest.raises(ValueError, match=r"StableDiffusionPipeline guides by 1 where it is told guidance_scale=0\.5"):
+def test_an_argument_that_the_pipeline_does_not_take_is_found_before_anything_is_computed() -> None:
+    config = DistillConfig(
+        **RANGE | {"model": str(EMOJI), "variants": {"a": {"true_cfg_scale": 2}}, "prompts": ["a", "b"]}
+    )
+    with pytest.raises(ValueError, match=r"cannot be called with \['true_cfg_scale'\]"):
         prepare(replace(config, pairs=1, held_out=1))
+
+
+@pytest.mark.parametrize("flow", [False, True], ids=["SD", "FLUX"])
+def test_sizes_are_learned_together(flow: bool, tmp_path: Path) -> None:
+    """Each on its own latents and, for flow networks, its own shift; no guidance scale is followed."""
+    model = EMOJI.parent / "emoji-flow" if flow else EMOJI
+    own: dict[str, Any] = {"model": str(model), "output": str(tmp_path), "prompts": str(EMOJI_PROMPTS), "steps": [3]}
+    own |= {"continuous": True, "init": "adams", "pairs": 8, "held_out": 4, "teacher_steps": 12, "pictures": 0}
+    own |= {"optimizer": "least_squares", "updates": 2, "batch_size": 8}
+    sizes = {"small": {"height": 32, "width": 32}, "large": {"height": 64, "width": 48}}
+    call = {"max_sequence_length": 28} if flow else {"guidance_scale": 1.0}
+    solver = run(DistillConfig(**own, variants=sizes, call=call))
+    assert solver is not None and solver.continuous is not None and solver.continuous.guidance_scale is None
+    made_of = solver.continuous.provenance
+    assert made_of["variants"] == sizes and made_of["call"] == call
+    assert made_of["pairs"] == {"train": 16, "held_out": 8}
+    assert {*made_of["held_out_error"]} == {"3 @ small", "3 @ large"}
+    ratios = [e["after"] / e["before"] for e in made_of["held_out_error"].values()]
+    assert math.prod(ratios) < 0.95, ratios
+    folders = [file.parent for file in tmp_path.glob("cache/*/key.json")]
+    made = [safetensors.torch.load_file(file)["targets"] for folder in folders for file in folder.glob("*.safetensors")]
+    assert {targets[0].numel() for targets in made} == {4 * 8 * 8, 4 * 16 * 12}

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import difflib
 import json
-import math
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -108,7 +107,9 @@ class DistillConfig(LearningConfig):
     late_starts: list[str] = option(
         [], 'continuous: learn also to start in the middle, as img2img does; "3/5": the last three of five steps'
     )
-    guidance_scales: list[float] = option([], "continuous: learn also to follow the guidance scale, at each of these")
+    variants: dict[str, Any] = option(
+        {}, 'continuous: learn for several calls together, and follow their guidance scales; {"small": {"height": 512}}'
+    )
     grid: dict[str, Any] | None = option(None, 'nominal grid of tables, e.g. {"name": "flow", "shift": 3}')
     base: str = option("euler", "of SpanLift: a DyWeight artefact, a base solver, or a SpanLift artefact to go on from")
     layout: str = option("image", f"of the latents, for SpanLift and decoding: {', '.join(sorted(LAYOUTS))}")
@@ -158,21 +159,18 @@ class DistillConfig(LearningConfig):
             wrong |= {"time_scaling": not self.time_scaling}
             if named := [f"{name}={getattr(self, name)!r}" for name, is_wrong in wrong.items() if is_wrong]:
                 raise ValueError(f"continuous learns DyWeight tables of the usual form: leave out {', '.join(named)}.")
-        if self.late_starts and (not self.continuous or self.solver != "dyweight" or self.guidance_scales):
+        if self.late_starts and (not self.continuous or self.solver != "dyweight" or self.variants):
             raise ValueError(
-                f"late_starts={self.late_starts} are learned by continuous tables for one guidance scale: set "
-                "continuous, and solver to dyweight, and leave out guidance_scales."
+                f"late_starts={self.late_starts} are learned by continuous tables for one call: set continuous, and "
+                "solver to dyweight, and leave out variants."
             )
         if not all(0 < steps < whole for steps, whole in self.ends) or len({*self.ends}) < len(self.ends):
             raise ValueError(f"late_starts={self.late_starts} must name fewer steps than the whole way has, each once.")
-        if scales := self.guidance_scales:
-            if not self.continuous or "guidance_scale" in self.call:
-                raise ValueError(
-                    f"guidance_scales={scales} are learned by continuous, and take guidance_scale's place: set "
-                    "continuous, and leave out guidance_scale."
-                )
-            if len({*scales}) < max(2, len(scales)) or not all(0 < scale < math.inf for scale in scales):
-                raise ValueError(f"guidance_scales={scales} must name two or more, each above 0 and once.")
+        if calls := [*self.variants.values()]:
+            if not self.continuous:
+                raise ValueError(f"variants={self.variants} are learned together by continuous: set it.")
+            if not all(isinstance(call, dict) for call in calls) or any(calls.count(call) > 1 for call in calls):
+                raise ValueError(f"variants={self.variants} must name calls, each by other arguments.")
         if self.regression and (self.solver != "dyweight" or self.afs):
             raise ValueError("regression fits the rows of tables without afs: leave it at 0 for anything else.")
         if self.path_substeps and self.solver != "dyweight":
@@ -228,8 +226,6 @@ def check_types(config: Any) -> None:
             raise ValueError(f"{f.name}={value!r} must be {_name(hint)}: {f.metadata['help']}.")
         if isinstance(value, int) and float in _options(hint):  # 4 and 4.0 make the same run
             object.__setattr__(config, f.name, float(value))
-        elif hint == list[float] and isinstance(value, list):
-            object.__setattr__(config, f.name, [float(v) for v in value])
     if config.guidance_scale is not None:
         object.__setattr__(config, "call", {**config.call, "guidance_scale": config.guidance_scale})
         object.__setattr__(config, "guidance_scale", None)

@@ -34,6 +34,7 @@ class Term:
         steps: number of steps.
         call: arguments of the pipeline's call.
         train, held_out: teacher pairs made with this call; of several terms as many.
+        variant: its name, where calls differ.
         guidance_scale: of the call, where terms differ in it.
         whole: steps of the whole way, where these are the end of it only, as in img2img; the pairs start there.
     """
@@ -42,14 +43,15 @@ class Term:
     call: Mapping[str, Any]
     train: Pairs | Source
     held_out: Pairs
+    variant: str | None = None
     guidance_scale: float | None = None
     whole: int | None = None
 
     @property
     def name(self) -> str:
-        """ "5", "5 @ 7.5", or "3/5" for the last three of five steps."""
+        """ "5", "5 @ large" for a variant, or "3/5" for the last three of five steps."""
         name = f"{self.steps}" if self.whole is None else f"{self.steps}/{self.whole}"
-        return name if self.guidance_scale is None else f"{name} @ {self.guidance_scale:g}"
+        return name if self.variant is None else f"{name} @ {self.variant}"
 
     @property
     def pairs(self) -> Pairs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from ..core.layout import LAYOUTS, Packed
 from ..core.operator import ResidualOperator
 from ..core.prediction import Flow
 from ..core.step import TWO_STAGE
-from ..schedulers.bind import bind, guidance_argument, guidance_scale
+from ..schedulers.bind import bind, guidance_argument
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import BASE, SpanLiftScheduler, different_bases
 from .card import Images, draw_samples, provenances, sample_images, steps_of, write_card
@@ -66,16 +67,16 @@ class Task:
         return [config.steps] if together else [[n] for n in config.steps]
 
     @property
-    def calls(self) -> dict[float | None, dict[str, Any]]:
-        """The call at each guidance scale; None: at its own alone."""
-        config, name = self.config, guidance_argument(self.pipe)
-        return {g: {**config.call, str(name): g} for g in config.guidance_scales} or {None: config.call}
+    def calls(self) -> dict[str | None, dict[str, Any]]:
+        """That of each variant by name; None: the only one."""
+        config = self.config
+        return {name: {**config.call, **own} for name, own in config.variants.items()} or {None: config.call}
 
     @property
     def call(self) -> dict[str, Any]:
-        """The one that is shown."""
-        calls = self.calls
-        return calls[sorted(calls)[len(calls) // 2]] if len(calls) > 1 else calls[None]  # type: ignore[type-var]
+        """The one that is shown: the middle one."""
+        calls = [*self.calls.values()]
+        return calls[len(calls) // 2]
 
     def key(self, group: list[int]) -> str:
         """Hash of everything that the result for these numbers of steps depends on."""
@@ -108,7 +109,8 @@ def prepare(config: DistillConfig, device: torch.device | str = "cpu") -> Task:
     pipe = load_pipeline(config.model, getattr(torch, config.dtype), place, config.revision)
     if isinstance(LAYOUTS[config.layout], Packed) or guidance_argument(pipe) is not None:
         bind(pipe)
-    check_call(pipe, inputs, config.call)
+    for own in config.variants.values() or [{}]:
+        check_call(pipe, inputs, {**config.call, **own})
     if config.late_starts and "latents" not in inspect.signature(type(pipe).__call__).parameters:
         raise ValueError(f"late_starts={config.late_starts} need a pipeline that takes latents: leave them out.")
     base = _base(config, pipe) if config.solver == "spanlift" else None
@@ -121,12 +123,6 @@ def prepare(config: DistillConfig, device: torch.device | str = "cpu") -> Task:
     size: Any = config.latent_size and tuple(config.latent_size)
     loss = make_loss(pipe, config.loss, config.features, config.latent_weight, config.layout, size)
     task = Task(config, pipe, inputs, held_out_inputs, teacher, loss, base, model)
-    for g, call in task.calls.items():
-        if g is not None and (found := guidance_scale(pipe, {**inputs[0], **call})) != g:
-            raise ValueError(
-                f"guidance_scales={config.guidance_scales}: {type(pipe).__name__} guides by {found:g} where it is told "
-                f"{guidance_argument(pipe)}={g:g}. Give scales that it follows, and a negative prompt if it needs one."
-            )
     if base is not None:
         _check_operator(config)
         _check_extension(existing, base, config)
@@ -199,7 +195,8 @@ def _learn(task: Task, group: list[int], log: Log | None) -> Any:
     """One artefact with what one group of step counts learned."""
     config, name = task.config, "-".join(map(str, group))
     state = Path(config.output) / "state" / f"{name}-{task.key(group)}"
-    options: dict[str, Any] = {"call": config.call, "config": config, "loss": task.loss, "log": log}
+    calls: Any = task.calls if config.variants else config.call
+    options: dict[str, Any] = {"call": calls, "config": config, "loss": task.loss, "log": log}
     options["checkpoints"] = Checkpoints(state, config.checkpoint_every, config.keep_checkpoints)
     if task.base is not None:
         label = "continuous" if config.continuous else "shared" if config.shared else name
@@ -219,16 +216,16 @@ def _learn(task: Task, group: list[int], log: Log | None) -> Any:
 
 
 def _pairs(task: Task, teacher: Teacher) -> tuple[Any, Any]:
-    """Training and held-out pairs; of several guidance scales by them."""
-    train: dict[float | None, Pairs | Source] = {}
-    held_out: dict[float | None, Pairs] = {}
-    for g, call in task.calls.items():
-        held_out[g] = _made(task, teacher, task.held_out_inputs, HELD_OUT_SEED, call)
+    """Training and held-out pairs; of several variants by name."""
+    train: dict[str | None, Pairs | Source] = {}
+    held_out: dict[str | None, Pairs] = {}
+    for name, call in task.calls.items():
+        held_out[name] = _made(task, teacher, task.held_out_inputs, HELD_OUT_SEED, call)
         if task.config.on_the_fly:
-            train[g] = fresh(task.pipe, teacher, task.inputs, TRAIN_SEED, call)
+            train[name] = fresh(task.pipe, teacher, task.inputs, TRAIN_SEED, call)
         else:
-            train[g] = _made(task, teacher, task.inputs, TRAIN_SEED, call)
-    return (train, held_out) if task.config.guidance_scales else (train[None], held_out[None])
+            train[name] = _made(task, teacher, task.inputs, TRAIN_SEED, call)
+    return (train, held_out) if task.config.variants else (train[None], held_out[None])
 
 
 def _paths(task: Task, n: int) -> Pairs:
@@ -238,13 +235,15 @@ def _paths(task: Task, n: int) -> Pairs:
 
 
 def _ends(task: Task, steps: int, whole: int) -> tuple[Pairs, Pairs]:
-    """Training and held-out pairs of the last steps of a way of ``whole``."""
-    teacher = _path_teacher(task, whole, -(-task.config.teacher_steps // whole))
+    """Training and held-out pairs of the last steps of a way of ``whole``, from paths that serve all late starts."""
+    common = math.lcm(*(whole for _, whole in task.config.ends))
+    teacher = _path_teacher(task, common, -(-task.config.teacher_steps // common))
     set_timesteps(teacher.scheduler, whole)
     is_flow = isinstance(teacher.scheduler.host.prediction, Flow)
     level = 1.0 if is_flow else float(teacher.scheduler.sigmas[whole - steps])
     parts = (task.inputs, TRAIN_SEED), (task.held_out_inputs, HELD_OUT_SEED)
-    train, held_out = (ends(_made(task, teacher, *part, task.call), steps, level) for part in parts)
+    made = (_made(task, teacher, *part, task.call) for part in parts)
+    train, held_out = (ends(paths, steps * common // whole, level) for paths in made)
     return train, held_out
 
 

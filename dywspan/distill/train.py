@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..core.continuous import ContinuousTable, guided
 from ..core.prediction import EDM, Flow
 from ..core.table import SolverTable
-from ..schedulers.bind import bind, guidance_argument
+from ..schedulers.bind import bind, guidance_scale
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import SpanLiftScheduler
 from ..version import __version__
@@ -59,7 +59,8 @@ def learning_rate(update: int, updates: int) -> float:
 
 
 T = TypeVar("T")
-Guided = Mapping[float, T]  # by guidance scale
+Call = Mapping[str, Any]  # arguments of the pipeline's call
+Variants = Mapping[str, T]  # by name, where calls differ
 # Training and held-out pairs, by steps and those of the whole way: see ``pairs.ends``.
 Late = Mapping[tuple[int, int], tuple[Pairs, Pairs]]
 
@@ -67,25 +68,27 @@ Late = Mapping[tuple[int, int], tuple[Pairs, Pairs]]
 def make_terms(
     pipe: Any,
     steps: Sequence[int],
-    train: Pairs | Source | Guided[Pairs | Source],
-    held_out: Pairs | Guided[Pairs],
-    call: Mapping[str, Any],
+    train: Pairs | Source | Variants[Pairs | Source],
+    held_out: Pairs | Variants[Pairs],
+    call: Call | Variants[Call],
     late: Late | None = None,
 ) -> list[Term]:
-    """What is learned together: every number of steps, at every guidance scale; and ends of the way.
+    """What is learned together: every number of steps, of every variant; and ends of the way.
 
-    Raises:
-        ValueError: pairs by guidance scale, of a pipeline that takes none.
+    A pipeline whose variants differ in the guidance scale is bound, see :func:`dywspan.bind`, so that its solver knows.
     """
     ends = [Term(n, call, *pairs, whole=whole) for (n, whole), pairs in (late or {}).items()]
     if not isinstance(train, Mapping) or not isinstance(held_out, Mapping):
         assert not isinstance(train, Mapping) and not isinstance(held_out, Mapping)
         return [Term(n, call, train, held_out) for n in steps] + ends
-    name = guidance_argument(pipe)
-    if name is None:
-        raise ValueError(f"{type(pipe).__name__} is called without a guidance scale: learn for one kind of pairs.")
-    bind(pipe)  # so that the solver knows it
-    return [Term(n, {**call, name: g}, train[g], held_out[g], g) for n in steps for g in train]
+    scales: dict[str, float | None] = {
+        name: guidance_scale(pipe, {**held_out[name].inputs[0], **call[name]}) for name in train
+    }
+    if len({*scales.values()}) > 1:
+        bind(pipe)
+    else:
+        scales = dict.fromkeys(train)
+    return [Term(n, call[name], train[name], held_out[name], name, scales[name]) for n in steps for name in train]
 
 
 def around(terms: Sequence[Term]) -> float | None:
@@ -268,11 +271,11 @@ def initial_continuous(
 def distill_continuous(
     pipe: Any,
     teacher: Teacher,
-    train: Pairs | Source | Guided[Pairs | Source],
-    held_out: Pairs | Guided[Pairs],
+    train: Pairs | Source | Variants[Pairs | Source],
+    held_out: Pairs | Variants[Pairs],
     steps: Sequence[int],
     *,
-    call: Mapping[str, Any],
+    call: Call | Variants[Call],
     config: LearningConfig = LearningConfig(),
     grid: Mapping[str, Any] | None = None,
     loss: Loss = latent_mse,
@@ -284,10 +287,11 @@ def distill_continuous(
     """Learn the function that writes the table of every number of steps, on some of them together.
 
     Args:
-        train, held_out: as of :func:`distill`; or mappings of guidance scales to pairs made with each, for tables that
-            depend on it. The pipeline is then bound, see :func:`dywspan.bind`.
+        train, held_out, call: as of :func:`distill`; or of several variants by name. Where these differ in the guidance
+            scale, tables depend on it, and the pipeline is bound, see :func:`dywspan.bind`.
         steps: numbers of steps to learn from; few and many, for the function to hold between them.
-        paths: a teacher's by number of steps, to start from weights that follow them, see :func:`regress_continuous`.
+        paths: a teacher's by number of steps, to start from weights that follow them, see :func:`regress_continuous`;
+            of the variant that is the middle one.
         late: training and held-out pairs that start in the middle of the way.
         others: as of :func:`distill`.
     """
@@ -295,7 +299,7 @@ def distill_continuous(
     terms, options = make_terms(pipe, steps, train, held_out, call, late), {"config": config, "loss": loss}
     initial, size = initial_continuous(scheduler, config, grid), config.batch_size
     if paths:
-        middle = sorted(terms, key=lambda term: term.guidance_scale or 0)[len(terms) // 2].call
+        middle = terms[len(train) // 2].call if isinstance(train, Mapping) else call
         initial = regress_continuous(
             pipe, initial, paths, middle, batch_size=size, mixed_precision=config.mixed_precision
         )
@@ -309,12 +313,12 @@ def distill_continuous(
 def distill_lift(
     pipe: Any,
     teacher: Teacher,
-    train: Pairs | Source | Guided[Pairs | Source],
-    held_out: Pairs | Guided[Pairs],
+    train: Pairs | Source | Variants[Pairs | Source],
+    held_out: Pairs | Variants[Pairs],
     base: DyWeightScheduler,
     steps: Sequence[int],
     *,
-    call: Mapping[str, Any],
+    call: Call | Variants[Call],
     config: LearningConfig,
     layout: str = "image",
     operator: Mapping[str, Any] | None = None,
@@ -327,7 +331,7 @@ def distill_lift(
     """Learn a SpanLift operator on a frozen base, shared by all ``steps``.
 
     Args:
-        train, held_out: as of :func:`distill_continuous`, by guidance scale only with ``continuous``.
+        train, held_out, call: as of :func:`distill_continuous`, variants only with ``continuous``.
         base: tables or a classical solver for every one of ``steps``; a SpanLift solver is gone on with.
         layout: of the latents.
         operator: size of the operator, see :class:`ResidualOperator`.
@@ -335,10 +339,10 @@ def distill_lift(
         continuous: alpha and beta as functions that give them for every number of steps.
 
     Raises:
-        ValueError: pairs by guidance scale without ``continuous``.
+        ValueError: variants without ``continuous``.
     """
     if isinstance(train, Mapping) and not continuous:
-        raise ValueError("Lifts of single numbers of steps do not depend on the guidance scale: set continuous.")
+        raise ValueError("Lifts of single numbers of steps are for one call: set continuous, or leave out variants.")
     torch.manual_seed(config.seed)
     size: dict[str, Any] = {"order": config.order, "layout": layout, "operator": operator, "name": name}
     size |= {"horizon": config.horizon if continuous else None}
@@ -372,21 +376,25 @@ def _provenance(
     config: LearningConfig,
     loss: Loss,
 ) -> dict[str, Any]:
-    by_scale = {term.guidance_scale: term for term in terms if term.whole is None}
-    kept = sum(len(term.train) for term in by_scale.values() if isinstance(term.train, Pairs))
-    held_out = sum(len(term.held_out) for term in by_scale.values())
+    by_variant = {term.variant: term for term in terms if term.whole is None}
+    kept = sum(len(term.train) for term in by_variant.values() if isinstance(term.train, Pairs))
+    held_out = sum(len(term.held_out) for term in by_variant.values())
     steps = (kept + held_out) * teacher.num_inference_steps
-    for whole, term in {term.whole: term for term in terms if term.whole is not None}.items():
-        assert isinstance(term.train, Pairs)
-        steps += (len(term.train) + len(term.held_out)) * whole * -(-teacher.num_inference_steps // whole)
+    if late := [term for term in terms if term.whole is not None]:  # all from the same paths
+        common = math.lcm(*(term.whole for term in late if term.whole is not None))
+        samples = sum(len(pairs) for pairs in (late[0].train, late[0].held_out) if isinstance(pairs, Pairs))
+        steps += samples * common * -(-teacher.num_inference_steps // common)
     teacher_cost = round(steps * cost["per_step"])
-    call = {k: v for k, v in terms[0].call.items() if all(term.call[k] == v for term in terms)}
-    scales = [scale for scale in by_scale if scale is not None]
+    shared, *calls = [_plain(term.call) for term in by_variant.values()]
+    call = {k: v for k, v in shared.items() if all(k in other and other[k] == v for other in calls)}
+    variants = {
+        name: {k: v for k, v in _plain(term.call).items() if k not in call} for name, term in by_variant.items() if name
+    }
     return {
         "base_model": str(getattr(pipe, "name_or_path", "")),
         "pipeline": type(pipe).__name__,
-        "call": {k: v for k, v in call.items() if isinstance(v, (int, float, str, bool))},
-        **({"guidance_scales": scales} if scales else {}),
+        "call": call,
+        **({"variants": variants} if variants else {}),
         "latent_shape": list(terms[0].held_out.endpoints.shape[1:]),
         "teacher": teacher.summary(),
         "loss": getattr(loss, "__name__", type(loss).__name__),
@@ -396,6 +404,11 @@ def _provenance(
         "evaluations": {"teacher": teacher_cost, **{k: v for k, v in cost.items() if k != "per_step"}},
         "dywspan_version": __version__,
     }
+
+
+def _plain(call: Call) -> dict[str, Any]:
+    """What a provenance can hold of it."""
+    return {k: v for k, v in call.items() if isinstance(v, (int, float, str, bool))}
 
 
 def batch_loss(pipe: Any, student: Student, n: int, part: Pairs, call: Mapping[str, Any], loss: Loss) -> Tensor:

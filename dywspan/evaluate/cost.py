@@ -100,8 +100,8 @@ def _check(configs: Mapping[str, DistillConfig], count: int) -> None:
         raise ValueError(f"{[*configs]} must be {count} files with names of their own, and each its own output.")
     if any(config.dry_run for config in configs.values()):
         raise ValueError("dry_run=True learns nothing that could be measured: leave it out.")
-    if any(config.guidance_scales for config in configs.values()):
-        raise ValueError("Costs are compared at one guidance scale: leave out guidance_scales.")
+    if any(config.variants for config in configs.values()):
+        raise ValueError("Costs are compared for one call: leave out variants.")
     facts = {
         name: {key: getattr(config, key) for key in _SAME} | {"held_out_prompts": digest(split_inputs(config)[1])}
         for name, config in configs.items()
