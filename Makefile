@@ -25,9 +25,13 @@ solvers: .venv/installed-train
 	$(DISTILL)/emoji_sd_spanlift.yaml
 	$(DISTILL)/emoji_sd_spanlift.yaml --steps 7 --lr 3e-4 --updates 600 --evaluate-every 100
 	$(DISTILL)/emoji_sd_continuous.yaml
+	$(DISTILL)/emoji_sd_dyweight.yaml --steps 2 --teacher-order 4 --teacher-steps 200 --pairs 256 --loss rmse \
+		--output build/emoji-sd-any-steps
+	$(DISTILL)/emoji_sd_guided.yaml
 	$(DISTILL)/emoji_flow_dyweight.yaml
 	$(DISTILL)/emoji_flow_least_squares.yaml
 	$(DISTILL)/emoji_flow_spanlift.yaml
+	$(DISTILL)/emoji_flow_continuous.yaml
 
 .venv/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from tqdm.auto import tqdm
 
 from dywspan.evaluate.baselines import Solver, find_solvers
+from dywspan.evaluate.metrics import METRICS, Sample, interval
 from dywspan.evaluate.report import table, write_results
 
 REFERENCE = "iPNDM(2M)"
@@ -68,18 +69,20 @@ def main() -> None:
         images = text(before[own], generator=noise, guidance_scale=args.guidance_scale, num_inference_steps=25).images
         batches.append((first, after[own], images))
 
-    rows = []
+    rows, metrics, pixels = [], (METRICS["latent_rmse"](), METRICS["latent_mse"]()), torch.empty(0)
     for nfe, steps in tqdm([map(int, call.split("/")) for call in args.calls], "strengths"):
         call = {"strength": nfe / steps, "guidance_scale": args.guidance_scale}
         finer = -(-50 // nfe)  # the same strength in at least fifty evaluations
         (exact,) = find_solvers([REFERENCE])
         target = endpoints(pipe, exact, finer * steps, batches, **call)
         for solver in find_solvers([*CLASSICAL, *args.solvers]):
-            errors = (endpoints(pipe, solver, steps, batches, **call) - target).square().mean((1, 2, 3))
-            row = {"solver": solver.name, "strength": round(nfe / steps, 3), "nfe": nfe}
-            spread = float(errors.std()) / args.samples**0.5
-            rows.append(row | {"latent_mse": float(errors.mean()), "standard_error": spread})
-    print(table(write_results(args.output, rows, command=" ".join(["python", *sys.argv]), settings=vars(args))))
+            found = Sample(pixels, latents=endpoints(pipe, solver, steps, batches, **call), reference_latents=target)
+            values = {metric.name: metric.rows(found) for metric in metrics}
+            row = {"solver": solver.name, "variant": f"strength {nfe / steps:g}", "nfe": nfe}
+            row |= {metric.name: metric.value(values[metric.name]) for metric in metrics}
+            rows.append(row | {"interval": {m.name: [*interval(m, values[m.name])] for m in metrics}})
+    facts = {"settings": vars(args), "metrics": {metric.name: {"lower_is_better": True} for metric in metrics}}
+    print(table(write_results(args.output, rows, command=" ".join(["python", *sys.argv]), **facts)))
 
 
 if __name__ == "__main__":

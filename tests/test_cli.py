@@ -155,13 +155,30 @@ def test_the_digits_example_learns(tmp_path: Path) -> None:
 def test_the_example_for_any_number_of_steps_learns(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     script, picture = str(ROOT / "examples" / "any_steps.py"), tmp_path / "any.png"
-    small = ["--pairs", "24", "--held-out", "64", "--updates", "6", "--fit", "3", "4", "6", "--show", "4", "5"]
+    small = [
+        "--pairs",
+        "24",
+        "--held-out",
+        "64",
+        "--updates",
+        "6",
+        "--fit",
+        "3",
+        "4",
+        "6",
+        "--show",
+        "4",
+        "5",
+        "--tables",
+        "5",
+    ]
     lines = _python(script, *small, "--plot", str(picture)).splitlines()
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line)
     shown = [dict(zip(header, row)) for row in rows]
     assert [(row["steps"], row["fitted"]) for row in shown] == [("4", "yes"), ("5", "")]
     for row, ratio in zip(shown, (0.7, 0.85)):
         assert float(row["continuous"]) < ratio * float(row["its error"])
+    assert shown[0]["table for it alone"] == "" and float(shown[1]["table for it alone"]) < float(shown[1]["its error"])
     with Image.open(picture) as image:
         assert image.convert("L").getextrema() == pytest.approx((0, 255), abs=60)
 
@@ -174,7 +191,7 @@ def test_the_image_to_image_example_compares_at_equal_evaluations(tmp_path: Path
     _python(str(ROOT / "examples" / "img2img.py"), str(tmp_path), *small, "--output", str(tmp_path / "img2img.json"))
     rows = json.loads((tmp_path / "img2img.json").read_text())["rows"]
     assert len(rows) == 12 and rows[:6] == rows[6:], "no solver changes those after it"
-    assert all((row["strength"], row["nfe"]) == (0.5, 2) for row in rows)
+    assert all((row["variant"], row["nfe"]) == ("strength 0.5", 2) for row in rows)
     errors = {row["solver"]: row["latent_mse"] for row in rows}
     assert 0 < errors["DyWeight (learned)"] < 10 * min(errors.values())
 

@@ -93,10 +93,12 @@ def write_card(
     ]
     own = ({"prompt": "..."} if settings["prompts"] is not None else {}) if example is None else example
     arguments = {k: v if isinstance(v, str) else [v] for k, v in own.items()} | settings["call"]
+    if variants := [*settings["variants"].values()]:
+        arguments |= variants[len(variants) // 2]
     given = [f"{k}={v!r}, " for k, v in arguments.items()]
     steps = [*dict.fromkeys(map(steps_of, made))]
     use = {"kind": kind, "imports": kind, "load": f'DiffusionPipeline.from_pretrained("{model}")'}
-    use |= {"where": settings["push_to_hub"] or folder.name, "steps": steps[-1]}
+    use |= {"where": settings["push_to_hub"] or folder.name, "steps": steps[len(steps) // 2]}
     if any(getattr(f, "guidance_scale", None) is not None for f in (for_every_count(scheduler), scheduler.continuous)):
         use |= {"imports": f"{kind}, bind", "load": f"bind({use['load']})  # tells the solver the guidance scale"}
     counts = ", ".join(map(str, steps))
@@ -110,7 +112,7 @@ def write_card(
         "Error of the endpoint to the teacher's, from the same noise, on pairs never learned from:",
         markdown(rows) if rows else "",
     ]
-    for n in made:
+    for n in steps:
         if (folder / f"samples-{n}.png").exists():
             text.append(f"![Teacher, base and learned solver at {n} steps](samples-{n}.png)")
     if scheduler.tables or scheduler.continuous is not None:
