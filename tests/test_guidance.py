@@ -43,6 +43,7 @@ from dywspan.distill.train import around, batch_loss, default_grid, distill_cont
 from dywspan.schedulers.bind import guidance_argument, guidance_scale
 
 G0, COUNT = 4.0, len(FEATURES)
+EMOJI_FLOW = EMOJI.parent / "emoji-flow"
 EMOJI_PROMPTS = EMOJI.parent / "prompts" / "emoji-train.txt"
 
 
@@ -355,19 +356,37 @@ VARIANTS = {"weak": {"guidance_scale": 2.0}, "strong": {"guidance_scale": 8.0}}
 RANGE: dict[str, Any] = {"model": "m", "output": "o", "continuous": True, "variants": VARIANTS}
 
 
-def test_an_argument_that_the_pipeline_does_not_take_is_found_before_anything_is_computed() -> None:
-    config = DistillConfig(
-        **RANGE | {"model": str(EMOJI), "variants": {"a": {"true_cfg_scale": 2}}, "prompts": ["a", "b"]}
-    )
-    with pytest.raises(ValueError, match=r"cannot be called with \['true_cfg_scale'\]"):
+@pytest.mark.parametrize(
+    ("model", "own", "said"),
+    [
+        (
+            EMOJI,
+            {"guidance_scale": 0.5},
+            "StableDiffusionPipeline guides by 1 in all of them. Give scales that it follows",
+        ),
+        (EMOJI_FLOW, {"true_cfg_scale": 3.0}, "FluxPipeline guides by 1 in all of them. .* a negative prompt"),
+        (EMOJI, {"true_cfg_scale": 2}, r"cannot be called with \['true_cfg_scale'\]"),
+    ],
+    ids=["too little", "no negative prompt", "no such argument"],
+)
+def test_a_variant_that_cannot_be_is_found_before_anything_is_computed(
+    model: Path, own: dict[str, Any], said: str
+) -> None:
+    variants = {"plain": {name: 1.0 for name in own}, "other": own}
+    config = DistillConfig(**RANGE | {"model": str(model), "variants": variants, "prompts": ["a", "b"]})
+    with pytest.raises(ValueError, match=said):
         prepare(replace(config, pairs=1, held_out=1))
 
 
 @pytest.mark.parametrize("flow", [False, True], ids=["SD", "FLUX"])
 def test_sizes_are_learned_together(flow: bool, tmp_path: Path) -> None:
     """Each on its own latents and, for flow networks, its own shift; no guidance scale is followed."""
-    model = EMOJI.parent / "emoji-flow" if flow else EMOJI
-    own: dict[str, Any] = {"model": str(model), "output": str(tmp_path), "prompts": str(EMOJI_PROMPTS), "steps": [3]}
+    own: dict[str, Any] = {
+        "model": str(EMOJI_FLOW if flow else EMOJI),
+        "output": str(tmp_path),
+        "prompts": str(EMOJI_PROMPTS),
+        "steps": [3],
+    }
     own |= {"continuous": True, "init": "adams", "pairs": 8, "held_out": 4, "teacher_steps": 12, "pictures": 0}
     own |= {"optimizer": "least_squares", "updates": 2, "batch_size": 8}
     sizes = {"small": {"height": 32, "width": 32}, "large": {"height": 64, "width": 48}}

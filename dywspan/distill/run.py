@@ -20,7 +20,7 @@ from ..core.layout import LAYOUTS, Packed
 from ..core.operator import ResidualOperator
 from ..core.prediction import Flow
 from ..core.step import TWO_STAGE
-from ..schedulers.bind import bind, guidance_argument
+from ..schedulers.bind import bind, guidance_argument, guidance_scale
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import BASE, SpanLiftScheduler, different_bases
 from .card import Images, draw_samples, provenances, sample_images, steps_of, write_card
@@ -123,6 +123,13 @@ def prepare(config: DistillConfig, device: torch.device | str = "cpu") -> Task:
     size: Any = config.latent_size and tuple(config.latent_size)
     loss = make_loss(pipe, config.loss, config.features, config.latent_weight, config.layout, size)
     task = Task(config, pipe, inputs, held_out_inputs, teacher, loss, base, model)
+    told = {call.get(str(guidance_argument(pipe))) for call in task.calls.values()}
+    found = {guidance_scale(pipe, {**inputs[0], **call}) for call in task.calls.values()}
+    if len(told) > 1 and len(found) == 1:
+        raise ValueError(
+            f"variants={config.variants}: {type(pipe).__name__} guides by {found.pop():g} in all of them. Give scales "
+            "that it follows, and a negative prompt if it needs one."
+        )
     if base is not None:
         _check_operator(config)
         _check_extension(existing, base, config)
