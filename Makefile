@@ -32,6 +32,8 @@ solvers: .venv/installed-train
 	$(DISTILL)/emoji_flow_least_squares.yaml
 	$(DISTILL)/emoji_flow_spanlift.yaml
 	$(DISTILL)/emoji_flow_continuous.yaml
+	$(DISTILL)/emoji_flow_dyweight.yaml --steps 2 --teacher-order 4 --teacher-steps 200 --pairs 128 --held-out 48 \
+		--loss rmse --output build/emoji-flow-any-steps
 
 .venv/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
