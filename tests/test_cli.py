@@ -178,7 +178,7 @@ def test_the_example_for_any_number_of_steps_learns(tmp_path: Path) -> None:
     assert [(row["steps"], row["fitted"]) for row in shown] == [("4", "yes"), ("5", "")]
     for row, ratio in zip(shown, (0.7, 0.85)):
         assert float(row["continuous"]) < ratio * float(row["its error"])
-    assert shown[0]["table for it alone"] == "" and float(shown[1]["table for it alone"]) < float(shown[1]["its error"])
+    assert shown[0]["table for it alone"] == "" and float(shown[1]["table for it alone"]) < 0.1, "iPNDM(3M) has 0.15"
     with Image.open(picture) as image:
         assert image.convert("L").getextrema() == pytest.approx((0, 255), abs=60)
 
