@@ -11,7 +11,7 @@ and with tables that were fitted to the same pairs for one number of steps alone
 The picture shows the error of the endpoint against the number of steps: the classical solvers, and below them the
 learned one, with dots where it was fitted. Between the dots and beyond the last it has never been fitted, and stays
 below all of them. The gain is largest at few steps and shrinks with the corrections: 7 times at 3, 1.5 times at 15.
-Tables of one number alone are as good at 3, worse at 5 (0.065, it 0.022), and better at 7 and 9 (0.013, it 0.022, 0.020).
+Tables of one number alone are as good at 3, worse at 5 (0.065; it 0.022), better at 7 and 9 (0.013; it 0.022, 0.020).
 """
 
 from __future__ import annotations
