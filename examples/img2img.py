@@ -18,8 +18,9 @@ from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from tqdm.auto import tqdm
 
 from dywspan.evaluate.baselines import Solver, find_solvers
-from dywspan.evaluate.metrics import METRICS, Sample, interval
+from dywspan.evaluate.metrics import METRICS, Sample
 from dywspan.evaluate.report import table, write_results
+from dywspan.evaluate.statistics import numbers
 
 REFERENCE = "iPNDM(2M)"
 CLASSICAL = ("DDIM", "Euler", "DPM-Solver++(2M)", "UniPC", REFERENCE)
@@ -79,8 +80,7 @@ def main() -> None:
             found = Sample(pixels, latents=endpoints(pipe, solver, steps, batches, **call), reference_latents=target)
             values = {metric.name: metric.rows(found) for metric in metrics}
             row = {"solver": solver.name, "variant": f"strength {nfe / steps:g}", "nfe": nfe}
-            row |= {metric.name: metric.value(values[metric.name]) for metric in metrics}
-            rows.append(row | {"interval": {m.name: [*interval(m, values[m.name])] for m in metrics}})
+            rows.append(row | numbers(metrics, values))
     facts = {"settings": vars(args), "metrics": {metric.name: {"lower_is_better": True} for metric in metrics}}
     print(table(write_results(args.output, rows, command=" ".join(["python", *sys.argv]), **facts)))
 

@@ -523,8 +523,7 @@ def test_all_late_starts_are_on_one_teachers_way(tmp_path: Path) -> None:
     teacher = DyWeightScheduler.from_config(own.config, grid=default_grid(own), solver="ipndm", order=2)
     noise = torch.Generator()
     call = {**task.inputs[0], **task.call, "num_inference_steps": 24, "generator": noise}
-    for steps, whole in task.config.ends:
-        train, _ = run._ends(task, steps, whole)
+    for (steps, whole), (train, _) in run._ends(task).items():
         until = 24 - 24 * steps // whole
         with torch.no_grad():
             noise.manual_seed(run.TRAIN_SEED)

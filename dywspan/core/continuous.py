@@ -77,7 +77,7 @@ class ContinuousTable:
     def fades(self, num_inference_steps: int) -> Tensor:
         """(K + 1,) what each row of C counts for: f^(K-1) of levels, f^(K-m) of nabla^m, f^K of the time scale."""
         exponents = [max(1, self.order - 1), *range(self.order - 1, 0, -1), self.order]
-        return (1 / (1 + num_inference_steps / self.horizon)) ** torch.tensor(exponents, dtype=torch.float64)
+        return _fade(num_inference_steps, self.horizon) ** torch.tensor(exponents, dtype=torch.float64)
 
     def table(
         self,
@@ -179,7 +179,7 @@ class ContinuousLift:
             guidance_scale: g; None: g0.
             whole: as of :meth:`ContinuousTable.table`.
         """
-        fade = 1 / (1 + (whole or len(levels) - 1) / self.horizon)
+        fade = _fade(whole or len(levels) - 1, self.horizon)
         phi = features(levels, prediction.signal(levels))
         alpha, beta = (fade**self.order * (phi @ _at(self, guidance_scale).T)).unbind(1)
         return Lift(1 + alpha, beta, self.operator, self.provenance)
@@ -211,6 +211,11 @@ def check_guidance_scale(value: Any) -> None:
         return
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"guidance_scale={value!r} must be a positive number, 1 without guidance, or None.")
+
+
+def _fade(num_inference_steps: int, horizon: float) -> float:
+    """f = 1 / (1 + N / horizon)."""
+    return 1 / (1 + num_inference_steps / horizon)
 
 
 def _at(function: ContinuousTable | ContinuousLift, guidance_scale: float | None) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,12 @@ def ends(paths: Pairs, steps: int, level: float) -> Pairs:
     states = paths.targets[range(len(paths))]
     starts = (states[:, -steps - 1] / level).split(1)
     return Pairs([{**own, "latents": z} for own, z in zip(paths.inputs, starts)], paths.seeds, states[:, -1])
+
+
+def common_path(wholes: Iterable[int], steps: int) -> tuple[int, int]:
+    """N of a path on which all steps of these ways lie, and the substeps of each for it to take at least ``steps``."""
+    common = math.lcm(*wholes)
+    return common, -(-steps // common)
 
 
 Source = Callable[[Sequence[int]], Pairs]  # positions in an endless stream of samples -> these

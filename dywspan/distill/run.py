@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from .config import OPTIMIZERS, DistillConfig
 from .embeddings import remembered_prompts
 from .inputs import check_call, split_inputs
 from .losses import Loss, make_loss
-from .pairs import UNWRITABLE, Pairs, Source, Teacher, digest, ends, fingerprint, fresh, make_pairs
+from .pairs import UNWRITABLE, Pairs, Source, Teacher, common_path, digest, ends, fingerprint, fresh, make_pairs
 from .plan import print_plan
 from .processes import is_main, share, wait
 from .rollout import Inputs, blocks, denoisers, load_pipeline, sample
@@ -213,7 +212,7 @@ def _learn(task: Task, group: list[int], log: Log | None) -> Any:
     scheduler = DyWeightScheduler.from_config(task.pipe.scheduler.config)
     if config.continuous:
         pairs, paths = _pairs(task, task.teacher), {n: _paths(task, n) for n in group if config.regression}
-        options |= {"grid": config.grid, "paths": paths, "late": {end: _ends(task, *end) for end in config.ends}}
+        options |= {"grid": config.grid, "paths": paths, "late": _ends(task)}
         return scheduler.with_continuous(distill_continuous(task.pipe, task.teacher, *pairs, group, **options))
     (n,) = group
     teacher = _path_teacher(task, n, config.path_substeps) if config.path_substeps else task.teacher
@@ -241,17 +240,22 @@ def _paths(task: Task, n: int) -> Pairs:
     return _made(task, teacher, task.inputs[: task.config.regression], TRAIN_SEED, task.call)
 
 
-def _ends(task: Task, steps: int, whole: int) -> tuple[Pairs, Pairs]:
-    """Training and held-out pairs of the last steps of a way of ``whole``, from paths that serve all late starts."""
-    common = math.lcm(*(whole for _, whole in task.config.ends))
-    teacher = _path_teacher(task, common, -(-task.config.teacher_steps // common))
-    set_timesteps(teacher.scheduler, whole)
-    is_flow = isinstance(teacher.scheduler.host.prediction, Flow)
-    level = 1.0 if is_flow else float(teacher.scheduler.sigmas[whole - steps])
+def _ends(task: Task) -> dict[tuple[int, int], tuple[Pairs, Pairs]]:
+    """Training and held-out pairs of every late start, all from the same paths."""
+    if not (starts := task.config.ends):
+        return {}
+    common, substeps = common_path((whole for _, whole in starts), task.config.teacher_steps)
+    teacher = _path_teacher(task, common, substeps)
+    scheduler, is_flow = teacher.scheduler, isinstance(teacher.scheduler.host.prediction, Flow)
     parts = (task.inputs, TRAIN_SEED), (task.held_out_inputs, HELD_OUT_SEED)
-    made = (_made(task, teacher, *part, task.call) for part in parts)
-    train, held_out = (ends(paths, steps * common // whole, level) for paths in made)
-    return train, held_out
+    train, held_out = (_made(task, teacher, *part, task.call)[:] for part in parts)  # read once
+    found = {}
+    for steps, whole in starts:
+        set_timesteps(scheduler, whole)
+        level = 1.0 if is_flow else float(scheduler.sigmas[whole - steps])
+        left = steps * common // whole
+        found[steps, whole] = ends(train, left, level), ends(held_out, left, level)
+    return found
 
 
 def _made(task: Task, teacher: Teacher, inputs: Inputs, first_seed: int, call: Mapping[str, Any]) -> Pairs:

@@ -26,7 +26,7 @@ from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, UPDATES, LearningConfig
 from .least_squares import fit_least_squares
 from .losses import Loss, latent_mse
-from .pairs import Pairs, Source, Teacher, shuffled
+from .pairs import Pairs, Source, Teacher, common_path, shuffled
 from .processes import is_main, share, total
 from .progress import Log, Progress, Term, autocast
 from .regression import regress, regress_continuous
@@ -381,9 +381,9 @@ def _provenance(
     held_out = sum(len(term.held_out) for term in by_variant.values())
     steps = (kept + held_out) * teacher.num_inference_steps
     if late := [term for term in terms if term.whole is not None]:  # all from the same paths
-        common = math.lcm(*(term.whole for term in late if term.whole is not None))
+        common, substeps = common_path((t.whole for t in late if t.whole is not None), teacher.num_inference_steps)
         samples = sum(len(pairs) for pairs in (late[0].train, late[0].held_out) if isinstance(pairs, Pairs))
-        steps += samples * common * -(-teacher.num_inference_steps // common)
+        steps += samples * common * substeps
     teacher_cost = round(steps * cost["per_step"])
     shared, *calls = [_plain(term.call) for term in by_variant.values()]
     call = {k: v for k, v in shared.items() if all(k in other and other[k] == v for other in calls)}

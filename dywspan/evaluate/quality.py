@@ -33,9 +33,10 @@ from ..distill.run import find_teacher
 from ..schedulers.bind import bind, guidance_argument
 from .baselines import BASELINES, Cell, begin, find_solvers, make_cell
 from .images import find_images, read_image
-from .metrics import METRICS, Metric, Sample, interval
+from .metrics import METRICS, Metric, Sample
 from .report import draw_samples, file_stem, plots, table, write_results
 from .rows import measure
+from .statistics import numbers
 
 KEPT = 2**30  # bytes of decoded reference images
 
@@ -367,7 +368,7 @@ def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if (alone := [m for m in task.metrics if not _is_paired(m)]) and reference is not None:
         own = {"solver": "reference", "scheduler": type(task.teacher.scheduler).__name__}
         own |= dict.fromkeys(("num_inference_steps", "nfe"), task.teacher.num_inference_steps)
-        yield own | _numbers(alone, evaluate(pipe, None, 0, task.inputs, seeds, alone, title="reference", **options))
+        yield own | numbers(alone, evaluate(pipe, None, 0, task.inputs, seeds, alone, title="reference", **options))
     options |= {"precision": config.mixed_precision}
     for cell in task.cells:
         steps = cell.num_inference_steps
@@ -375,7 +376,7 @@ def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         values = evaluate(pipe, cell.scheduler, steps, task.inputs, seeds, task.metrics, **own, **options)
         row = {"solver": cell.solver, "learned": cell.learned, "scheduler": type(cell.scheduler).__name__}
         row |= {"num_inference_steps": steps, "nfe": cell.nfe, **_held_out(cell.scheduler, steps)}
-        yield row | _numbers(task.metrics, values)
+        yield row | numbers(task.metrics, values)
 
 
 def _held_out(scheduler: Any, steps: int) -> dict[str, bool]:
@@ -384,11 +385,6 @@ def _held_out(scheduler: Any, steps: int) -> dict[str, bool]:
     if function is None or steps in getattr(scheduler, "lifts", scheduler.tables):
         return {}
     return {"held_out": steps not in map(steps_of, function.provenance.get("held_out_error", ()))}
-
-
-def _numbers(metrics: Sequence[Metric], values: Mapping[str, Tensor]) -> dict[str, Any]:
-    numbers: dict[str, Any] = {m.name: m.value(values[m.name]) for m in metrics}
-    return numbers | {"interval": {m.name: [*interval(m, values[m.name])] for m in metrics}}
 
 
 def _is_paired(metric: Metric) -> bool:
@@ -488,5 +484,5 @@ def _measure_directory(config: QualityConfig) -> dict[str, Any]:
 
     with torch.no_grad():
         values = measure([str(j) for j in range(len(parts))], make, metrics, None, config.images)
-    row = {"solver": config.images, "samples": len(files), **_numbers(metrics, values)}
+    row = {"solver": config.images, "samples": len(files), **numbers(metrics, values)}
     return _finish(config, _facts(config, metrics) | {"rows": [row]})

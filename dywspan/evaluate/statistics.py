@@ -7,7 +7,7 @@ so that images are never kept, batches are measured wherever they are sampled, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
@@ -112,3 +112,13 @@ def interval(
     values = torch.tensor([metric.value(rows[draw]) for draw in draws], dtype=torch.float64)
     low, high = values.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return low, high
+
+
+def numbers(metrics: Sequence[Metric], values: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A row of results: every metric's number by its name, and ``interval``, theirs.
+
+    Args:
+        values: by metric, the rows of all samples.
+    """
+    found: dict[str, Any] = {m.name: m.value(values[m.name]) for m in metrics}
+    return found | {"interval": {m.name: [*interval(m, values[m.name])] for m in metrics}}
