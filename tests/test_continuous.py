@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_core import FRAMES, GRID_SPECS, HIGH, INSTANCES, LOW, Gaussian, slope
 from test_distill import EMOJI
+from test_least_squares import columns_of
 from test_trainable import Subject, fresh
 from test_trainable import float64 as float64
 from torch import Tensor
@@ -441,11 +442,10 @@ def test_columns_by_the_tables_numbers_are_those_of_the_coefficients(
     subject = fresh(name)
     student = student_of(subject)
     problem = problem_of(subject, student, 4, difference=1e-7)
-    (term,) = problem.terms
-    by_table = problem.columns(term, term.pairs)
+    by_table = columns_of(problem)
     assert student.local(4)[1] is not None
     monkeypatch.setattr(ContinuousStudent, "local", Student.local)
-    direct = problem.columns(term, term.pairs)
+    direct = columns_of(problem)
     assert torch.equal(by_table[0], direct[0])
     scale = direct[1:].norm(dim=1)
     torch.testing.assert_close(by_table[1:] / scale.max(), direct[1:] / scale.max(), rtol=0, atol=1e-4)
@@ -459,8 +459,8 @@ def test_calls_are_those_really_made(order: int, n: int) -> None:
     subject = fresh("StableDiffusionPipeline")
     student = student_of(subject, order)
     problem, meter = problem_of(subject, student, n), Meter(subject.pipe)
-    with meter.running(), problem.replay.installed():
-        problem.columns(problem.terms[0], problem.terms[0].pairs)
+    with meter.running():
+        columns_of(problem)
     made = meter.counts["student"] / (2 * 2)  # of two pairs, guidance counted as one
     assert made - n == student.calls(n)
 

@@ -188,7 +188,7 @@ def test_the_embedded_pipelines_files_share_teacher_and_held_out_pairs(monkeypat
     files = [f"training/configs/emoji_sd_{name}.yaml" for name in ("adam", "least_squares")]
     gradients, squares = (make_config({"config": file}) for file in files)
     (training, held_out), (few, same) = split_inputs(gradients), split_inputs(squares)
-    assert same == held_out and few == training[: len(few)] and len(few) == 32
+    assert same == held_out and few == training[: len(few)] and len(few) == 64
     shared = ("model", "call", "cache", "teacher", "teacher_steps", "teacher_order", "teacher_batch_size", "loss")
     shared += ("held_out", "steps", "order", "init")
     assert [getattr(squares, key) for key in shared] == [getattr(gradients, key) for key in shared]

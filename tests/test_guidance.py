@@ -20,6 +20,7 @@ from test_continuous import GRIDS
 from test_continuous import learned as table_of
 from test_continuous_lift import lifts, on
 from test_distill import EMOJI
+from test_least_squares import columns_of
 from test_spanlift import SIZE
 from test_trainable import float64 as float64
 from test_trainable import fresh
@@ -223,12 +224,12 @@ def test_gradients_and_columns_reach_both_halves(name: str) -> None:
     assert [term.name for term in terms] == ["3 @ low", "3 @ high"] and around(terms) == pytest.approx(14**0.5)
     config = LearningConfig(optimizer="least_squares", batch_size=2, difference=1e-6)
     problem = Problem(subject.pipe, student, terms, config=config, loss=latent_mse)
-    for term in terms:
-        columns = problem.columns(term, pairs)
+    for k, term in enumerate(terms):
+        columns = columns_of(problem, k)
         monkey = pytest.MonkeyPatch()
         with monkey.context() as patch:  # not by the table's numbers
             patch.setattr(ContinuousStudent, "local", lambda self, n: (self, None))
-            direct = problem.columns(term, pairs)
+            direct = columns_of(problem, k)
         scale = direct[1:].norm(dim=1).max()
         torch.testing.assert_close(columns[1:] / scale, direct[1:] / scale, rtol=0, atol=1e-4)
         plain, slopes = direct[1:].unflatten(0, (3, 2, COUNT)).unbind(1)

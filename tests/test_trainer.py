@@ -195,7 +195,7 @@ def test_files_that_hold_no_settings(text: str, said: str, yaml_file: Callable[[
         ({"loss": "l2"}, "Unknown loss 'l2': use one of ['huber', 'l1', 'mse', 'rmse']"),
         ({"solver": "spanlift", "path_substeps": 2}, "path_substeps supervises tables"),
         ({"on_the_fly": True, "path_substeps": 2}, "path_substeps needs teacher paths from the cache"),
-        ({"optimizer": "least_squares", "path_substeps": 2}, "least_squares needs the same endpoints each time"),
+        ({"optimizer": "least_squares", "path_substeps": 2}, "least_squares learns from endpoints"),
     ],
 )
 def test_settings_that_cannot_work_are_named_with_the_rule(settings: dict[str, Any], said: str) -> None:

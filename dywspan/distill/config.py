@@ -29,7 +29,8 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-UPDATES, ITERATIONS = 300, 30  # of a solver, by gradients and by least squares
+# By gradients and by least squares, whose updates take more and tell more.
+DEFAULTS = {"updates": (300, 30), "evaluate_every": (25, 5), "checkpoint_every": (25, 1)}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -41,7 +42,7 @@ class LearningConfig:
     """
 
     optimizer: Literal["adam", "adamw", "least_squares"] = option("adamw", "least_squares needs no gradients")
-    updates: int | None = option(None, f"for each solver; default {UPDATES}, least_squares {ITERATIONS}")
+    updates: int | None = option(None, "for each solver; default 300, least_squares 30")
     batch_size: int = option(8, "pairs an update sees, over all processes: results do not depend on their number")
     micro_batch_size: int | None = option(None, "pairs a process computes at a time; by default all of its share")
     lr: float | None = option(None, "peak rate, after warm-up and before cosine decay; default 1e-2, SpanLift 1e-3")
@@ -58,11 +59,17 @@ class LearningConfig:
     path_substeps: int = option(0, "substeps of a teacher for every step (DyWeight eq. A.15); 0: endpoint only")
     ridge: float = option(0.0, "least_squares: weight of the squared distance to the start, for few pairs")
     difference: float | None = option(None, "least_squares: step of the differences; default by precision")
-    evaluate_every: int = option(25, "updates between held-out evaluations; the best solver is kept")
+    evaluate_every: int | None = option(
+        None, "updates between held-out evaluations, of which the best is kept; default 25, least_squares 5"
+    )
     patience: int = option(0, "stop after this many evaluations without a better one; 0: never")
     recompute: bool = option(True, "one denoiser call's activations at a time in memory: flat in the number of steps")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "while learning; default: the launcher's")
     seed: int = option(0, "of the order of the pairs and of the operator's initial weights")
+
+    def number(self, name: str) -> int:
+        """One of ``DEFAULTS``, or what was set instead."""
+        return getattr(self, name, None) or DEFAULTS[name][self.optimizer not in OPTIMIZERS]
 
     @property
     def learning(self) -> dict[str, Any]:
@@ -122,7 +129,7 @@ class DistillConfig(LearningConfig):
     latent_weight: float | None = option(None, "c of c * latent loss + feature loss; default 0.1, 0 for pixels")
 
     output: str = option("", "directory of the artefact; the same command continues a run that was stopped")
-    checkpoint_every: int = option(25, "updates between checkpoints")
+    checkpoint_every: int | None = option(None, "updates between checkpoints; default 25, least_squares 1")
     keep_checkpoints: int = option(2, "checkpoints kept of each solver")
     trackers: list[str] = option([], "of Accelerate: tensorboard, trackio, wandb, ...")
     pictures: int = option(4, "held-out samples drawn for each solver: teacher, base and student")
@@ -175,10 +182,8 @@ class DistillConfig(LearningConfig):
             raise ValueError("regression fits the rows of tables without afs: leave it at 0 for anything else.")
         if self.path_substeps and self.solver != "dyweight":
             raise ValueError("path_substeps supervises tables: leave it at 0 for SpanLift.")
-        if self.optimizer == "least_squares" and (self.path_substeps or self.on_the_fly):
-            raise ValueError(
-                "least_squares needs the same endpoints each time: set on_the_fly to false, path_substeps to 0."
-            )
+        if self.optimizer == "least_squares" and self.path_substeps:
+            raise ValueError("least_squares learns from endpoints: set path_substeps to 0.")
         if self.path_substeps and self.on_the_fly:
             raise ValueError("path_substeps needs teacher paths from the cache: set on_the_fly to false.")
 

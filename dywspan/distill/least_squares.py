@@ -2,15 +2,19 @@
 
     minimise  F(p) = mean over terms of log F_n(p) + ridge |p - p_0|^2,    a term for each number of steps, and call
               F_n  = mean over pairs of |r_n(p)|^2,                   r the residuals whose squares are the loss
-    (A + ridge + damping diag(A)) step = -(g + ridge (p - p_0)),      Levenberg-Marquardt, where over terms
-    A = mean of J'J / F_n,  g = mean of J'r / F_n:                    the logarithm lets few and many steps weigh alike
+
+An update sees a batch of pairs where the numbers are p_b, and keeps what it shows, J = dr/dp, as a quadratic of p in
+which those of the batches before fade away; it goes to the least of that:
+
+    M <- (1 - a) M + a mean over terms of [r - J p_b, J]'[r - J p_b, J] / F_n,          a = (1 - m) / (1 - m^b)
+    p <- p + argmin over step of [1, p + step]' M [1, p + step] + ridge |p + step - p_0|^2 + damping |step|_D^2
+
+with m = ``MEMORY`` and D = diag(M). So every J is of pairs that have not been seen at p_b, and none is computed twice.
+A step that raises F on the next batch by over ``TOLERANCE`` is tried again, shorter.
 
 J comes from differences, column by column, of whole samplings through the pipeline's own call: any pipeline that can
 sample can be learned from, quantised, compiled or offloaded, in the memory that sampling needs. A number at step k
 changes nothing before it, so earlier denoiser outputs are replayed; the last row of weights costs no evaluation at all.
-As long as steps gain, J is not computed anew but corrected by what the last one did, which its trial has already shown:
-
-    J := J + (r(p + step) - r(p) - J step) step' / |step|^2                                                    Broyden
 """
 
 from __future__ import annotations
@@ -18,54 +22,54 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from .config import ITERATIONS, LearningConfig
+from .config import LearningConfig
 from .losses import Loss, residuals_of
-from .pairs import Pairs
-from .processes import in_turn, is_main, total, world_size
+from .pairs import Pairs, Source, shuffled
+from .processes import is_main, share, total
 from .progress import PRECISIONS, Progress, Term, autocast
-from .replay import Replay
+from .replay import Replay, Tape
 from .rollout import denoisers, sample
 from .student import Student
 
 # Step of the differences: wide enough to stand out of the rounding of the network's outputs, and to average over the
 # fast oscillations of time embeddings.
 DIFFERENCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+MEMORY = 0.6  # what a batch counts for after each further one
+TOLERANCE = 0.05  # of F, of the next batch: few pairs vary by more
 ATTEMPTS = 5
-LEAST_GAIN = 1e-4  # of the loss, relative: below it the fit has converged
-FIRST_PAIRS, GROWTH, GROWTH_GAIN = 8, 4, 0.05  # pairs it begins with, four times as many where it gains less
-SECANT_GAIN = 0.02  # below it the Jacobian is computed anew
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Where the student was tried.
+class Sampled:
+    """Some pairs of a batch, sampled.
 
     Attributes:
-        at: (P,) its numbers.
-        value: F; infinite if they are no solver.
-        losses: F_n of each term.
-        residuals: (B * R,) of this process's every batch, on the CPU.
+        term: its place.
+        endpoint: where they ended.
+        tape: the denoiser's calls, see :class:`Replay`.
+        student, chain: what is moved number by number to see how the endpoint changes, see :meth:`Student.local`.
     """
 
-    at: Tensor
-    value: float
-    losses: Sequence[float] = ()
-    residuals: Sequence[Tensor] = ()
+    term: int
+    pairs: Pairs
+    endpoint: Tensor
+    tape: Tape
+    student: Student
+    chain: Tensor | None
 
 
 class Problem:
-    """F, its gradient and curvature at a point, summed over terms, pairs and processes.
+    """F and its quadratic model, over terms and processes.
 
     Attributes:
-        jacobian: (1 + P, B * R) of every batch of every term, on the CPU: residuals, and how each number changes them.
-        at: (P,) where it was computed, or corrected for.
+        model: (1 + P, 1 + P) M.
+        weight: what the batches in it count for, 1 + m + m^2 + ...
     """
 
     def __init__(
@@ -79,83 +83,99 @@ class Problem:
     ) -> None:
         self.pipe, self.student, self.terms = pipe, student, list(terms)
         self.config, self.residuals = config, residuals_of(loss)
+        self.sources: list[Source] = [
+            shuffled(term.train, config.seed) if isinstance(term.train, Pairs) else term.train for term in terms
+        ]
         self.replay, self.replays = Replay(pipe), True
-        self.origin = self.at = student.vector()
+        self.origin = student.vector()
         self.difference = config.difference or DIFFERENCE[self._precision()]
+        size = 1 + len(self.origin)
+        self.model, self.weight = torch.zeros(size, size, dtype=torch.float64), 0.0
 
-    def move(self, vector: Tensor) -> Trial:
-        """Sample with these numbers, or those nearest to them that the student may have."""
-        self.student.move(vector)
-        at = self.student.vector()
+    def batch(self, update: int) -> list[Pairs]:
+        """This process's part of an update's pairs, of each term."""
+        size = self.config.batch_size
+        positions = share(range(update * size, (update + 1) * size))
+        return [source(positions) for source in self.sources]
+
+    def sample(self, batch: Sequence[Pairs]) -> list[Sampled]:
+        """What a batch is sampled to where the student is; nothing if its numbers are no solver."""
+        found = []
         try:
             with self.replay.installed():
-                batches = self._batches()
-                residuals = [self._run(self.student, term, term.pairs[part]).cpu() for _, term, part, _ in batches]
-        except ValueError:  # numbers that are no solver: levels below zero
-            return Trial(at, math.inf)
-        losses = self._means([values.square().sum() for values in residuals]).tolist()
-        return Trial(at, self._objective(losses), losses, residuals)
+                for k, (term, pairs) in enumerate(zip(self.terms, batch)):
+                    for first in range(0, len(pairs), self._micro()):
+                        part = pairs[first : first + self._micro()]
+                        with self.replay.recording() as tape:
+                            endpoint = self._endpoint(self.student, term, part)
+                        # Now: it depends on the grid and the guidance scale, which the pipeline's call may choose.
+                        found.append(Sampled(k, part, endpoint, tape, *self.student.local(term.steps)))
+        except ValueError:  # levels below zero: of a table, whatever the pairs, so on every process
+            return []
+        return found
 
-    def normal_equations(self, moved: Trial | None = None) -> tuple[Trial, Tensor, Tensor]:
-        """F, (P,) half its gradient and (P, P) its curvature.
+    def losses(self, sampled: Sequence[Sampled]) -> Tensor:
+        """(terms,) F_n."""
+        sums = torch.zeros(len(self.terms), dtype=torch.float64)
+        for own in sampled:
+            sums[own.term] += self._residuals(own.endpoint, own.pairs).double().square().sum().cpu()
+        return self._mean(sums)
 
-        Args:
-            moved: a trial since the last ones, to correct their Jacobian by; None: a new one, where the student is.
-        """
-        if moved is None:
-            self.jacobian = []  # freed before the new one is made
-            with self.replay.installed():
-                self.jacobian = [self.columns(term, term.pairs[part]).cpu() for _, term, part, _ in self._batches()]
-            self.at = self.student.vector()
-        else:
-            step, self.at = moved.at - self.at, moved.at
-            for columns, residuals in zip(self.jacobian, moved.residuals):
-                direction = step.to(columns) / step.square().sum()
-                missed = residuals - columns[0] - step.to(columns) @ columns[1:]
-                columns[1:].addr_(direction, missed)
-                columns[0] = residuals
-        products = self._means([columns @ columns.T for columns in self.jacobian])  # [r, J]'[r, J]
-        losses = products[:, 0, 0].tolist()
-        mean = (products / products[:, :1, :1].clamp(min=1e-30)).mean(0)
-        pull, eye = self.config.ridge, torch.eye(len(self.at), dtype=torch.float64)
-        now = Trial(self.at, self._objective(losses), losses)
-        return now, mean[0, 1:] + pull * (self.at - self.origin), mean[1:, 1:] + pull * eye
+    def value(self, sampled: Sequence[Sampled]) -> float:
+        """F where the student is and these were sampled; infinite of nothing."""
+        pull = float((self.student.vector() - self.origin).square().sum())
+        logs = self.losses(sampled).clamp(min=1e-30).log()
+        return float(logs.mean()) + self.config.ridge * pull if sampled else math.inf
 
-    def columns(self, term: Term, part: Pairs) -> Tensor:
+    def see(self, sampled: Sequence[Sampled]) -> None:
+        """Take what these pairs show into the model; the student is where they were sampled."""
+        size, at = len(self.model), self.student.vector()
+        products = torch.zeros(len(self.terms), size, size, dtype=torch.float64)
+        with self.replay.installed():
+            for own in sampled:
+                columns = self.columns(own).cpu().double()
+                products[own.term] += columns @ columns.T
+        products = self._mean(products)
+        now = (products / products[:, :1, :1].clamp(min=1e-30)).mean(0)
+        self.model, self.weight = MEMORY * self.model + _shifted(now, -at), MEMORY * self.weight + 1
+
+    def target(self, damping: float) -> Tensor:
+        """(P,) the least of the model, damped, within the student's bounds."""
+        at, ridge = self.student.vector(), self.config.ridge
+        near = _shifted(self.model / self.weight, at)
+        gradient, matrix = near[0, 1:] + ridge * (at - self.origin), near[1:, 1:]
+        diagonal = matrix.diagonal().clamp(min=1e-9 * float(matrix.diagonal().max()))
+        matrix = matrix + torch.diag(damping * diagonal + ridge)
+        return _solution(self.student, at, matrix, gradient)
+
+    def columns(self, sampled: Sampled) -> Tensor:
         """(1 + P, B * R): the residuals of some pairs, and how each number changes them."""
-        with self.replay.recording():
-            base = self._run(self.student, term, part)
-        student, chain = self.student.local(term.steps)  # afterwards: the call may have chosen the grid
-        at = student.vector()
-        columns = base.new_empty(1 + len(at), len(base))
-        columns[0] = base
+        student, at = sampled.student, sampled.student.vector()
+        residuals = self._residuals(sampled.endpoint, sampled.pairs)
+        columns = residuals.new_empty(1 + len(at), len(residuals))
+        columns[0] = residuals
         for c in range(len(at)):
-            columns[1 + c] = self._column(student, term, part, base, at, c)
+            columns[1 + c] = self._column(sampled, residuals, at, c)
         student.move(at)
-        self.replay.tape = []
-        return columns if chain is None else torch.cat([base[None], chain.T.to(base) @ columns[1:]])
+        chain = sampled.chain
+        return columns if chain is None else torch.cat([columns[:1], chain.T.to(columns) @ columns[1:]])
 
     def check_replay(self) -> None:
         """Compute one batch again: a network that answers otherwise than before cannot be replayed."""
         first = self.student, *self._least()
         with self.replay.installed():
-            with self.replay.recording():
-                base = self._run(*first)
-            with self.replay.playing():
-                replayed = self._run(*first)
-            again = self._run(*first)
+            with self.replay.recording() as tape:
+                base = self._endpoint(*first)
+            with self.replay.playing(tape):
+                replayed = self._endpoint(*first)
+            again = self._endpoint(*first)
         self.replays = torch.equal(base, replayed) and torch.equal(base, again)
-        self.replay.tape = []
         if not self.replays and is_main():
             print(f"{type(self.pipe).__name__}'s network does not answer the same question the same way: no replay.")
 
-    def _objective(self, losses: Sequence[float]) -> float:
-        mean = sum(math.log(max(value, 1e-30)) for value in losses) / len(losses)
-        return mean + self.config.ridge * float((self.student.vector() - self.origin).square().sum())
-
     def _precision(self) -> torch.dtype:
         """The coarsest that a sampling passes through."""
-        endpoint, _ = self._endpoint(self.student, *self._least())
+        endpoint = self._endpoint(self.student, *self._least())
         networks = [getattr(m, "dtype", torch.bfloat16) for m in denoisers(self.pipe).values()]
         mixed = PRECISIONS[self.config.mixed_precision or "no"]
         passed = [d for d in (endpoint.dtype, mixed, *networks) if d is not None]
@@ -163,136 +183,111 @@ class Problem:
         return max((d if d in DIFFERENCE else torch.bfloat16 for d in passed), key=lambda d: DIFFERENCE[d])
 
     def _least(self) -> tuple[Term, Pairs]:
-        """What takes the fewest steps, and a batch of it."""
+        """What takes the fewest steps, and some of its held-out pairs."""
         term = min(self.terms, key=lambda term: term.steps)
-        return term, next(term.pairs[part] for _, own, part, _ in self._batches() if own is term)
+        return term, term.held_out[: self._micro()]
 
-    def _means(self, sums: Sequence[Tensor]) -> Tensor:
-        """(terms, ...) float64: what this process's batches sum to, over all processes, by the pair."""
-        means = torch.zeros(len(self.terms), *sums[0].shape, dtype=torch.float64)
-        for (k, *_, counts), value in zip(self._batches(), sums):
-            means[k] += counts * value.double()
-        counts = torch.tensor([len(term.pairs) for term in self.terms])
-        return total(means.to(self.pipe.device)).cpu() / counts.view(-1, *[1] * sums[0].ndim)
+    def _micro(self) -> int:
+        """Pairs computed at a time."""
+        return self.config.micro_batch_size or self.config.batch_size
 
-    def _endpoint(self, student: Student, term: Term, part: Pairs) -> tuple[Tensor, Any]:
+    def _mean(self, sums: Tensor) -> Tensor:
+        """Over an update's pairs, those of all processes."""
+        return total(sums.to(self.pipe.device)).cpu() / self.config.batch_size
+
+    def _endpoint(self, student: Student, term: Term, part: Pairs) -> Tensor:
         with torch.no_grad(), autocast(self.pipe, self.config.mixed_precision):
             student.apply()
             student.scheduler.whole = term.whole
-            return sample(self.pipe, student.scheduler, term.steps, part.inputs, part.seeds, term.call)
+            return sample(self.pipe, student.scheduler, term.steps, part.inputs, part.seeds, term.call)[0]
 
-    def _batches(self) -> list[tuple[int, Term, slice, int]]:
-        """This process's: the term's place, the term, which of its pairs, and what they count."""
-        most, found = self.config.micro_batch_size or self.config.batch_size, []
-        for k, term in enumerate(self.terms):
-            size = min(most, -(-len(term.pairs) // world_size()))  # a part for each
-            turns = in_turn(-(-len(term.pairs) // size))
-            found += [(k, term, slice(j * size, (j + 1) * size), counts) for j, counts in turns]
-        return found
-
-    def _run(self, student: Student, term: Term, part: Pairs) -> Tensor:
-        """(B * R,) residuals where a student is."""
-        endpoint, _ = self._endpoint(student, term, part)
-        wide = endpoint if endpoint.dtype == torch.float64 else endpoint.float()
+    def _residuals(self, endpoint: Tensor, part: Pairs, near: Tensor | None = None) -> Tensor:
+        """(B * R,), weighed as they are where the endpoint is ``near``."""
+        wide = torch.float64 if endpoint.dtype == torch.float64 else torch.float32
         with torch.no_grad():
-            return self.residuals(self.pipe, wide, part.endpoints.to(wide)).flatten()
+            ends = (endpoint, part.endpoints.to(endpoint.device), endpoint if near is None else near)
+            return self.residuals(self.pipe, *(z.to(wide) for z in ends)).flatten()
 
-    def _column(
-        self, student: Student, term: Term, part: Pairs, base: Tensor, at: Tensor, c: int, side: int = 1
-    ) -> Tensor:
+    def _column(self, sampled: Sampled, residuals: Tensor, at: Tensor, c: int, side: int = 1) -> Tensor:
         """How number c changes the residuals; seen from its other side at a bound, and at the edge of what samples."""
-        size = side * self.difference * max(1.0, abs(float(at[c])))
+        student, size = sampled.student, side * self.difference * max(1.0, abs(float(at[c])))
         student.move(at + size * torch.eye(len(at), dtype=at.dtype)[c])
         moved = float(student.vector()[c] - at[c])
         try:
             if abs(moved) < abs(size) / 2:
                 raise ValueError(f"The bounds are narrower than differences of {abs(size):g}: widen bounded.")
-            with self.replay.playing() if self.replays else nullcontext():
-                return (self._run(student, term, part) - base) / moved
+            with self.replay.playing(sampled.tape) if self.replays else nullcontext():
+                endpoint = self._endpoint(student, self.terms[sampled.term], sampled.pairs)
+            return (self._residuals(endpoint, sampled.pairs, sampled.endpoint) - residuals) / moved
         except ValueError:
             if side < 0:
                 raise
-        return self._column(student, term, part, base, at, c, -1)
+        return self._column(sampled, residuals, at, c, -1)
 
 
 def fit_least_squares(progress: Progress) -> None:
-    """Learn by Levenberg-Marquardt: few iterations, forward passes only.
-
-    Far from the optimum a few pairs show the way: it begins with 8, and takes four times as many whenever an iteration
-    gains less than 5 %. A step that does not lower the loss on the pairs is tried again, shorter; one that does is
-    doubled as long as that helps. The Jacobian is computed anew where a corrected one gains less than 2 %. Ends when a
-    new one on all pairs gains less than 1e-4.
+    """Learn by few updates of forward passes only, see the module's docstring.
 
     Raises:
-        ValueError: the pairs are made anew each time, or the loss is no sum of squares.
-        FloatingPointError: the loss is not finite where learning starts.
+        ValueError: the pairs are paths, or the loss is no sum of squares.
+        FloatingPointError: the loss is not finite where an update starts.
     """
-    pipe, student, config = progress.pipe, progress.student, progress.config
-    every = max(len(term.pairs) for term in progress.terms)
-
-    def first(count: int) -> list[Term]:
-        return [replace(term, train=term.pairs[:count]) for term in progress.terms]
-
-    iterations, origin = config.updates or ITERATIONS, student.snapshot()
-    with progress.meter.running():
+    student, config, meter = progress.student, progress.config, progress.meter
+    origin = student.snapshot()
+    with meter.running():
         progress.begin()
-        at = student.snapshot()
-        student.restore(origin)
-        count = min(progress.own.get("pairs", FIRST_PAIRS), every)
-        left = range(progress.update, 0 if progress.ended else iterations)
+        now = student.snapshot()
+        student.restore(origin)  # the ridge pulls there
         # What a run that was stopped repeats is no part of what learning costs.
-        with progress.meter.counting("again" if progress.update else "jacobian"):
-            problem = Problem(pipe, student, first(count), config=config, loss=progress.loss)
-            student.restore(at)
-            if left:
+        with meter.counting("again" if progress.update else "jacobian"):
+            problem = Problem(progress.pipe, student, progress.terms, config=config, loss=progress.loss)
+            student.restore(now)
+            if not progress.ended:
                 problem.check_replay()
-        label = f"{progress.label}, least squares"
-        bar = tqdm(left, label, initial=progress.update, total=iterations, disable=not left or not is_main())
-        damping, moved = progress.own.get("damping", 1.0), None
-        for iteration in bar:
-            is_new = moved is None
-            with progress.meter.counting("jacobian"):
-                start, gradient, matrix = problem.normal_equations(moved)
-            if not math.isfinite(start.value):
-                raise FloatingPointError(f"The loss is {start.losses} at iteration {iteration}: use another init.")
-            diagonal = matrix.diagonal().clamp(min=1e-9 * float(matrix.diagonal().max()))
-            best = start
-            for _ in range(ATTEMPTS if is_new else 1):
-                trial = problem.move(_target(student, start.at, matrix + damping * diagonal.diag(), gradient))
-                if trial.value < best.value:
-                    best, damping = trial, damping / 4
-                    break
-                damping *= 10
-            # Curvature is overestimated where residuals stay large, and another sampling is cheap beside a Jacobian.
-            while best is not start:
-                trial = problem.move(start.at + 2 * (best.at - start.at))
-                if trial.value >= best.value:
-                    break
-                best = trial
-            student.move(best.at)
-            gain = start.value - best.value
-            moved = best if gain > SECANT_GAIN else None
-            all_pairs, last = count == every, iteration + 1 == iterations
-            if is_new and gain < GROWTH_GAIN and not all_pairs:
-                count, moved = min(GROWTH * count, every), None
-                problem.terms = first(count)
-            progress.update, progress.own = iteration + 1, {"damping": damping, "pairs": count}
-            # What few pairs say is not worth the evaluations of choosing, nor is what goes on at once.
-            bored = (last or (all_pairs and moved is None)) and progress.evaluate()
-            progress.ended = bored or last or (is_new and all_pairs and gain < LEAST_GAIN)
-            by_name = {f"loss/{term.name}": value for term, value in zip(progress.terms, best.losses)}
-            progress.report(bar, **by_name, damping=damping)
-            if moved is None or progress.ended:  # a run that goes on from here computes its Jacobian anew
-                progress.save()
-            if progress.ended:
-                break
-        bar.close()
-        progress.finish()
+        damping, *state = progress.own.get("model", [1.0])
+        if state:
+            problem.weight, problem.model = state[0], torch.tensor(state[1], dtype=torch.float64)
+        with meter.counting("again" if progress.update else "fresh"):
+            batch = [] if progress.ended else problem.batch(progress.update)
+        with meter.counting("again" if progress.update else "jacobian"):
+            sampled = problem.sample(batch)
+
+        def step(update: int) -> dict[str, float]:
+            nonlocal sampled, damping
+            losses = problem.losses(sampled)
+            if not sampled or not bool(losses.isfinite().all()):
+                raise FloatingPointError(f"The loss is {losses.tolist()} at update {update}: use another init.")
+            with meter.counting("fresh"):
+                batch = problem.batch(update + 1)
+            with meter.counting("jacobian"):
+                problem.see(sampled)
+                here, sampled = student.snapshot(), problem.sample(batch)
+                most = problem.value(sampled) + math.log1p(TOLERANCE)
+                for _ in range(ATTEMPTS):
+                    student.move(problem.target(damping))
+                    there = problem.sample(batch)
+                    if problem.value(there) < most:
+                        sampled, damping = there, damping / 4
+                        break
+                    student.restore(here)
+                    damping *= 10
+            progress.own = {"model": [damping, problem.weight, problem.model.tolist()]}
+            shown = {f"loss/{term.name}": float(loss) for term, loss in zip(progress.terms, losses)}
+            return shown | {"damping": damping}
+
+        progress.run(step)
 
 
-def _target(student: Student, at: Tensor, matrix: Tensor, gradient: Tensor) -> Tensor:
+def _shifted(model: Tensor, by: Tensor) -> Tensor:
+    """(1 + P, 1 + P): [r, J]'[r, J] as a quadratic of p becomes one of p - by."""
+    shift = torch.eye(len(model), dtype=model.dtype)
+    shift[1:, 0] = by
+    return shift.T @ model @ shift
+
+
+def _solution(student: Student, at: Tensor, matrix: Tensor, gradient: Tensor) -> Tensor:
     """at + step, matrix step = -gradient, where numbers that would pass their bounds stay there."""
-    free, step = torch.ones(len(at), dtype=torch.bool), torch.zeros_like(at)
+    free, step, here = torch.ones(len(at), dtype=torch.bool), torch.zeros_like(at), student.snapshot()
     while free.any():
         fixed = matrix[:, ~free] @ step[~free]
         step[free] = torch.linalg.solve(matrix[free][:, free], -(gradient + fixed)[free])
@@ -302,4 +297,5 @@ def _target(student: Student, at: Tensor, matrix: Tensor, gradient: Tensor) -> T
         step[stopped], free = moved[stopped], free & ~stopped
         if not stopped.any():
             break
+    student.restore(here)
     return at + step

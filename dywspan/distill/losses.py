@@ -28,7 +28,7 @@ Features = Callable[[Tensor], Sequence[Tensor]]
 
 def rmse_loss(endpoint: Tensor, target: Tensor) -> Tensor:
     """Mean over samples of (mean (z - z*)^2)^(1/2): less ruled by samples that end in another image than the mse."""
-    return _root_difference(endpoint, target).square().sum(1).mean()  # without a slope at 0
+    return _root_difference(endpoint, target, endpoint).square().sum(1).mean()  # without a slope at 0
 
 
 LATENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -83,11 +83,11 @@ def make_loss(
         student = network(decode(pipe, endpoint, layout, size))
         return value + torch.stack([mse_loss(a, b) for a, b in zip(student, reference)]).mean().to(value.device)
 
-    def residuals(pipe: Any, endpoint: Tensor, target: Tensor) -> Tensor:
-        rows = [weight**0.5 * RESIDUALS[latent](endpoint, target)] if weight else []
+    def residuals(pipe: Any, endpoint: Tensor, target: Tensor, near: Tensor) -> Tensor:
+        rows = [weight**0.5 * RESIDUALS[latent](endpoint, target, near)] if weight else []
         if network is not None:
             maps = zip(*(network(decode(pipe, z, layout, size)) for z in (endpoint, target)))
-            own = [_scaled_difference(a, b) for a, b in maps]
+            own = [_scaled_difference(a, b, a) for a, b in maps]
             rows += [differences.to(endpoint.device) / len(own) ** 0.5 for differences in own]
         return torch.cat(rows, 1)
 
@@ -105,11 +105,14 @@ def latent_mse(pipe: Any, endpoint: Tensor, target: Tensor) -> Tensor:
     return mse_loss(endpoint, target)
 
 
-latent_mse.residuals = lambda pipe, endpoint, target: _scaled_difference(endpoint, target)  # type: ignore[attr-defined]
+latent_mse.residuals = lambda pipe, *ends: _scaled_difference(*ends)  # type: ignore[attr-defined]
 
 
-def residuals_of(loss: Loss) -> Callable[[Any, Tensor, Tensor], Tensor]:
-    """(pipe, endpoint, target) -> (B, R), rows whose squares sum to each sample's loss.
+def residuals_of(loss: Loss) -> Callable[[Any, Tensor, Tensor, Tensor], Tensor]:
+    """(pipe, endpoint, target, near) -> (B, R), rows whose squares sum to each sample's loss if it ends near.
+
+    Rows are linear in the latents: a root mean square is a mean square by a weight that is taken where the sample ended
+    ``near``, and the least of the sum so weighed is no worse there (iteratively reweighted least squares).
 
     Raises:
         ValueError: the loss is no sum of squares.
@@ -122,18 +125,18 @@ def residuals_of(loss: Loss) -> Callable[[Any, Tensor, Tensor], Tensor]:
     return loss.residuals  # type: ignore[attr-defined]
 
 
-def _scaled_difference(a: Tensor, b: Tensor) -> Tensor:
+def _scaled_difference(a: Tensor, b: Tensor, near: Tensor) -> Tensor:
     """(B, R), rows whose squares sum to the mean squared difference."""
     return ((a - b) / a[0].numel() ** 0.5).flatten(1)
 
 
-def _root_difference(a: Tensor, b: Tensor) -> Tensor:
-    """(B, R), rows whose squares sum to the root mean square of the difference: r / |r|^(1/2)."""
-    rows = _scaled_difference(a, b)
-    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-30) ** 0.5
+def _root_difference(a: Tensor, b: Tensor, near: Tensor) -> Tensor:
+    """(B, R), rows whose squares sum to the root mean square of the difference at a = near: r / |r_near|^(1/2)."""
+    size = torch.linalg.vector_norm(_scaled_difference(near, b, near), dim=1, keepdim=True)
+    return _scaled_difference(a, b, near) / size.clamp(min=1e-30) ** 0.5
 
 
-RESIDUALS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": _scaled_difference, "rmse": _root_difference}
+RESIDUALS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"mse": _scaled_difference, "rmse": _root_difference}
 
 
 @torch.no_grad()

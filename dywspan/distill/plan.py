@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from ..artifact import markdown
-from .config import ITERATIONS, OPTIMIZERS, UPDATES
+from .config import OPTIMIZERS
 from .memory import peak_bytes
 from .pairs import Pairs
 from .processes import is_main, share
@@ -63,17 +63,17 @@ def print_plan(task: Task) -> None:
 
     networks = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
     weights = sum(t.nbytes for m in networks for t in m.state_dict().values())
-    updates = config.updates or (ITERATIONS if squares else UPDATES)
-    teacher, checks = task.teacher.num_inference_steps, updates // (1 if squares else config.evaluate_every) + 2
+    updates, every = config.number("updates"), config.number("evaluate_every")
+    teacher, checks = task.teacher.num_inference_steps, updates // every + 2
     scales = len(task.calls)
     count = scales * (config.held_out + (0 if config.on_the_fly else config.pairs))
     rows = [("teacher", f"{count} pairs", count * teacher, count * teacher * per_evaluation)]
     for steps in config.steps:
-        seen = updates * (scales * config.pairs if squares else config.batch_size)
+        seen = updates * config.batch_size
         extra = teacher if config.on_the_fly else 0
-        if not squares:  # step counts that are learned together take turns
-            seen = seen * len(task.groups) // len(config.steps)
-        # Least squares: the residuals, how every number changes them, and the step that is tried.
+        # Step counts and calls that are learned together take turns by gradients; least squares sees all each time.
+        seen = seen * scales if squares else seen * len(task.groups) // len(config.steps)
+        # Least squares: a batch before and after a step, and how every number changes it.
         calls = 2 * steps + student.calls(steps) if squares else steps
         seconds = seen * (calls * per_step + extra * per_evaluation)
         rows.append((f"{steps} steps, learning", f"{seen} samples", seen * (calls + extra), seconds))

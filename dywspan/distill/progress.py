@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from .checkpoints import Checkpoints
 from .config import LearningConfig
 from .losses import Loss, latent_mse
 from .pairs import Pairs, Source
-from .processes import in_turn, total
+from .processes import in_turn, is_main, total
 from .replay import Meter
 from .rollout import sample
 from .student import Student
@@ -53,19 +54,6 @@ class Term:
         name = f"{self.steps}" if self.whole is None else f"{self.steps}/{self.whole}"
         return name if self.variant is None else f"{name} @ {self.variant}"
 
-    @property
-    def pairs(self) -> Pairs:
-        """Those to learn from, the same each time.
-
-        Raises:
-            ValueError: they are made anew each time, or are paths.
-        """
-        if not isinstance(self.train, Pairs) or self.train.is_path:
-            raise ValueError(
-                "least_squares needs the same endpoints each time: set on_the_fly to false, path_substeps to 0."
-            )
-        return self.train
-
 
 def autocast(pipe: Any, precision: str | None) -> AbstractContextManager[Any]:
     """The pipeline computes in this precision within: "no", "bf16" or "fp16"."""
@@ -101,7 +89,7 @@ class Progress:
         update: how many updates are done.
         start: held-out loss of the untrained solver by term, in the precision of learning.
         best: the parameters that were best on the held-out pairs, by the geometric mean over terms of the loss relative
-            to the start's, and ``best_error``, that mean.
+            to the start's, ``best_error``, that mean, and ``found``, their losses.
         meter: denoiser evaluations spent.
         curve: held-out losses in the order of ``terms``, at the start and whenever they were the best so far, by what
             was :meth:`spent` until then.
@@ -127,6 +115,7 @@ class Progress:
         self.start: dict[str, float] = {}
         self.after: dict[str, float] | None = None
         self.last: dict[str, float] = {}
+        self.found: dict[str, float] = {}
         self.curve: dict[int, list[float]] = {}
         self.own: dict[str, Any] = {}  # what a way of learning keeps besides
         self.best = student.snapshot()
@@ -136,14 +125,19 @@ class Progress:
         saved = self.checkpoints.latest() if self.checkpoints else None
         if saved is None:
             self.before = self.errors("no")
-            same = self.config.mixed_precision in (None, "no")
-            self.start = self.last = self.before if same else self.errors(self.config.mixed_precision)
+            self.start = self.before if self._in_full else self.errors(self.config.mixed_precision)
+            self.last = self.found = self.start
             self.curve[self.spent()] = [*self.before.values()]
             return
         for name in saved.facts.keys() & _KEPT:
             setattr(self, name, saved.facts[name])
         self.meter.counts.update(saved.facts["counts"])
         self.best = saved.restore(self.student.parameters(), optimizer)
+
+    @property
+    def _in_full(self) -> bool:
+        """Whether learning's precision is the pipeline's own."""
+        return self.config.mixed_precision in (None, "no")
 
     @property
     def label(self) -> str:
@@ -169,7 +163,7 @@ class Progress:
         mean = math.prod(ratios) ** (1 / len(ratios))
         self.stale += 1
         if mean < self.best_error:
-            self.best, self.best_error, self.stale = self.student.snapshot(), mean, 0
+            self.best, self.best_error, self.stale, self.found = self.student.snapshot(), mean, 0, self.last
             self.curve[self.spent()] = [*self.last.values()]
         return bool(self.config.patience) and self.stale >= self.config.patience
 
@@ -180,6 +174,28 @@ class Progress:
             facts["seconds"] = self._seconds()
             self.checkpoints.save(self.student.parameters(), self.best, optimizer, facts)
 
+    def run(self, step: Callable[[int], Mapping[str, float]], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Do the updates that are left: ``step(update)``, which says what to show of it; then measure, and save.
+
+        Ends with the best parameters, when all are done or patience is at its end.
+        """
+        config, checkpoints = self.config, self.checkpoints
+        updates = config.number("updates")
+        left = range(self.update, 0 if self.ended else updates)
+        bar = tqdm(left, self.label, initial=self.update, total=updates, disable=not left or not is_main())
+        for update in bar:
+            numbers = step(update)
+            self.update, self.ended = update + 1, update + 1 == updates
+            if self.update % config.number("evaluate_every") == 0 or self.ended:
+                self.ended = self.evaluate() or self.ended
+            self.report(bar, **numbers)
+            if self.ended or (checkpoints is not None and self.update % checkpoints.every == 0):
+                self.save(optimizer)
+            if self.ended:
+                break
+        bar.close()
+        self.finish(optimizer)
+
     def report(self, bar: Any, **numbers: float) -> None:
         """Show and log where learning is, after an update."""
         held_out = " ".join(f"{e:.4f}" for e in self.last.values())
@@ -189,10 +205,10 @@ class Progress:
             self.log(numbers | {f"held_out/{name}": e for name, e in self.last.items()}, self.update)
 
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Put the best parameters back and measure them in full precision."""
+        """Put the best parameters back, with their losses in full precision."""
         self.student.restore(self.best)
         if self.after is None:
-            self.after = self.errors("no")
+            self.after = self.found if self._in_full else self.errors("no")
             self.save(optimizer)
 
     def errors_by_term(self) -> dict[str, dict[str, Any]]:
@@ -224,5 +240,18 @@ class Progress:
         return self.seconds + time.monotonic() - self.started
 
 
-_KEPT = {"update", "ended", "best_error", "stale", "checks", "before", "start", "last", "curve", "after", "own"}
+_KEPT = {
+    "update",
+    "ended",
+    "best_error",
+    "stale",
+    "checks",
+    "before",
+    "start",
+    "last",
+    "found",
+    "curve",
+    "after",
+    "own",
+}
 _KEPT |= {"seconds"}

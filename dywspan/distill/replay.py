@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from .rollout import denoisers, wrapped
 
+Tape = list[tuple[list[Any], list[int], Any]]  # of calls: inputs, versions of all tensors, output
+
 
 class Meter:
     """Denoiser evaluations by purpose: one is one sample in one call, guidance's second sample being another.
@@ -63,7 +65,7 @@ class Replay:
 
     def __init__(self, pipe: Any) -> None:
         self.modules = list(denoisers(pipe).values())
-        self.tape: list[tuple[list[Any], list[int], Any]] = []
+        self.tape: Tape = []
         self.position, self.mode = 0, "off"
 
     @contextmanager
@@ -73,22 +75,22 @@ class Replay:
             yield self
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Remember the calls within."""
+    def recording(self) -> Iterator[Tape]:
+        """Remember the calls within, on a new tape."""
         self.tape, self.mode = [], "record"
         try:
-            yield
+            yield self.tape
         finally:
-            self.mode = "off"
+            self.tape, self.mode = [], "off"
 
     @contextmanager
-    def playing(self) -> Iterator[None]:
+    def playing(self, tape: Tape) -> Iterator[None]:
         """Give back what was recorded, up to the first call whose inputs differ."""
-        self.position, self.mode = 0, "play"
+        self.tape, self.position, self.mode = tape, 0, "play"
         try:
             yield
         finally:
-            self.mode = "off"
+            self.tape, self.mode = [], "off"
 
     def _wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)

@@ -203,7 +203,7 @@ def _learn(task: Task, group: list[int], log: Log | None) -> Any:
     state = Path(config.output) / "state" / f"{name}-{task.key(group)}"
     calls: Any = task.calls if config.variants else config.call
     options: dict[str, Any] = {"call": calls, "config": config, "loss": task.loss, "log": log}
-    options["checkpoints"] = Checkpoints(state, config.checkpoint_every, config.keep_checkpoints)
+    options["checkpoints"] = Checkpoints(state, config.number("checkpoint_every"), config.keep_checkpoints)
     if task.base is not None:
         label = "continuous" if config.continuous else "shared" if config.shared else name
         options |= {"layout": config.layout, "operator": config.operator, "name": label}

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
-from tqdm.auto import tqdm
 
 from ..core.continuous import ContinuousTable, guided
 from ..core.prediction import EDM, Flow
@@ -23,11 +22,11 @@ from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import SpanLiftScheduler
 from ..version import __version__
 from .checkpoints import Checkpoints
-from .config import OPTIMIZERS, UPDATES, LearningConfig
+from .config import OPTIMIZERS, LearningConfig
 from .least_squares import fit_least_squares
 from .losses import Loss, latent_mse
 from .pairs import Pairs, Source, Teacher, common_path, shuffled
-from .processes import is_main, share, total
+from .processes import share, total
 from .progress import Log, Progress, Term, autocast
 from .regression import regress, regress_continuous
 from .rollout import frozen, sample
@@ -133,15 +132,14 @@ def fit(progress: Progress) -> None:
     """
     pipe, student, terms, config = progress.pipe, progress.student, progress.terms, progress.config
     sources = [shuffled(t.train, config.seed) if isinstance(t.train, Pairs) else t.train for t in terms]
-    parameters, peak_rate, updates = student.parameters(), config.lr or student.lr, config.updates or UPDATES
+    parameters, peak_rate, updates = student.parameters(), config.lr or student.lr, config.number("updates")
     optimizer = OPTIMIZERS[config.optimizer](parameters, lr=peak_rate, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(pipe.device.type, enabled=config.mixed_precision == "fp16")
     with progress.meter.running(), frozen(pipe, config.recompute, student.networks):
         progress.begin(optimizer)
         scaler.load_state_dict(progress.own)
-        left = range(progress.update, 0 if progress.ended else updates)
-        bar = tqdm(left, progress.label, initial=progress.update, total=updates, disable=not left or not is_main())
-        for update in bar:
+
+        def step(update: int) -> dict[str, float]:
             turn, rate = update % len(terms), peak_rate * learning_rate(update, updates)
             term, source = terms[turn], sources[turn]
             student.scheduler.whole = term.whole
@@ -176,20 +174,11 @@ def fit(progress: Progress) -> None:
                 group["lr"] = rate
             scaler.step(optimizer)
             scaler.update()
-
-            counts = progress.meter.counts
+            progress.own, counts = scaler.state_dict(), progress.meter.counts
             counts["backward"] = counts["student"] // (1 + config.recompute)
-            progress.update, progress.own, last = update + 1, scaler.state_dict(), update + 1 == updates
-            if progress.update % config.evaluate_every == 0 or last:
-                last = progress.evaluate() or last
-            progress.report(bar, **{f"loss/{term.name}": float(total(value)), "lr": rate})
-            progress.ended = last
-            if last or (progress.checkpoints is not None and progress.update % progress.checkpoints.every == 0):
-                progress.save(optimizer)
-            if last:
-                break
-        bar.close()
-        progress.finish(optimizer)
+            return {f"loss/{term.name}": float(total(value)), "lr": rate}
+
+        progress.run(step, optimizer)
 
 
 def initial_table(
@@ -379,6 +368,7 @@ def _provenance(
     by_variant = {term.variant: term for term in terms if term.whole is None}
     kept = sum(len(term.train) for term in by_variant.values() if isinstance(term.train, Pairs))
     held_out = sum(len(term.held_out) for term in by_variant.values())
+    drawn = (config.number("updates") + (config.optimizer not in OPTIMIZERS)) * config.batch_size  # and one to try on
     steps = (kept + held_out) * teacher.num_inference_steps
     if late := [term for term in terms if term.whole is not None]:  # all from the same paths
         common, substeps = common_path((t.whole for t in late if t.whole is not None), teacher.num_inference_steps)
@@ -399,7 +389,7 @@ def _provenance(
         "teacher": teacher.summary(),
         "loss": getattr(loss, "__name__", type(loss).__name__),
         "learning": {**config.learning, "lr": config.lr or student.lr},
-        "pairs": {"train": kept or (config.updates or UPDATES) * config.batch_size, "held_out": held_out},
+        "pairs": {"train": kept or drawn, "held_out": held_out},
         "held_out_error": dict(errors),
         "evaluations": {"teacher": teacher_cost, **{k: v for k, v in cost.items() if k != "per_step"}},
         "dywspan_version": __version__,

@@ -122,7 +122,7 @@ def _rows(name: str, config: DistillConfig) -> list[dict[str, Any]]:
         parts = {p: sum(WORTH.get(key, 1) * spent.get(key, 0) for key in keys) for p, keys in PARTS.items()}
         evaluations = sum(parts.values())
         before = spent["teacher"] + spent.get("regression", 0)
-        curve = [[before + at, value] for at, value in zip(*error["curve"])]
+        curve = [[before + at, value] for at, value in zip(*error["curve"]) if before + at < evaluations]
         row = {"optimizer": config.optimizer, "num_inference_steps": n, "pairs": made[n]["pairs"]["train"]}
         row |= {"evaluations": evaluations, **parts, "held_out_error": error["after"], "evaluations_to_match": None}
         row |= {"seconds": spent["seconds"], "config": name, "curve": [*curve, [evaluations, error["after"]]]}

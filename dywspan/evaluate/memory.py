@@ -92,7 +92,8 @@ def jacobian(pipe: Any, student: Student, steps: int, batch_size: int) -> None:
     """What an iteration of least squares asks of one batch."""
     term = Term(steps, CALL, pairs(pipe, batch_size), pairs(pipe, 1))
     config = LearningConfig(optimizer="least_squares", batch_size=batch_size, difference=1e-2)
-    Problem(pipe, student, [term], config=config, loss=latent_mse).normal_equations()
+    problem = Problem(pipe, student, [term], config=config, loss=latent_mse)
+    problem.see(problem.sample(problem.batch(0)))
 
 
 def pairs(pipe: Any, count: int) -> Pairs:
