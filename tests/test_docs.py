@@ -59,24 +59,24 @@ def test_one_function_is_before_every_classical_solver_at_every_number_of_steps(
 
 
 @pytest.mark.parametrize(
-    ("name", "own", "last", "behind"),
+    ("name", "own", "behind"),
     [
-        ("continuous-flow", "DyWeight, emoji-flow-any-steps", 30, 1.13),
-        ("img2img", "DyWeight (learned)", 9, 1),
-        ("quality-emoji-sd-guidance", "DyWeight, emoji-sd-any-guidance", 10, 1.02),
+        ("continuous-flow", "DyWeight, emoji-flow-any-steps", 1.14),
+        ("img2img", "DyWeight (learned)", 1),
+        ("quality-emoji-sd-guidance", "DyWeight, emoji-sd-any-guidance", 1.02),
     ],
 )
-def test_functions_are_first_at_sizes_starts_and_guidance_scales(name: str, own: str, last: int, behind: float) -> None:
-    """Before every classical solver, and not far behind any other learned one."""
+def test_functions_are_first_at_sizes_starts_and_guidance_scales(name: str, own: str, behind: float) -> None:
+    """Before every classical solver, or level with it at 50 steps, and not far behind any other learned one."""
     results, document = read_results(RESULTS / f"{name}.json"), (ROOT / "docs" / "emoji.md").read_text()
     assert all(grid in document for grid in grids(results, metrics=["latent_rmse"]))
     by_call: dict[tuple[str, int], dict[str, float]] = {}
     for row in results["rows"]:
         by_call.setdefault((row["variant"], row["nfe"]), {})[row["solver"]] = row["latent_rmse"]
-    for errors in (errors for (_, nfe), errors in by_call.items() if nfe <= last):
+    for (_, nfe), errors in by_call.items():
         error = errors.pop(own)
         for solver, other in errors.items():
-            assert error < other * (behind if "DyWeight" in solver else 1)
+            assert error < other * (behind if "DyWeight" in solver else 1.02 if nfe == 50 else 1)
 
 
 @pytest.mark.parametrize(("model", "first", "lifted"), [("emoji-sd", 3, (3, 4, 5, 7)), ("emoji-flow", 2, (3, 4, 5))])
@@ -89,6 +89,17 @@ def test_learned_solvers_come_first(model: str, first: int, lifted: tuple[int, .
             spanlift, dyweight = by_solver.pop("SpanLift (learned)", None), by_solver.pop("DyWeight (learned)")
             assert len(by_solver) >= 10 and dyweight < min(by_solver.values())
             assert (spanlift is not None) == (n in lifted) and (spanlift is None or spanlift < dyweight)
+
+
+def test_least_squares_reaches_what_gradients_do_with_a_tenth_of_the_evaluations() -> None:
+    rows = read_results(RESULTS / "distill-cost.json")["rows"]
+    cost = {(row["optimizer"], row["num_inference_steps"]): row for row in rows}
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for n in (3, 5, 7):
+        adam, squares = cost["adamw", n], cost["least_squares", n]
+        assert squares["held_out_error"] <= adam["held_out_error"] and 10 * squares["evaluations"] < adam["evaluations"]
+        for row in (adam, squares):
+            assert f"{row['evaluations']:,}" in text and f"{row['held_out_error']:.4f}" in text
 
 
 def test_the_readmes_overhead_is_the_recorded_measurement() -> None:
