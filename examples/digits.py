@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 5, 7])
     parser.add_argument("--pairs", type=int, nargs="+", default=[64, 256], help="of each least-squares fit")
-    parser.add_argument("--updates", type=int, default=25, help="iterations of least squares")
+    parser.add_argument("--updates", type=int, default=25, help="of least squares, all pairs each")
     parser.add_argument("--held-out", type=int, default=1024)
     args = parser.parse_args()
 
@@ -68,7 +68,7 @@ def main() -> None:
     for n in args.steps:
         for count in args.pairs:
             started = time.perf_counter()
-            config = LearningConfig(optimizer="least_squares", updates=args.updates, order=3, batch_size=256)
+            config = LearningConfig(optimizer="least_squares", updates=args.updates, order=3, batch_size=count)
             table = distill(pipe, teacher, pairs["train"][:count], pairs["held_out"], n, call={}, config=config)
             error, seconds = table.provenance["held_out_error"], time.perf_counter() - started
             line = f"iPNDM(3M) {error['before']:.4f}, learned {error['after']:.4f}, {seconds:.0f} s"

@@ -17,7 +17,7 @@ from test_trainable import fresh as fresh_subject
 from dywspan import DyWeightScheduler, SpanLiftScheduler
 from dywspan.distill.checkpoints import Checkpoints
 from dywspan.distill.config import LearningConfig
-from dywspan.distill.least_squares import DIFFERENCE, MEMORY, Problem, _solution
+from dywspan.distill.least_squares import DIFFERENCE, Problem, _solution
 from dywspan.distill.losses import latent_mse, make_loss
 from dywspan.distill.memory import peak_bytes
 from dywspan.distill.pairs import Pairs, Teacher, fresh, make_pairs
@@ -85,7 +85,9 @@ def test_the_model_remembers_earlier_batches_less() -> None:
         problem.student.move(start + distance)
         shown.append((problem.student.vector(), columns_of(problem, update=update)))
         problem.see(problem.sample(problem.batch(update)))
-    weights = torch.tensor([MEMORY**2, MEMORY, 1.0], dtype=torch.float64)
+    m = problem.memory
+    assert m == 0.5, "of two batches no more"
+    weights = torch.tensor([m**2, m, 1.0], dtype=torch.float64)
     assert problem.weight == pytest.approx(float(weights.sum()))
     for _ in range(3):
         p = start + 0.1 * torch.randn(len(start), generator=draw, dtype=torch.float64)
@@ -220,7 +222,7 @@ def test_memory_is_that_of_sampling(pipe: Any, pairs: Any) -> None:
 
 def test_few_iterations_learn_more_than_many_gradient_steps(pipe: Any, pairs: Any) -> None:
     teacher, train, held_out = pairs
-    table = distill(pipe, teacher, train, held_out, 2, call=CALL, config=replace(CONFIG, batch_size=4, updates=6))
+    table = distill(pipe, teacher, train, held_out, 2, call=CALL, config=replace(CONFIG, updates=6, evaluate_every=2))
     error, spent = table.provenance["held_out_error"], table.provenance["evaluations"]
     adam = LearningConfig(updates=12, batch_size=4, lr=3e-2, init="euler", evaluate_every=4, recompute=False)
     other = distill(pipe, teacher, train, held_out, 2, call=CALL, config=adam).provenance

@@ -10,7 +10,8 @@ which those of the batches before fade away; it goes to the least of that:
     p <- p + argmin over step of [1, p + step]' M [1, p + step] + ridge |p + step - p_0|^2 + damping |step|_D^2
 
 with m = ``MEMORY`` and D = diag(M). So every J is of pairs that have not been seen at p_b, and none is computed twice.
-A step that raises F on the next batch by over ``TOLERANCE`` is tried again, shorter.
+A step that raises F on the next batch by over ``TOLERANCE`` is tried again, shorter. If every batch is all pairs, there
+is nothing to remember, and no step may raise F: Levenberg-Marquardt.
 
 J comes from differences, column by column, of whole samplings through the pipeline's own call: any pipeline that can
 sample can be learned from, quantised, compiled or offloaded, in the memory that sampling needs. A number at step k
@@ -40,7 +41,7 @@ from .student import Student
 # Step of the differences: wide enough to stand out of the rounding of the network's outputs, and to average over the
 # fast oscillations of time embeddings.
 DIFFERENCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 3e-2}
-MEMORY = 0.6  # what a batch counts for after each further one
+MEMORY = 0.6  # what a batch counts for after each further one; less where there are few, so that none counts twice
 TOLERANCE = 0.05  # of F, of the next batch: few pairs vary by more
 ATTEMPTS = 5
 
@@ -68,6 +69,7 @@ class Problem:
     """F and its quadratic model, over terms and processes.
 
     Attributes:
+        memory, tolerance: m, and how much worse a step may make F.
         model: (1 + P, 1 + P) M.
         weight: what the batches in it count for, 1 + m + m^2 + ...
     """
@@ -86,6 +88,9 @@ class Problem:
         self.sources: list[Source] = [
             shuffled(term.train, config.seed) if isinstance(term.train, Pairs) else term.train for term in terms
         ]
+        every = max(len(term.train) if isinstance(term.train, Pairs) else math.inf for term in terms)
+        self.memory = min(MEMORY, max(0.0, 1 - config.batch_size / every))
+        self.tolerance = TOLERANCE if self.memory else 0.0  # the next batch is the same
         self.replay, self.replays = Replay(pipe), True
         self.origin = student.vector()
         self.difference = config.difference or DIFFERENCE[self._precision()]
@@ -137,7 +142,8 @@ class Problem:
                 products[own.term] += columns @ columns.T
         products = self._mean(products)
         now = (products / products[:, :1, :1].clamp(min=1e-30)).mean(0)
-        self.model, self.weight = MEMORY * self.model + _shifted(now, -at), MEMORY * self.weight + 1
+        self.model = self.memory * self.model + _shifted(now, -at)
+        self.weight = self.memory * self.weight + 1
 
     def target(self, damping: float) -> Tensor:
         """(P,) the least of the model, damped, within the student's bounds."""
@@ -262,7 +268,7 @@ def fit_least_squares(progress: Progress) -> None:
             with meter.counting("jacobian"):
                 problem.see(sampled)
                 here, sampled = student.snapshot(), problem.sample(batch)
-                most = problem.value(sampled) + math.log1p(TOLERANCE)
+                most = problem.value(sampled) + math.log1p(problem.tolerance)
                 for _ in range(ATTEMPTS):
                     student.move(problem.target(damping))
                     there = problem.sample(batch)
