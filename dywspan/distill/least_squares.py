@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .config import LearningConfig
 from .losses import Loss, residuals_of
-from .pairs import Pairs, Source, shuffled
+from .pairs import Pairs
 from .processes import is_main, share, total
 from .progress import PRECISIONS, Progress, Term, autocast
 from .replay import Replay, Tape
@@ -85,9 +85,7 @@ class Problem:
     ) -> None:
         self.pipe, self.student, self.terms = pipe, student, list(terms)
         self.config, self.residuals = config, residuals_of(loss)
-        self.sources: list[Source] = [
-            shuffled(term.train, config.seed) if isinstance(term.train, Pairs) else term.train for term in terms
-        ]
+        self.sources = [term.source(config.seed) for term in terms]
         every = max(len(term.train) if isinstance(term.train, Pairs) else math.inf for term in terms)
         self.memory = min(MEMORY, max(0.0, 1 - config.batch_size / every))
         self.tolerance = TOLERANCE if self.memory else 0.0  # the next batch is the same

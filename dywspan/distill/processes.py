@@ -35,11 +35,6 @@ def wait() -> None:
     _state().wait_for_everyone()
 
 
-def world_size() -> int:
-    """How many there are."""
-    return _state().num_processes
-
-
 def in_turn(count: int) -> list[tuple[int, bool]]:
     """This process's share of ``count`` tasks, every P-th of them: (task, whether its result counts).
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .checkpoints import Checkpoints
 from .config import LearningConfig
 from .losses import Loss, latent_mse
-from .pairs import Pairs, Source
+from .pairs import Pairs, Source, shuffled
 from .processes import in_turn, is_main, total
 from .replay import Meter
 from .rollout import sample
@@ -53,6 +53,10 @@ class Term:
         """ "5", "5 @ large" for a variant, or "3/5" for the last three of five steps."""
         name = f"{self.steps}" if self.whole is None else f"{self.steps}/{self.whole}"
         return name if self.variant is None else f"{name} @ {self.variant}"
+
+    def source(self, seed: int) -> Source:
+        """Its pairs without end: shuffled anew each time through, or made when they are asked for."""
+        return shuffled(self.train, seed) if isinstance(self.train, Pairs) else self.train
 
 
 def autocast(pipe: Any, precision: str | None) -> AbstractContextManager[Any]:

@@ -25,7 +25,7 @@ from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, LearningConfig
 from .least_squares import fit_least_squares
 from .losses import Loss, latent_mse
-from .pairs import Pairs, Source, Teacher, common_path, shuffled
+from .pairs import Pairs, Source, Teacher, common_path
 from .processes import share, total
 from .progress import Log, Progress, Term, autocast
 from .regression import regress, regress_continuous
@@ -131,7 +131,7 @@ def fit(progress: Progress) -> None:
         FloatingPointError: the loss is not finite; says at which update, sampling step and level, and for which seeds.
     """
     pipe, student, terms, config = progress.pipe, progress.student, progress.terms, progress.config
-    sources = [shuffled(t.train, config.seed) if isinstance(t.train, Pairs) else t.train for t in terms]
+    sources = [term.source(config.seed) for term in terms]
     parameters, peak_rate, updates = student.parameters(), config.lr or student.lr, config.number("updates")
     optimizer = OPTIMIZERS[config.optimizer](parameters, lr=peak_rate, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(pipe.device.type, enabled=config.mixed_precision == "fp16")
