@@ -27,6 +27,7 @@ solvers: .venv/installed-train
 	$(DISTILL)/emoji_sd_continuous.yaml
 	$(DISTILL)/emoji_sd_dyweight.yaml --steps 2 --teacher-order 4 --teacher-steps 200 --pairs 256 --loss rmse \
 		--output build/emoji-sd-any-steps
+	$(DISTILL)/emoji_sd_continuous_lift.yaml
 	$(DISTILL)/emoji_sd_guided.yaml
 	$(DISTILL)/emoji_flow_dyweight.yaml
 	$(DISTILL)/emoji_flow_least_squares.yaml
@@ -34,6 +35,7 @@ solvers: .venv/installed-train
 	$(DISTILL)/emoji_flow_continuous.yaml
 	$(DISTILL)/emoji_flow_dyweight.yaml --steps 2 --teacher-order 4 --teacher-steps 200 --pairs 128 --held-out 48 \
 		--loss rmse --output build/emoji-flow-any-steps
+	$(DISTILL)/emoji_flow_continuous_lift.yaml
 
 .venv/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

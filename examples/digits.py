@@ -2,7 +2,7 @@
 
     D(x; sigma) = sum_k y_k softmax_k(-|x - y_k|^2 / (2 sigma^2)),   y the 1,797 images
 
-It is smooth, exact and fast, so this is the place to see what learning a solver does, and by which optimiser:
+It is smooth, exact and fast, so this is the place to see what learning a solver does, from how few pairs:
 
     pip install scikit-learn
     python examples/digits.py
@@ -11,7 +11,7 @@ It is smooth, exact and fast, so this is the place to see what learning a solver
 from __future__ import annotations
 
 import argparse
-import time
+from functools import partial
 
 import torch
 from diffusers import DDPMPipeline, EDMEulerScheduler
@@ -21,10 +21,13 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
 from dywspan import DyWeightScheduler
+from dywspan.artifact import markdown
 from dywspan.core.prediction import EDM
+from dywspan.core.table import SolverTable
 from dywspan.distill.config import LearningConfig
 from dywspan.distill.pairs import Teacher, make_pairs
-from dywspan.distill.train import distill
+from dywspan.distill.progress import endpoint_error
+from dywspan.distill.train import default_grid, distill
 
 
 class ExactDenoiser(ModelMixin, ConfigMixin):
@@ -54,25 +57,47 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 5, 7])
     parser.add_argument("--pairs", type=int, nargs="+", default=[64, 256], help="of each least-squares fit")
     parser.add_argument("--updates", type=int, default=25, help="of least squares, all pairs each")
-    parser.add_argument("--held-out", type=int, default=1024)
+    parser.add_argument("--select", type=int, default=256, help="pairs that say which update and start was best")
+    parser.add_argument("--held-out", type=int, default=1024, help="pairs that the errors are of")
     args = parser.parse_args()
 
     pipe = DDPMPipeline(ExactDenoiser(), EDMEulerScheduler())
     pipe.set_progress_bar_config(disable=True)
-    assert isinstance(DyWeightScheduler.from_config(pipe.scheduler.config).host.prediction, EDM)
-    teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, solver="heun"), 50)
-    pairs = {
-        name: make_pairs(pipe, teacher, [{}] * count, range(first, first + count), call={}, batch_size=256)
-        for name, count, first in (("train", max(args.pairs), 10**6), ("held_out", args.held_out, 0))
-    }
+    own = DyWeightScheduler.from_config(pipe.scheduler.config)
+    assert isinstance(own.host.prediction, EDM)
+    teacher = Teacher(DyWeightScheduler.from_config(own.config, solver="heun"), 50)
+    make = partial(make_pairs, pipe, call={}, batch_size=256)
+    train, select, held_out = (
+        make(teacher, [{}] * count, range(first, first + count))
+        for count, first in ((max(args.pairs), 10**6), (args.select, 2 * 10**6), (args.held_out, 0))
+    )
+    ipndm = {"solver": "ipndm", "order": 3, "grid": default_grid(own)}
+
+    def best(n: int, count: int) -> SolverTable:
+        """From iPNDM's weights, and from those nearest to what the teacher does between the table's own levels."""
+        finer = -(-50 // n)
+        path = Teacher(DyWeightScheduler.from_config(own.config, **ipndm), finer * n, finer)
+        found = []
+        for fitted, ridge in ((0, 1e-2), (32, 0.0)):  # few pairs could lead far from iPNDM's
+            config = LearningConfig(
+                optimizer="least_squares",
+                order=3,
+                updates=args.updates,
+                batch_size=count,
+                ridge=ridge,
+                regression=fitted,
+            )
+            paths = make(path, [{}] * fitted, range(10**6, 10**6 + fitted)) if fitted else None
+            found.append(distill(pipe, teacher, train[:count], select, n, call={}, config=config, paths=paths))
+        return min(found, key=lambda table: table.provenance["held_out_error"]["after"])
+
+    rows = []
     for n in args.steps:
-        for count in args.pairs:
-            started = time.perf_counter()
-            config = LearningConfig(optimizer="least_squares", updates=args.updates, order=3, batch_size=count)
-            table = distill(pipe, teacher, pairs["train"][:count], pairs["held_out"], n, call={}, config=config)
-            error, seconds = table.provenance["held_out_error"], time.perf_counter() - started
-            line = f"iPNDM(3M) {error['before']:.4f}, learned {error['after']:.4f}, {seconds:.0f} s"
-            print(f"{n} steps, {count} pairs: {line}")
+        solvers = {"iPNDM(3M)": DyWeightScheduler.from_config(own.config, **ipndm)}
+        solvers |= {f"learned from {count} pairs": own.with_tables([best(n, count)]) for count in args.pairs}
+        errors = {k: endpoint_error(pipe, v, n, held_out, {}, batch_size=256) for k, v in solvers.items()}
+        rows.append({"steps": n, **errors})
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

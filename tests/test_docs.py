@@ -39,6 +39,13 @@ def test_the_documents_tables_are_the_recorded_measurement(model: str, samples: 
     assert len(found := grids(transfer)) == 5 and all(grid in document for grid in found)
 
 
+# What learned functions of every number of steps did not see; for 2 steps the first has a table of its own.
+UNSEEN = {
+    "DyWeight, emoji-sd-any-steps": lambda n: n not in (3, 4, 5, 6, 8, 12, 20) if n > 2 else None,
+    "SpanLift (learned)": lambda n: n not in (2, 3, 4, 5, 6, 8, 12),
+}
+
+
 @pytest.mark.parametrize("metric", ["latent_rmse", "latent_mse"])
 def test_one_function_is_before_every_classical_solver_at_every_number_of_steps(metric: str) -> None:
     results = read_results(RESULTS / "continuous.json")
@@ -47,12 +54,13 @@ def test_one_function_is_before_every_classical_solver_at_every_number_of_steps(
     by_count: dict[int, dict[str, float]] = {}
     for row in results["rows"]:
         by_count.setdefault(row["nfe"], {})[row["solver"]] = row[metric]
-        unseen = row["nfe"] not in (3, 4, 5, 6, 8, 12, 20) if "any" in row["solver"] and row["nfe"] > 2 else None
-        assert row.get("held_out") == unseen
+        assert row.get("held_out") == UNSEEN.get(row["solver"], lambda n: None)(row["nfe"])
     best: dict[int, tuple[float, float]] = {}  # ours and of the others
     for n, errors in by_count.items():
         own, table = (errors.pop(f"DyWeight, emoji-sd-{name}", None) for name in ("any-steps", "solvers"))
+        lifted = errors.pop("SpanLift (learned)")
         assert own is not None and len(errors) == 9 and own < min(errors.values())
+        assert lifted < own * (1 if metric == "latent_rmse" else 1.01)
         assert metric == "latent_mse" or table is None or own < 1.02 * table
         best[n] = own, min(errors.values())
     assert {*best} >= {2, 50} and (metric == "latent_mse" or best[10][0] < best[50][1])
@@ -122,6 +130,8 @@ def test_memory_of_learning_is_flat_in_the_number_of_steps_as_the_docs_say() -> 
     assert len(flat) == 4 and max(flat) < 1.015
     text = " ".join((ROOT / "docs" / "training.md").read_text().split())
     assert "is 1.01 times that at 3 on the embedded pipeline" in text
+    (squares,) = (r for r in rows if r["optimizer"] == "least_squares" and "UNet" in r["pipeline"])
+    assert squares["ratio_to_sampling"] < 1.05 and f"{squares['ratio_to_sampling']:.2f} times what sampling" in text
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
