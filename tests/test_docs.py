@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,18 @@ def test_one_function_is_before_every_classical_solver_at_every_number_of_steps(
         assert metric == "latent_mse" or table is None or own < 1.02 * table
         best[n] = own, min(errors.values())
     assert {*best} >= {2, 50} and (metric == "latent_mse" or best[10][0] < best[50][1])
+
+
+def test_at_one_and_two_evaluations_spanlift_is_before_dyweight_before_all_others() -> None:
+    results = read_results(RESULTS / "quality-emoji-sd-fewest.json")
+    document = (ROOT / "docs" / "emoji.md").read_text()
+    assert all(grid in document for grid in grids(results, metrics=["latent_mse", "feature_distance"]))
+    for metric, n in product(("latent_mse", "feature_distance"), (1, 2)):
+        best: dict[str, float] = {}
+        for row in (row for row in results["rows"] if row["nfe"] == n):
+            kind = row["solver"].split(",")[0] if row.get("learned") else "classical"
+            best[kind] = min(best.get(kind, math.inf), row[metric])
+        assert best["SpanLift"] < best["DyWeight"] < best["classical"]
 
 
 @pytest.mark.parametrize(
