@@ -95,7 +95,8 @@ def test_functions_are_first_at_sizes_starts_and_guidance_scales(name: str, own:
     for row in results["rows"]:
         by_call.setdefault((row["variant"], row["nfe"]), {})[row["solver"]] = row["latent_rmse"]
     for (_, nfe), errors in by_call.items():
-        error = errors.pop(own)
+        error, lifted = errors.pop(own), errors.pop("SpanLift (learned)", None)
+        assert lifted is None or (lifted < error if nfe < 10 else lifted < 1.1 * error)
         for solver, other in errors.items():
             assert error < other * (behind if "DyWeight" in solver else 1.02 if nfe == 50 else 1)
 
