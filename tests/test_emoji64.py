@@ -142,9 +142,8 @@ def test_without_npm_the_error_names_the_ways_out(
 
 def test_a_package_cannot_write_elsewhere(emoji64: ModuleType, tmp_path: Path) -> None:
     _pack(tmp_path / "data", **{"package/img/google/64/../../../../../evil.png": b"evil"})
-    with pytest.raises(tarfile.OutsideDestinationError):
-        emoji64.build(tmp_path / "data")
-    assert not list((tmp_path / "data").glob("emoji64.*"))
+    emoji64.build(tmp_path / "data")
+    assert not list(tmp_path.rglob("evil*")) and (tmp_path / "data" / "emoji64.npz").exists()
 
 
 def _captions(source: str) -> list[str]:

@@ -61,13 +61,13 @@ def build(folder: Path) -> None:
         archives = {style: _package(f"emoji-datasource-{STYLES[style]}", folder, scratch) for style in STYLES}
         for style, archive in archives.items():
             pictures = f"package/img/{STYLES[style]}/64/"
-            with tarfile.open(archive) as tar:  # the sheets, most of the package, stay packed
+            with tarfile.open(archive) as tar:  # nothing is unpacked onto the disk, wherever a name may point
                 wanted = (member for member in tar if member.name.startswith(("package/emoji.json", pictures)))
-                tar.extractall(scratch / style, wanted, filter="data")
-            emojis = json.loads((scratch / style / "package" / "emoji.json").read_text(encoding="utf-8"))
+                files = {member.name: file.read() for member in wanted if (file := tar.extractfile(member))}
+            emojis = json.loads(files["package/emoji.json"])
             for emoji in tqdm(emojis, f"emoji64, {style}"):
                 for tones, variant in {"": emoji, **emoji.get("skin_variations", {})}.items():
-                    images.append(_on_white(scratch / style / pictures / variant["image"]))
+                    images.append(_on_white(files[pictures + variant["image"]]))
                     text = f"{_caption(emoji, tones)}, {style}"
                     entries.append({"text": text, "category": emoji["category"], "style": style})
     buffer = io.BytesIO()
@@ -104,8 +104,8 @@ def _caption(emoji: dict[str, Any], tones: str) -> str:
     return f"{name}, {skin}" if skin else name
 
 
-def _on_white(path: Path) -> np.ndarray:
-    image = Image.open(path).convert("RGBA")
+def _on_white(data: bytes) -> np.ndarray:
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
     return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
 
 
