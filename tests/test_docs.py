@@ -96,7 +96,7 @@ def test_functions_are_first_at_sizes_starts_and_guidance_scales(name: str, own:
         by_call.setdefault((row["variant"], row["nfe"]), {})[row["solver"]] = row["latent_rmse"]
     for (_, nfe), errors in by_call.items():
         error, lifted = errors.pop(own), errors.pop("SpanLift (learned)", None)
-        assert lifted is None or (lifted < error if nfe < 10 else lifted < 1.1 * error)
+        assert lifted is None or lifted < error * (1 if nfe < 9 else 1.1)
         for solver, other in errors.items():
             assert error < other * (behind if "DyWeight" in solver else 1.02 if nfe == 50 else 1)
 
