@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, EDMEulerScheduler
@@ -25,7 +26,7 @@ from dywspan.artifact import markdown
 from dywspan.core.prediction import EDM
 from dywspan.core.table import SolverTable
 from dywspan.distill.config import LearningConfig
-from dywspan.distill.pairs import Teacher, make_pairs
+from dywspan.distill.pairs import Pairs, Teacher, make_pairs
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.train import default_grid, distill
 
@@ -73,12 +74,10 @@ def main() -> None:
     )
     ipndm = {"solver": "ipndm", "order": 3, "grid": default_grid(own)}
 
-    def best(n: int, count: int) -> SolverTable:
+    def best(n: int, count: int, paths: Pairs) -> SolverTable:
         """From iPNDM's weights, and from those nearest to what the teacher does between the table's own levels."""
-        finer = -(-50 // n)
-        path = Teacher(DyWeightScheduler.from_config(own.config, **ipndm), finer * n, finer)
         found = []
-        for fitted, ridge in ((0, 1e-2), (32, 0.0)):  # few pairs could lead far from iPNDM's
+        for fitted, ridge in ((0, 1e-2), (len(paths), 0.0)):  # few pairs could lead far from iPNDM's
             config = LearningConfig(
                 optimizer="least_squares",
                 order=3,
@@ -87,14 +86,16 @@ def main() -> None:
                 ridge=ridge,
                 regression=fitted,
             )
-            paths = make(path, [{}] * fitted, range(10**6, 10**6 + fitted)) if fitted else None
-            found.append(distill(pipe, teacher, train[:count], select, n, call={}, config=config, paths=paths))
+            given: dict[str, Any] = {"call": {}, "config": config, "paths": paths if fitted else None}
+            found.append(distill(pipe, teacher, train[:count], select, n, **given))
         return min(found, key=lambda table: table.provenance["held_out_error"]["after"])
 
     rows = []
     for n in args.steps:
         solvers = {"iPNDM(3M)": DyWeightScheduler.from_config(own.config, **ipndm)}
-        solvers |= {f"learned from {count} pairs": own.with_tables([best(n, count)]) for count in args.pairs}
+        finer = -(-50 // n)
+        paths = make(Teacher(solvers["iPNDM(3M)"], finer * n, finer), [{}] * 32, range(10**6, 10**6 + 32))
+        solvers |= {f"learned from {count} pairs": own.with_tables([best(n, count, paths)]) for count in args.pairs}
         errors = {k: endpoint_error(pipe, v, n, held_out, {}, batch_size=256) for k, v in solvers.items()}
         rows.append({"steps": n, **errors})
     print(markdown(rows))

@@ -31,6 +31,7 @@ def option(default: Any, help: str) -> Any:
 
 # By gradients and by least squares, whose updates take more and tell more.
 DEFAULTS = {"updates": (300, 30), "evaluate_every": (25, 5), "checkpoint_every": (25, 1)}
+_SAID = {name: "default {}, least_squares {}".format(*numbers) for name, numbers in DEFAULTS.items()}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -42,7 +43,7 @@ class LearningConfig:
     """
 
     optimizer: Literal["adam", "adamw", "least_squares"] = option("adamw", "least_squares needs no gradients")
-    updates: int | None = option(None, "for each solver; default 300, least_squares 30")
+    updates: int | None = option(None, f"for each solver; {_SAID['updates']}")
     batch_size: int = option(8, "pairs an update sees, over all processes: results do not depend on their number")
     micro_batch_size: int | None = option(None, "pairs a process computes at a time; by default all of its share")
     lr: float | None = option(None, "peak rate, after warm-up and before cosine decay; default 1e-2, SpanLift 1e-3")
@@ -60,7 +61,7 @@ class LearningConfig:
     ridge: float = option(0.0, "least_squares: weight of the squared distance to the start, for few pairs")
     difference: float | None = option(None, "least_squares: step of the differences; default by precision")
     evaluate_every: int | None = option(
-        None, "updates between held-out evaluations, of which the best is kept; default 25, least_squares 5"
+        None, f"updates between held-out evaluations, of which the best is kept; {_SAID['evaluate_every']}"
     )
     patience: int = option(0, "stop after this many evaluations without a better one; 0: never")
     recompute: bool = option(True, "one denoiser call's activations at a time in memory: flat in the number of steps")
@@ -129,7 +130,7 @@ class DistillConfig(LearningConfig):
     latent_weight: float | None = option(None, "c of c * latent loss + feature loss; default 0.1, 0 for pixels")
 
     output: str = option("", "directory of the artefact; the same command continues a run that was stopped")
-    checkpoint_every: int | None = option(None, "updates between checkpoints; default 25, least_squares 1")
+    checkpoint_every: int | None = option(None, f"updates between checkpoints; {_SAID['checkpoint_every']}")
     keep_checkpoints: int = option(2, "checkpoints kept of each solver")
     trackers: list[str] = option([], "of Accelerate: tensorboard, trackio, wandb, ...")
     pictures: int = option(4, "held-out samples drawn for each solver: teacher, base and student")

@@ -87,7 +87,7 @@ def make_loss(
         rows = [weight**0.5 * RESIDUALS[latent](endpoint, target, near)] if weight else []
         if network is not None:
             maps = zip(*(network(decode(pipe, z, layout, size)) for z in (endpoint, target)))
-            own = [_scaled_difference(a, b, a) for a, b in maps]
+            own = [_scaled_difference(a, b) for a, b in maps]
             rows += [differences.to(endpoint.device) / len(own) ** 0.5 for differences in own]
         return torch.cat(rows, 1)
 
@@ -105,7 +105,7 @@ def latent_mse(pipe: Any, endpoint: Tensor, target: Tensor) -> Tensor:
     return mse_loss(endpoint, target)
 
 
-latent_mse.residuals = lambda pipe, *ends: _scaled_difference(*ends)  # type: ignore[attr-defined]
+latent_mse.residuals = lambda pipe, *ends: RESIDUALS["mse"](*ends)  # type: ignore[attr-defined]
 
 
 def residuals_of(loss: Loss) -> Callable[[Any, Tensor, Tensor, Tensor], Tensor]:
@@ -125,18 +125,21 @@ def residuals_of(loss: Loss) -> Callable[[Any, Tensor, Tensor, Tensor], Tensor]:
     return loss.residuals  # type: ignore[attr-defined]
 
 
-def _scaled_difference(a: Tensor, b: Tensor, near: Tensor) -> Tensor:
+def _scaled_difference(a: Tensor, b: Tensor) -> Tensor:
     """(B, R), rows whose squares sum to the mean squared difference."""
     return ((a - b) / a[0].numel() ** 0.5).flatten(1)
 
 
 def _root_difference(a: Tensor, b: Tensor, near: Tensor) -> Tensor:
     """(B, R), rows whose squares sum to the root mean square of the difference at a = near: r / |r_near|^(1/2)."""
-    size = torch.linalg.vector_norm(_scaled_difference(near, b, near), dim=1, keepdim=True)
-    return _scaled_difference(a, b, near) / size.clamp(min=1e-30) ** 0.5
+    size = torch.linalg.vector_norm(_scaled_difference(near, b), dim=1, keepdim=True)
+    return _scaled_difference(a, b) / size.clamp(min=1e-30) ** 0.5
 
 
-RESIDUALS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"mse": _scaled_difference, "rmse": _root_difference}
+RESIDUALS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "mse": lambda a, b, near: _scaled_difference(a, b),
+    "rmse": _root_difference,
+}
 
 
 @torch.no_grad()

@@ -257,5 +257,5 @@ _KEPT = {
     "curve",
     "after",
     "own",
+    "seconds",
 }
-_KEPT |= {"seconds"}
