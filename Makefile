@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS := -n logical --maxprocesses 4
 
-.PHONY: demo test test-slow lint solvers clean
+.PHONY: demo test test-slow lint clean emoji-sd emoji-flow solvers $(foreach of,emoji-sd emoji-flow,solvers-$(of) any-$(of))
 
 demo: .venv/installed-train
 	HF_HUB_OFFLINE=1 $(BIN)/dywspan demo --output demo/emoji-sd.png --json demo/emoji-sd.json
@@ -18,20 +18,47 @@ test-slow: .venv/installed-dev
 lint: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
-# How the learned solvers of examples/ are made.
-DISTILL := HF_HUB_OFFLINE=1 $(BIN)/dywspan distill --config training/configs
-solvers: .venv/installed-train
+# How the pipelines and solvers of examples/ are made, into build/: `make emoji-sd` trains that pipeline from nothing,
+# then its solvers; `make solvers` learns all that ship for the pipelines as they ship. Stopped, they go on. On CPUs:
+#   make emoji-flow LAUNCH="ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2"
+LAUNCH ?= $(BIN)/accelerate launch
+PRETRAIN := $(LAUNCH) training/pretrain_emoji.py
+DISTILL = HF_HUB_OFFLINE=1 $(LAUNCH) training/distill.py $(MODEL) --config training/configs
+# What a goal took, on what: the last line of its recipe.
+START := $(shell date +%s)
+TOOK = @echo "$@: $$((($$(date +%s) - $(START)) / 60)) minutes on $$(nproc) CPU cores,$$(lscpu | sed -n 's/^Model name://p')"
+
+emoji-sd: .venv/installed-train
+	$(PRETRAIN) sd --mixed-precision bf16
+	$(MAKE) solvers-emoji-sd MODEL="--model build/emoji/emoji-sd"
+	$(TOOK)
+
+emoji-flow: .venv/installed-train
+	$(PRETRAIN) flow --mixed-precision bf16 --autoencoder examples/emoji-sd --compile --updates 3600 --word-updates 800
+	$(MAKE) solvers-emoji-flow MODEL="--model build/emoji/emoji-flow"
+	$(TOOK)
+
+solvers: solvers-emoji-sd any-emoji-sd solvers-emoji-flow any-emoji-flow
+	$(TOOK)
+
+solvers-emoji-sd: .venv/installed-train
 	$(DISTILL)/emoji_sd_dyweight.yaml
 	$(DISTILL)/emoji_sd_spanlift.yaml
 	$(DISTILL)/emoji_sd_spanlift.yaml --steps 7 --lr 3e-4 --updates 600 --evaluate-every 100
+
+any-emoji-sd: .venv/installed-train
 	$(DISTILL)/emoji_sd_continuous.yaml
 	$(DISTILL)/emoji_sd_dyweight.yaml --steps 2 --teacher-order 4 --teacher-steps 200 --pairs 256 --loss rmse \
 		--output build/emoji-sd-any-steps
 	$(DISTILL)/emoji_sd_continuous_lift.yaml
 	$(DISTILL)/emoji_sd_guided.yaml
+
+solvers-emoji-flow: .venv/installed-train
 	$(DISTILL)/emoji_flow_dyweight.yaml
 	$(DISTILL)/emoji_flow_least_squares.yaml
 	$(DISTILL)/emoji_flow_spanlift.yaml
+
+any-emoji-flow: .venv/installed-train
 	$(DISTILL)/emoji_flow_continuous.yaml
 	$(DISTILL)/emoji_flow_dyweight.yaml --steps 2 --teacher-order 4 --teacher-steps 200 --pairs 128 --held-out 48 \
 		--loss rmse --output build/emoji-flow-any-steps
