@@ -2,7 +2,7 @@
 
     D(x; sigma) = sum_k y_k softmax_k(-|x - y_k|^2 / (2 sigma^2)),   y the 1,797 images
 
-It is smooth, exact and fast, so this is the place to see what learning a solver does, from how few pairs:
+It is smooth, exact and fast, so this is the place to see what learning a solver does, from how few pairs (5 minutes):
 
     pip install scikit-learn
     python examples/digits.py
@@ -11,11 +11,10 @@ It is smooth, exact and fast, so this is the place to see what learning a solver
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DDPMPipeline, EDMEulerScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, EDMEulerScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -23,23 +22,23 @@ from torch import Tensor
 
 from dywspan import DyWeightScheduler
 from dywspan.artifact import markdown
-from dywspan.core.prediction import EDM
 from dywspan.core.table import SolverTable
 from dywspan.distill.config import LearningConfig
-from dywspan.distill.pairs import Pairs, Teacher, make_pairs
+from dywspan.distill.pairs import Teacher, make_pairs
 from dywspan.distill.progress import endpoint_error
-from dywspan.distill.train import default_grid, distill
+from dywspan.distill.train import distill
 
 
 class ExactDenoiser(ModelMixin, ConfigMixin):
-    """F of an EDM network whose D is the mean of the data given the noisy sample."""
+    """F of an EDM network whose D is the mean of the data, of deviation sigma_data, given the noisy sample."""
 
     @register_to_config
     def __init__(self, sample_size: int = 8, in_channels: int = 1, sigma_data: float = 0.5) -> None:
         from sklearn.datasets import load_digits
 
         super().__init__()
-        self.register_buffer("images", torch.tensor(load_digits().data / 8 - 1))
+        images = torch.tensor(load_digits().data)
+        self.register_buffer("images", (images - images.mean()) * (sigma_data / images.std()))
 
     def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> UNet2DOutput:
         """The network's output at c_noise = log(sigma) / 4, from c_in x."""
@@ -53,49 +52,50 @@ class ExactDenoiser(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=output.view_as(sample))
 
 
+STABLE_DIFFUSION = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def levels(n: int) -> dict[str, Any]:
+    """Stable Diffusion's noise levels at n times, evenly from the last to the first, and 0."""
+    prediction = DyWeightScheduler.from_config(STABLE_DIFFUSION.config).host.prediction
+    return {"sigmas": [*prediction.sigma(torch.linspace(999, 0, n)).tolist(), 0.0]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 5, 7])
     parser.add_argument("--pairs", type=int, nargs="+", default=[64, 256], help="of each least-squares fit")
-    parser.add_argument("--updates", type=int, default=25, help="of least squares, all pairs each")
-    parser.add_argument("--select", type=int, default=256, help="pairs that say which update and start was best")
+    parser.add_argument("--updates", type=int, default=100, help="of least squares, a quarter of the pairs each")
+    parser.add_argument(
+        "--starts", nargs="+", default=["ipndm", "adams", "euler"], help="the best of what is found from these"
+    )
+    parser.add_argument("--select", type=int, default=1024, help="pairs that say which update and start was best")
     parser.add_argument("--held-out", type=int, default=1024, help="pairs that the errors are of")
     args = parser.parse_args()
 
     pipe = DDPMPipeline(ExactDenoiser(), EDMEulerScheduler())
     pipe.set_progress_bar_config(disable=True)
     own = DyWeightScheduler.from_config(pipe.scheduler.config)
-    assert isinstance(own.host.prediction, EDM)
-    teacher = Teacher(DyWeightScheduler.from_config(own.config, solver="heun"), 50)
-    make = partial(make_pairs, pipe, call={}, batch_size=256)
+    teacher = Teacher(DyWeightScheduler.from_config(own.config, solver="heun", grid=levels(50)), 50)
     train, select, held_out = (
-        make(teacher, [{}] * count, range(first, first + count))
+        make_pairs(pipe, teacher, [{}] * count, range(first, first + count), call={}, batch_size=256)
         for count, first in ((max(args.pairs), 10**6), (args.select, 2 * 10**6), (args.held_out, 0))
     )
-    ipndm = {"solver": "ipndm", "order": 3, "grid": default_grid(own)}
 
-    def best(n: int, count: int, paths: Pairs) -> SolverTable:
-        """From iPNDM's weights, and from those nearest to what the teacher does between the table's own levels."""
-        found = []
-        for fitted, ridge in ((0, 1e-2), (len(paths), 0.0)):  # few pairs could lead far from iPNDM's
-            config = LearningConfig(
-                optimizer="least_squares",
-                order=3,
-                updates=args.updates,
-                batch_size=count,
-                ridge=ridge,
-                regression=fitted,
-            )
-            given: dict[str, Any] = {"call": {}, "config": config, "paths": paths if fitted else None}
-            found.append(distill(pipe, teacher, train[:count], select, n, **given))
+    def learn(n: int, count: int, init: str) -> SolverTable:
+        config = LearningConfig(
+            optimizer="least_squares", order=3, init=init, updates=args.updates, batch_size=count // 4
+        )
+        return distill(pipe, teacher, train[:count], select, n, call={}, config=config, grid=levels(n))
+
+    def best(n: int, count: int) -> SolverTable:
+        found = [learn(n, count, init) for init in args.starts]
         return min(found, key=lambda table: table.provenance["held_out_error"]["after"])
 
     rows = []
     for n in args.steps:
-        solvers = {"iPNDM(3M)": DyWeightScheduler.from_config(own.config, **ipndm)}
-        finer = -(-50 // n)
-        paths = make(Teacher(solvers["iPNDM(3M)"], finer * n, finer), [{}] * 32, range(10**6, 10**6 + 32))
-        solvers |= {f"learned from {count} pairs": own.with_tables([best(n, count, paths)]) for count in args.pairs}
+        solvers = {"iPNDM(3M)": DyWeightScheduler.from_config(own.config, solver="ipndm", order=3, grid=levels(n))}
+        solvers |= {f"learned from {count} pairs": own.with_tables([best(n, count)]) for count in args.pairs}
         errors = {k: endpoint_error(pipe, v, n, held_out, {}, batch_size=256) for k, v in solvers.items()}
         rows.append({"steps": n, **errors})
     print(markdown(rows))
