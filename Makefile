@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS := -n logical --maxprocesses 4
 
-.PHONY: demo test test-slow lint clean emoji-sd emoji-flow solvers $(foreach of,emoji-sd emoji-flow,solvers-$(of) any-$(of))
+.PHONY: demo test test-slow lint clean emoji-sd emoji-flow solvers \
+	solvers-emoji-sd any-emoji-sd solvers-emoji-flow any-emoji-flow
 
 demo: .venv/installed-train
 	HF_HUB_OFFLINE=1 $(BIN)/dywspan demo --output demo/emoji-sd.png --json demo/emoji-sd.json
@@ -22,6 +23,7 @@ lint: .venv/installed-dev
 # then its solvers; `make solvers` learns all that ship for the pipelines as they ship. Stopped, they go on. On CPUs:
 #   make emoji-flow LAUNCH="ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2"
 LAUNCH ?= $(BIN)/accelerate launch
+MODEL := # the configurations' own; not the environment's
 PRETRAIN := $(LAUNCH) training/pretrain_emoji.py
 DISTILL = HF_HUB_OFFLINE=1 $(LAUNCH) training/distill.py $(MODEL) --config training/configs
 # What a goal took, on what: the last line of its recipe.
