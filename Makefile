@@ -28,7 +28,7 @@ PRETRAIN := $(LAUNCH) training/pretrain_emoji.py
 DISTILL = HF_HUB_OFFLINE=1 $(LAUNCH) training/distill.py $(MODEL) --config training/configs
 # What a goal took, on what: the last line of its recipe.
 START := $(shell date +%s)
-TOOK = @echo "$@: $$((($$(date +%s) - $(START)) / 60)) minutes on $$(nproc) CPU cores,$$(lscpu | sed -n 's/^Model name://p')"
+TOOK = @echo "$@: $$((($$(date +%s) - $(START)) / 60)) minutes on $$(nproc) CPU cores, $$(lscpu | sed -n 's/^Model name: *//p')"
 
 emoji-sd: .venv/installed-train
 	$(PRETRAIN) sd --mixed-precision bf16
