@@ -26,7 +26,7 @@ LAUNCH ?= $(BIN)/accelerate launch
 MODEL := # the configurations' own; not the environment's
 PRETRAIN := $(LAUNCH) training/pretrain_emoji.py
 DISTILL = HF_HUB_OFFLINE=1 $(LAUNCH) training/distill.py $(MODEL) --config training/configs
-# What a goal took, on what: the last line of its recipe.
+# What a goal took, since make was last started, on what: the last line of its recipe.
 START := $(shell date +%s)
 TOOK = @echo "$@: $$((($$(date +%s) - $(START)) / 60)) minutes on $$(nproc) CPU cores, $$(lscpu | sed -n 's/^Model name: *//p')"
 

@@ -247,6 +247,18 @@ def test_a_run_that_is_killed_in_every_phase_ends_in_the_same_bits(whole: Whole,
     _killed_and_repeated(whole(), tmp_path / "out", 1)
 
 
+def test_updates_that_are_taken_back_are_so_after_a_stop(whole: Whole, tmp_path: Path) -> None:
+    settings = {"lr": 30.0, "evaluate_every": 3}
+    reference = whole(**settings)
+    assert "made no solver" in reference.with_suffix(".log").read_text()
+    for kept in (2, 4):
+        output = copied(reference, tmp_path / f"{kept}", "cache", "state")
+        for file in sorted(output.glob(STATES))[kept:]:
+            file.unlink()
+        assert here(output, **settings) == 0
+        assert learned(output) == learned(reference)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "processes", "kills"),

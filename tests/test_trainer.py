@@ -740,12 +740,17 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(
     assert "dywspan: The loss is not finite at update" in capsys.readouterr().err
 
 
-def test_an_update_to_levels_below_zero_says_how_to_avoid_it(
-    pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("evaluate_every", [1, 9])  # found out on the held-out pairs, or while learning
+def test_an_update_to_levels_below_zero_is_taken_back(
+    evaluate_every: int, pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert learn(pixels, tmp_path, lr=30.0, steps=[2], evaluate_every=9) == 2
-    error = capsys.readouterr().err
-    assert "made no solver. Lower lr=" in error and "must be positive" in error
+    assert learn(pixels, tmp_path, lr=30.0, steps=[2], evaluate_every=evaluate_every) == 0
+    said = capsys.readouterr().out
+    assert said.count("made no solver and is taken back") == 1 and "Lower lr" in said and "must be positive" in said
+    table = DyWeightScheduler.from_pretrained(tmp_path).tables[2]
+    error, spent = table.provenance["held_out_error"], table.provenance["evaluations"]
+    assert error["after"] <= error["before"]
+    assert spent["student"] == 6 * 4 * 2 and spent["teacher"] == 8 * 12, "of those taken back nothing was asked"
 
 
 @pytest.mark.parametrize("precision", ["no", None])

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -25,6 +25,8 @@ PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Log = Callable[[Mapping[str, float], int], None]
 # What is counted, in denoiser evaluations: a backward pass takes two. Teacher pairs made while learning are "fresh".
 WORTH = {"fresh": 1, "student": 1, "jacobian": 1, "backward": 2, "held_out": 1}
+BACK, TRIES = 0.2, 20  # of the way back to the best numbers, and how often, until some are a solver
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ class Progress:
         self.pipe, self.student, self.terms, self.config, self.loss = pipe, student, list(terms), config, loss
         self.checkpoints, self.log = checkpoints, log
         self.meter, self.started, self.seconds = Meter(pipe), time.monotonic(), 0.0
-        self.update, self.best_error, self.stale, self.checks = 0, 1.0, 0, 0
-        self.ended = False
+        self.update, self.best_error, self.stale, self.checked = 0, 1.0, 0, 0
+        self.ended = self.taken_back = False
         self.before: dict[str, float] = {}
         self.start: dict[str, float] = {}
         self.after: dict[str, float] | None = None
@@ -150,7 +152,6 @@ class Progress:
 
     def errors(self, precision: str | None) -> dict[str, float]:
         """Held-out loss by term."""
-        self.checks += 1
         with torch.no_grad():
             self.student.apply()
         with autocast(self.pipe, precision), self.meter.counting("held_out"):
@@ -158,11 +159,27 @@ class Progress:
             for t in self.terms:
                 scheduler.whole = t.whole
                 errors[t.name] = endpoint_error(pipe, scheduler, t.steps, t.held_out, t.call, loss=self.loss)
+                self.checked += len(t.held_out) * t.steps
             return errors
+
+    def valid(self, sampled: Callable[[], T]) -> T:
+        """What ``sampled`` returns; parameters that are no solver, as their levels are below zero, go back towards the
+        best until they are one. It is found out before the network is asked.
+        """
+        for tried in range(TRIES):
+            try:
+                return sampled()
+            except ValueError as error:
+                if not tried and not self.taken_back and is_main():
+                    tqdm.write(f"Update {self.update} made no solver and is taken back, as all such. Lower lr? {error}")
+                self.taken_back = True
+                self.student.approach(self.best, BACK)
+        self.student.restore(self.best)
+        return sampled()
 
     def evaluate(self) -> bool:
         """Measure the parameters as they are and keep them if they are the best; whether patience is at its end."""
-        self.last = self.errors(self.config.mixed_precision)
+        self.last = self.valid(lambda: self.errors(self.config.mixed_precision))
         ratios = [max(self.last[name] / (start or 1.0), 1e-30) for name, start in self.start.items()]
         mean = math.prod(ratios) ** (1 / len(ratios))
         self.stale += 1
@@ -227,9 +244,8 @@ class Progress:
     def cost(self) -> dict[str, int | float]:
         """Denoiser evaluations of all processes by purpose, how many a step of one sample takes, and seconds."""
         counts = self._counts()
-        steps = self.checks * sum(len(term.held_out) * term.steps for term in self.terms)
         cost: dict[str, int | float] = {name: count for name, count in counts.items() if count}
-        cost |= {"per_step": round(counts["held_out"] / steps, 2), "seconds": round(self._seconds(), 1)}
+        cost |= {"per_step": round(counts["held_out"] / self.checked, 2), "seconds": round(self._seconds(), 1)}
         return cost
 
     def spent(self) -> int:
@@ -249,7 +265,7 @@ _KEPT = {
     "ended",
     "best_error",
     "stale",
-    "checks",
+    "checked",
     "before",
     "start",
     "last",

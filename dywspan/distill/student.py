@@ -79,6 +79,12 @@ class Student(ABC):
         for parameter, value in zip(self.parameters(), state):
             parameter.copy_(value)
 
+    @torch.no_grad()
+    def approach(self, state: Sequence[Tensor], fraction: float) -> None:
+        """Go this fraction of the way to a snapshot."""
+        for parameter, value in zip(self.parameters(), state):
+            parameter.lerp_(value.to(parameter), fraction)
+
 
 def _tail_calls(steps: int, order: int) -> int:
     """A weight of step i changes the calls after it; its time scale its own call too."""

@@ -150,15 +150,14 @@ def fit(progress: Progress) -> None:
             for micro in range(0, len(own), size):
                 with progress.meter.counting("fresh"):
                     part = source(own[micro : micro + size])
-                # Some dependencies of diffusers switch gradients off globally: ask for them where they are needed.
-                try:
+
+                def sampled(part: Pairs = part) -> Tensor:
+                    # Some dependencies of diffusers switch gradients off globally: ask for them where they are needed.
                     with torch.enable_grad(), autocast(pipe, config.mixed_precision):
                         student.apply()
-                        loss = batch_loss(pipe, student, term.steps, part, term.call, progress.loss)
-                except ValueError as error:  # levels below zero
-                    if not update:
-                        raise
-                    raise ValueError(f"Update {update} made no solver. Lower lr={rate:g}. ({error})") from error
+                        return batch_loss(pipe, student, term.steps, part, term.call, progress.loss)
+
+                loss = progress.valid(sampled)
                 fraction = loss * (len(part) / config.batch_size)
                 if not bool(fraction.detach().isfinite()):
                     raise FloatingPointError(_where_it_broke(pipe, student, term, part, update, rate, config))
