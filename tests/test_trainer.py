@@ -753,6 +753,18 @@ def test_an_update_to_levels_below_zero_is_taken_back(
     assert spent["student"] == 6 * 4 * 2 and spent["teacher"] == 8 * 12, "of those taken back nothing was asked"
 
 
+def test_what_is_wrong_before_any_update_is_not_taken_for_one(
+    pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*_: Any) -> None:
+        raise ValueError("something else")
+
+    monkeypatch.setattr("dywspan.distill.train.batch_loss", wrong)
+    assert learn(pixels, tmp_path, steps=[2]) == 2
+    said = capsys.readouterr()
+    assert "dywspan: something else" in said.err and "made no solver" not in said.out
+
+
 @pytest.mark.parametrize("precision", ["no", None])
 def test_a_second_run_in_a_process_has_the_precision_it_asks_for(
     precision: str | None, pixels: Path, tmp_path: Path

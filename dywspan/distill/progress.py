@@ -166,11 +166,13 @@ class Progress:
         """What ``sampled`` returns; parameters that are no solver, as their levels are below zero, go back towards the
         best until they are one. It is found out before the network is asked.
         """
-        for tried in range(TRIES):
+        for _ in range(TRIES):
             try:
                 return sampled()
             except ValueError as error:
-                if not tried and not self.taken_back and is_main():
+                if not self.update:  # they are where learning starts: something else is wrong
+                    raise
+                if not self.taken_back and is_main():
                     tqdm.write(f"Update {self.update} made no solver and is taken back, as all such. Lower lr? {error}")
                 self.taken_back = True
                 self.student.approach(self.best, BACK)
