@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -23,11 +24,12 @@ from test_hub import client
 from test_inputs import pipeline
 from test_spanlift_hub import load, numbers
 from tiny_pipelines import build, pixel_unet, sd_betas
+from torch import Tensor
 
 from dywspan import DyWeightScheduler, SpanLiftScheduler
 from dywspan.artifact import lift_to_json, table_to_json
 from dywspan.cli import main
-from dywspan.distill import processes, run
+from dywspan.distill import processes, run, train
 from dywspan.distill.config import DistillConfig, add_arguments, make_config, read_config
 from dywspan.distill.pairs import Pairs, Teacher
 from dywspan.distill.progress import endpoint_error
@@ -753,16 +755,36 @@ def test_an_update_to_levels_below_zero_is_taken_back(
     assert spent["student"] == 6 * 4 * 2 and spent["teacher"] == 8 * 12, "of those taken back nothing was asked"
 
 
-def test_what_is_wrong_before_any_update_is_not_taken_for_one(
-    pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fails_at", [0, 1, 4])
+def test_what_else_is_wrong_is_not_taken_for_such_an_update(
+    fails_at: int, pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(*_: Any) -> None:
-        raise ValueError("something else")
+    calls, loss = itertools.count(), train.batch_loss
 
-    monkeypatch.setattr("dywspan.distill.train.batch_loss", wrong)
+    def wrong(*given: Any) -> Tensor:
+        if next(calls) == fails_at:
+            raise ValueError("something else")
+        return loss(*given)
+
+    monkeypatch.setattr(train, "batch_loss", wrong)
     assert learn(pixels, tmp_path, steps=[2]) == 2
     said = capsys.readouterr()
     assert "dywspan: something else" in said.err and "made no solver" not in said.out
+
+
+def test_a_gradient_that_is_not_finite_ends_in_one_line(
+    pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, loss = itertools.count(), train.batch_loss
+
+    def steep(*given: Any) -> Tensor:
+        value = loss(*given)
+        return value + (value - value.detach()).abs().sqrt() if next(calls) == 2 else value
+
+    monkeypatch.setattr(train, "batch_loss", steep)
+    assert learn(pixels, tmp_path, steps=[2]) == 2
+    said = capsys.readouterr().err
+    assert "dywspan: The gradient is not finite at update 2 of the 2-step solver, though the loss is " in said
 
 
 @pytest.mark.parametrize("precision", ["no", None])

@@ -14,7 +14,7 @@ from .bases import BASES
 from .grid import make_grid
 from .operator import Lift
 from .prediction import Prediction
-from .table import SOME_NETWORK, SolverTable, base_weights
+from .table import SOME_NETWORK, InvalidSolverError, SolverTable, base_weights
 
 FEATURES = ("1", "u", "2u^2-1", "delta", "delta u", "first", "last", "last but one")
 GUIDED = tuple(f"({name}) log(g/g0)" for name in FEATURES)
@@ -123,7 +123,7 @@ def _moved(sigmas: Tensor, alphas: Tensor, moves: Tensor) -> Tensor:
     inner = sigmas[1:-1] * (1 + grow) / (1 + (1 - alphas[1:-1]) * grow)
     moved = torch.cat([sigmas[:1], inner, sigmas[-1:]])
     if not bool((moved.detach().diff() < 0).all()):
-        raise ValueError(f"The corrections move the levels out of their order: {moved.tolist()}.")
+        raise InvalidSolverError(f"The corrections move the levels out of their order: {moved.tolist()}.")
     return moved
 
 

@@ -19,6 +19,10 @@ from .step import Schedule
 SOME_NETWORK = Epsilon(torch.linspace(0.999, 0.001, 1000, dtype=torch.float64))
 
 
+class InvalidSolverError(ValueError):
+    """Learned numbers that no network can be sampled with: not finite, or levels below zero or out of order."""
+
+
 @dataclass(frozen=True, eq=False)
 class SolverTable:
     """A DyWeight table (W, s) and the grid it belongs to.
@@ -32,7 +36,8 @@ class SolverTable:
         time_shifting: levels follow the weights' sums, DyWeight eq. (9); without it they are the nominal grid's.
 
     Raises:
-        ValueError: wrong shapes, non-finite numbers, weights on derivatives that do not exist, no such grid.
+        ValueError: wrong shapes, weights on derivatives that do not exist, no such grid.
+        InvalidSolverError: non-finite numbers, or s is not positive.
     """
 
     weights: Tensor
@@ -50,9 +55,9 @@ class SolverTable:
             raise ValueError(f"time_scale needs one entry per step ({n}); got shape {tuple(self.time_scale.shape)}.")
         for name, values in (("weights", self.weights), ("time_scale", self.time_scale)):
             if not bool(values.detach().isfinite().all()):
-                raise ValueError(f"{name} must be finite; got {values.tolist()}.")
+                raise InvalidSolverError(f"{name} must be finite; got {values.tolist()}.")
         if not bool((self.time_scale.detach() > 0).all()):
-            raise ValueError(f"time_scale must be positive; got {self.time_scale.tolist()}.")
+            raise InvalidSolverError(f"time_scale must be positive; got {self.time_scale.tolist()}.")
         if bool(self.weights.detach().triu(1)[: self.weights.shape[1]].any()):
             raise ValueError("weights on derivatives that do not exist yet (j > i) must be zero.")
         if self.afs and n < 2:
@@ -87,13 +92,13 @@ class SolverTable:
         """The table on its grid.
 
         Raises:
-            ValueError: the learned numbers lead to a level at which a network cannot be asked.
+            InvalidSolverError: the learned numbers lead to a level at which a network cannot be asked.
         """
         sigmas = make_grid(self.grid, len(self.weights), prediction, mu)
         numbers = self.weights.double(), self.time_scale.double()
         schedule = Schedule.from_weights(sigmas, *numbers, self.afs, self.time_shifting)
         if not bool((schedule.queries.detach() > 0).all()):
-            raise ValueError(
+            raise InvalidSolverError(
                 f"The table for num_inference_steps={self.num_inference_steps} asks the network at noise levels "
                 f"{schedule.queries.tolist()}; all must be positive. "
                 "Check that the weights belong to this grid."

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.table import InvalidSolverError
 from .config import LearningConfig
 from .losses import Loss, residuals_of
 from .pairs import Pairs
@@ -113,7 +114,7 @@ class Problem:
                             endpoint = self._endpoint(self.student, term, part)
                         # Now: it depends on the grid and the guidance scale, which the pipeline's call may choose.
                         found.append(Sampled(k, part, endpoint, tape, *self.student.local(term.steps)))
-        except ValueError:  # levels below zero: of a table, whatever the pairs, so on every process
+        except InvalidSolverError:  # whatever the pairs, so on every process
             return []
         return found
 
@@ -219,11 +220,11 @@ class Problem:
         moved = float(student.vector()[c] - at[c])
         try:
             if abs(moved) < abs(size) / 2:
-                raise ValueError(f"The bounds are narrower than differences of {abs(size):g}: widen bounded.")
+                raise InvalidSolverError(f"The bounds are narrower than differences of {abs(size):g}: widen bounded.")
             with self.replay.playing(sampled.tape) if self.replays else nullcontext():
                 endpoint = self._endpoint(student, self.terms[sampled.term], sampled.pairs)
             return (self._residuals(endpoint, sampled.pairs, sampled.endpoint) - residuals) / moved
-        except ValueError:
+        except InvalidSolverError:
             if side < 0:
                 raise
         return self._column(sampled, residuals, at, c, -1)

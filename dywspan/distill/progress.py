@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm.auto import tqdm
 
+from ..core.table import InvalidSolverError
 from .checkpoints import Checkpoints
 from .config import LearningConfig
 from .losses import Loss, latent_mse
@@ -163,15 +164,14 @@ class Progress:
             return errors
 
     def valid(self, sampled: Callable[[], T]) -> T:
-        """What ``sampled`` returns; parameters that are no solver, as their levels are below zero, go back towards the
-        best until they are one. It is found out before the network is asked.
+        """What ``sampled`` returns; parameters that make no solver go back towards the best until they make one.
+
+        It is found out before the network is asked.
         """
         for _ in range(TRIES):
             try:
                 return sampled()
-            except ValueError as error:
-                if not self.update:  # they are where learning starts: something else is wrong
-                    raise
+            except InvalidSolverError as error:
                 if not self.taken_back and is_main():
                     tqdm.write(f"Update {self.update} made no solver and is taken back, as all such. Lower lr? {error}")
                 self.taken_back = True

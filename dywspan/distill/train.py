@@ -129,6 +129,7 @@ def fit(progress: Progress) -> None:
 
     Raises:
         FloatingPointError: the loss is not finite; says at which update, sampling step and level, and for which seeds.
+            Or its gradient is not.
     """
     pipe, student, terms, config = progress.pipe, progress.student, progress.terms, progress.config
     sources = [term.source(config.seed) for term in terms]
@@ -168,7 +169,13 @@ def fit(progress: Progress) -> None:
                 if parameter.grad is not None:
                     parameter.grad = total(parameter.grad)
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+            if not bool(norm.isfinite()) and not scaler.is_enabled():  # a scaler leaves such an update out
+                raise FloatingPointError(
+                    f"The gradient is not finite at update {update} of the {term.name}-step solver, though the loss is "
+                    f"{float(value):.4g}. Use a wider mixed_precision than {config.mixed_precision or 'no'!r}, or a "
+                    "loss that has a slope there."
+                )
             for group in optimizer.param_groups:
                 group["lr"] = rate
             scaler.step(optimizer)
