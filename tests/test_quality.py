@@ -31,7 +31,16 @@ from dywspan.distill.config import make_config
 from dywspan.distill.pairs import Teacher, make_pairs
 from dywspan.distill.replay import Meter
 from dywspan.distill.rollout import load_pipeline, sample
-from dywspan.evaluate.baselines import BASELINES, Cell, Solver, find_solvers, make_cell, of_diffusers
+from dywspan.evaluate.baselines import (
+    BASELINES,
+    Cell,
+    Solver,
+    find_solvers,
+    make_cell,
+    make_cells,
+    of_diffusers,
+    of_ours,
+)
 from dywspan.evaluate.images import find_images
 from dywspan.evaluate.metrics import METRICS, Metric, Sample, interval
 from dywspan.evaluate.quality import QualityConfig, evaluate, run, to_images, with_gaps
@@ -282,6 +291,22 @@ def test_a_cost_that_cannot_be_met_is_an_empty_cell(whole: Path) -> None:
         "Heun, 2 evaluations: no number of steps costs 2 evaluations",
         "DyWeight (learned), 2 evaluations: learned for [3, 4, 5, 7] steps",
     ]
+
+
+def test_one_row_is_one_scheduler() -> None:
+    make, _, _ = KINDS["flow"]
+    pipe, call = make()
+
+    def long_only(pipe: Any, n: int) -> Any:
+        if n < 6:
+            raise ValueError("6 steps at least")
+        return of_diffusers("FlowMatchEulerDiscreteScheduler")(pipe, n)
+
+    euler = of_ours("euler")
+    cells, refused = make_cells(pipe, Solver("it", (long_only, euler)), [3, 6], {}, call)
+    assert [type(cell.scheduler).__name__ for cell in cells] == ["DyWeightScheduler"] * 2 and not refused
+    cells, refused = make_cells(pipe, Solver("it", (long_only,)), [3, 6], {}, call)
+    assert [cell.nfe for cell in cells] == [6] and refused == ["it, 3 evaluations: 6 steps at least"]
 
 
 def _quiet(scheduler: Any) -> Any:

@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +238,25 @@ def make_cell(pipe: Any, solver: Solver, nfe: int, own: Mapping[str, Any], call:
         except Exception as error:  # schedulers and pipelines refuse each other in every way there is
             reasons.append(" ".join(str(error).split()) or type(error).__name__)
     raise ValueError(f"{solver.name}, {nfe} evaluations: {reasons[0]}")
+
+
+def make_cells(
+    pipe: Any, solver: Solver, counts: Sequence[int], own: Mapping[str, Any], call: Mapping[str, Any]
+) -> tuple[list[Cell], list[str]]:
+    """The solver at each of ``counts``, and why it does not fit the others; all of the maker that fits most of them."""
+    ways = []
+    for maker in solver.makers:
+        made: list[Cell] = []
+        refused: list[str] = []
+        for nfe in counts:
+            try:
+                made.append(make_cell(pipe, replace(solver, makers=(maker,)), nfe, own, call))
+            except ValueError as error:
+                refused.append(str(error))
+        ways.append((made, refused))
+        if not refused:
+            break
+    return max(ways, key=lambda way: len(way[0]))
 
 
 class _Refused(Exception):

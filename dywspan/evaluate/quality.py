@@ -31,7 +31,7 @@ from ..distill.progress import autocast
 from ..distill.rollout import Inputs, load_pipeline, sample
 from ..distill.run import find_teacher
 from ..schedulers.bind import bind, guidance_argument
-from .baselines import BASELINES, Cell, begin, find_solvers, make_cell
+from .baselines import BASELINES, Cell, begin, find_solvers, make_cells
 from .images import find_images, read_image
 from .metrics import METRICS, Metric, Sample
 from .report import draw_samples, file_stem, plots, table, write_results
@@ -267,17 +267,12 @@ def prepare(config: QualityConfig, device: torch.device | str = "cpu") -> Task:
     metrics = make_metrics(config, pipe, {"latents", "reference_images", "reference_latents", *_fields(inputs)})
     teacher, model = find_teacher(config, pipe), fingerprint(pipe)  # type: ignore[arg-type]
     first = next(iter(config.calls.values()))
-    cells, notes = [], []
+    cells: list[Cell] = []
+    notes: list[str] = []
     with remembered_prompts(pipe, _cache(config) / "prompts", model):
         begin(pipe, teacher.scheduler, teacher.num_inference_steps, inputs[0], first)
         for solver in solvers:
-            made: list[Cell] = []
-            refused: list[str] = []
-            for nfe in sorted(config.steps):
-                try:
-                    made.append(make_cell(pipe, solver, nfe, inputs[0], first))
-                except ValueError as error:
-                    refused.append(str(error))
+            made, refused = make_cells(pipe, solver, sorted(config.steps), inputs[0], first)
             if not made and (solver.name in config.solvers or solver.learned):
                 raise ValueError(f"{refused[0]}. Drop it from solvers, or change steps={config.steps}.")
             cells += made
