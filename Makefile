@@ -54,6 +54,8 @@ any-emoji-sd: .venv/installed-train
 		--output build/emoji-sd-any-steps
 	$(DISTILL)/emoji_sd_continuous_lift.yaml
 	$(DISTILL)/emoji_sd_guided.yaml
+	$(DISTILL)/emoji_sd_guided.yaml --variants '{}' --guidance-scale 4 --updates 160 --evaluate-every 20 \
+		--output build/emoji-sd-guidance-4
 
 solvers-emoji-flow: .venv/installed-train
 	$(DISTILL)/emoji_flow_dyweight.yaml

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except ModuleNotFoundError as error:
-        print(f"dywspan: {error}. This command needs more packages: pip install 'dywspan[train]'", file=sys.stderr)
+        print(f"dywspan: {error}. This command needs more packages: pip install 'dywspan[train,eval]'", file=sys.stderr)
         return 2
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"dywspan: {error}", file=sys.stderr)

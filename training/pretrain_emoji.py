@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -53,7 +55,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pictures-every", type=int, default=1500, help="updates, whole checkpoints")
     parser.add_argument("--pictures", type=int, default=60, help="held-out captions to draw")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.command = shlex.join(sys.argv[1:] if argv is None else argv)
+    return args
 
 
 class Training:
@@ -338,9 +342,13 @@ words: "woman, twemoji" draws another one from each noise.
 |---|---|---|
 {parts}
 
-Learned from 7,372 emoji by `accelerate launch training/pretrain_emoji.py {name}`: {args.updates:,} updates of
-{args.batch_size} images with their captions and {args.word_updates:,} with parts of them, {seconds / 60:.0f} minutes on
-{device}, the autoencoder not counted. 200 emoji were held out; the other style of each was not.
+Learned from 7,372 emoji by
+
+    accelerate launch training/pretrain_emoji.py {args.command}
+
+{args.updates:,} updates of {args.batch_size} images with their captions and {args.word_updates:,} with parts of them,
+{seconds / 60:.0f} minutes on {device}, the autoencoder not counted.
+200 emoji were held out; the other style of each was not.
 
 The artwork: Noto Emoji (Google LLC; Apache-2.0 / OFL 1.1) and Twemoji (Twitter, Inc and other contributors; CC-BY 4.0:
 attribution is required wherever it, or a model trained on it, is shipped), from the npm packages

@@ -98,7 +98,7 @@ class DistillConfig(LearningConfig):
     release_text_encoders: bool = option(False, "drop the text encoders once every prompt is encoded")
 
     teacher: str = option("ipndm", "base solver, or a diffusers scheduler's class name")
-    teacher_steps: int = option(50, "network evaluations of the teacher")
+    teacher_steps: int = option(50, "of the teacher; network evaluations, but for two-stage solvers")
     teacher_order: int = option(2, "of a base solver as teacher")
     teacher_grid: dict[str, Any] | None = option(None, "of a base solver as teacher; the pipeline's own by default")
     teacher_batch_size: int = option(16, "teacher samples in memory at a time, and in one file of the cache")

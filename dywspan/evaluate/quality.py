@@ -71,7 +71,7 @@ class QualityConfig:
     base: str | None = option(None, "solver whose distance to the reference is the gap that others close a share of")
 
     teacher: str = option("ipndm", "of the reference: a base solver, or a diffusers scheduler's class name")
-    teacher_steps: int = option(50, "network evaluations of the reference")
+    teacher_steps: int = option(50, "of the reference; network evaluations, but for two-stage solvers")
     teacher_order: int = option(2, "of a base solver as reference")
     teacher_grid: dict[str, Any] | None = option(None, "of a base solver as reference; the pipeline's own by default")
     layout: str = option("image", f"of the latents, for decoding: {', '.join(sorted(LAYOUTS))}")
