@@ -172,9 +172,6 @@ def test_lifts_win_for_their_own_count_and_the_function_gives_all_others() -> No
     without.continuous_lift = None
     with pytest.raises(ValueError, match=r"No SpanLift for num_inference_steps=4: it was learned for \[3\] steps"):
         without.set_timesteps(4)
-    again = without.with_continuous_lift(replace(function, operator="three"))
-    again.set_timesteps(4)
-    assert again._lift.operator == "three" and without.continuous_lift is None
 
 
 def in_a_pipeline(name: str) -> tuple[tp.Tiny, SpanLiftScheduler]:
@@ -302,6 +299,27 @@ def test_solvers_of_one_base_are_put_together() -> None:
     assert one.with_lifts(other).continuous_lift.order == 3 and sorted(one.with_lifts(other).lifts) == [2]
     other.continuous_lift = None
     assert one.with_lifts(other).continuous_lift.order == other.with_lifts(one).continuous_lift.order == 2
+
+
+def test_an_operator_that_others_use_is_not_replaced() -> None:
+    """Two artefacts may call different operators by one name."""
+    many, one = (on(of_kind("flow"), lifts(2)) for _ in range(2))
+    for scheduler, steps in ((many, (2, 3)), (one, (4,))):
+        scheduler.continuous_lift = None
+        scheduler.lifts = {n: Lift(torch.ones(n), torch.ones(n)) for n in steps}
+        randomise(scheduler.initialize())
+    one.operators["shared"].head.weight.data += 1
+    merged = many.with_lifts(one)
+    assert {n: lift.operator for n, lift in merged.lifts.items()} == {2: "shared", 3: "shared", 4: "shared-2"}
+    for scheduler, n in ((many, 2), (many, 3), (one, 4)):
+        ours, theirs = (s.operators[s.lifts[n].operator].state_dict() for s in (merged, scheduler))
+        assert all(torch.equal(value, theirs[k]) for k, value in ours.items())
+    # Again, or with the same weights, it takes the same name; one that nobody uses any more goes.
+    assert sorted(merged.with_lifts(one).operators) == ["shared", "shared-2"]
+    assert [*many.with_lifts(many).operators] == ["shared"]
+    one.lifts = {n: Lift(torch.ones(n), torch.ones(n)) for n in (2, 3)}
+    assert [*many.with_lifts(one).operators] == ["shared"]
+    assert torch.equal(many.with_lifts(one).operators["shared"].head.weight, one.operators["shared"].head.weight)
 
 
 def test_inspect_prints_and_draws_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

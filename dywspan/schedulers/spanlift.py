@@ -120,7 +120,7 @@ class SpanLiftScheduler(DyWeightScheduler):
         names = {lift.operator for lift in self._learned}
         try:
             self.operators = {name: ResidualOperator(**self.config["operator"]) for name in sorted(names)}
-        except TypeError as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"operator={self.config['operator']} does not describe a ResidualOperator: {error}."
             ) from None
@@ -132,8 +132,8 @@ class SpanLiftScheduler(DyWeightScheduler):
         Raises:
             ValueError: damaged, or made for other channels, another size or other step counts.
         """
-        self.initialize()
-        expected = self._state()
+        with torch.device("meta"):  # a damaged size costs no memory
+            expected = self.initialize()._state()
         try:
             state = load_file(file)
         except SafetensorError as error:
@@ -160,7 +160,7 @@ class SpanLiftScheduler(DyWeightScheduler):
             )
         for name, operator in self.operators.items():
             operator.load_state_dict(
-                {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+                {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}, assign=True
             )
             operator.requires_grad_(False)
         return self
@@ -169,9 +169,10 @@ class SpanLiftScheduler(DyWeightScheduler):
         return {f"{n}.{k}": v for n, operator in self.operators.items() for k, v in operator.state_dict().items()}
 
     def with_lifts(self, other: SpanLiftScheduler) -> SpanLiftScheduler:
-        """A copy that holds the lifts and operators of ``other`` besides its own (same name or step count: replaced).
+        """A copy that holds the lifts and operators of ``other`` besides its own (same step count: replaced).
 
-        So does a continuous lift replace another; and it holds the tables of both bases.
+        So does a continuous lift replace another; and it holds the tables of both bases. An operator of a name that
+        another one has, which is still used, gets a name of its own.
 
         Raises:
             ValueError: their bases, layouts or operator sizes differ.
@@ -183,16 +184,29 @@ class SpanLiftScheduler(DyWeightScheduler):
         if theirs.tables:
             merged.tables |= theirs.tables
             merged.register_to_config(tables={**(merged.config["tables"] or {}), **theirs.config["tables"]})
-        merged.lifts |= theirs.lifts
-        merged.operators |= theirs.operators
-        merged.continuous_lift = theirs.continuous_lift or merged.continuous_lift
+        merged.lifts = {n: lift for n, lift in merged.lifts.items() if n not in theirs.lifts}
+        if theirs.continuous_lift is not None:
+            merged.continuous_lift = None
+        kept = {lift.operator for lift in merged._learned}
+        merged.operators = {name: network for name, network in merged.operators.items() if name in kept}
+        names = {name: merged._add(name, network) for name, network in theirs.operators.items()}
+        renamed = lambda lift: replace(lift, operator=names.get(lift.operator, lift.operator))  # noqa: E731
+        merged.lifts |= {n: renamed(lift) for n, lift in theirs.lifts.items()}
+        if theirs.continuous_lift is not None:
+            merged.continuous_lift = renamed(theirs.continuous_lift)
         return merged
 
-    def with_continuous_lift(self, lift: ContinuousLift) -> SpanLiftScheduler:
-        """A copy that takes from ``lift`` what its own lifts do not have; the operator is found by its name."""
-        copied = copy.deepcopy(self)
-        copied.continuous_lift = lift
-        return copied
+    def _add(self, name: str, network: ResidualOperator) -> str:
+        """Take an operator in; its name, or the next one that is free or of the same weights: "shared-2"."""
+
+        def same(other: ResidualOperator) -> bool:
+            weights = network.state_dict()
+            return all(torch.equal(v.cpu(), weights[k].cpu()) for k, v in other.state_dict().items())
+
+        own, count = name, 1
+        while not same(self.operators.setdefault(own, network)):
+            own, count = f"{name}-{count + 1}", count + 1
+        return own
 
     def lift(self, num_inference_steps: int, schedule: Schedule, begin: int = 0) -> Lift | None:
         """The lift of its base's schedule: that of the number of steps, or what the continuous one gives.
