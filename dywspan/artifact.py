@@ -71,7 +71,7 @@ def table_from_json(data: Mapping[str, Any]) -> SolverTable:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be true or false; got {value!r}")
-    return SolverTable(weights, scale, data["grid"], **flags, provenance=data.get("provenance") or {})
+    return SolverTable(weights, scale, data["grid"], **flags, provenance=_provenance(data))
 
 
 def read_tables(tables: Mapping[str, Any] | None) -> dict[int, SolverTable]:
@@ -121,7 +121,7 @@ def read_continuous(data: Mapping[str, Any] | None, kind: type[Continuous] = Con
             raise ValueError(f"coefficients must be rows of the same length; they have {[len(row) for row in rows]}")
         coefficients = torch.stack([_numbers(row, f"coefficients row {i}") for i, row in enumerate(rows)])
         own = {f.name: data[f.name] for f in fields(kind) if f.name in data}
-        return kind(**{**own, "coefficients": coefficients, "provenance": data.get("provenance") or {}})
+        return kind(**{**own, "coefficients": coefficients, "provenance": _provenance(data)})
     except (ValueError, TypeError, OverflowError) as error:
         what = kind.__name__.removeprefix("Continuous").lower()
         raise ValueError(f"Damaged continuous {what}: {error}. Download or distil it again.") from error
@@ -156,8 +156,7 @@ def read_lifts(lifts: Mapping[str, Any] | None) -> dict[int, Lift]:
             if str(int(key)) != str(key):
                 raise ValueError("the key must be a number of steps")
             alpha, beta = (_numbers(data[name], name) for name in ("alpha", "beta"))
-            name, provenance = str(data.get("operator", "shared")), data.get("provenance") or {}
-            result[int(key)] = Lift(alpha, beta, name, provenance)
+            result[int(key)] = Lift(alpha, beta, str(data.get("operator", "shared")), _provenance(data))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f'Damaged SpanLift entry "{key}": {error!r}. Download or distil it again.') from error
     return result
@@ -178,7 +177,13 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def warn_if_newer(version: str | None) -> None:
-    """A file written by a later release may mean something this one does not know."""
+    """A file written by a later release may mean something this one does not know.
+
+    Raises:
+        ValueError: it is no version.
+    """
+    if not isinstance(version, str | None):
+        raise ValueError(f"dywspan_version={version!r} must be a text such as {__version__!r}.")
     if version and release(version) > release(__version__):
         warnings.warn(
             f"This solver was written by dywspan {version}, newer than the installed {__version__}. "
@@ -191,6 +196,13 @@ def compact(text: str) -> str:
     """Put every innermost list of numbers of an indented JSON text on one line, so that a table reads as one."""
     # The line break after the bracket tells a list from a text that looks like one: JSON texts have none.
     return re.sub(r"\[\n[\d\s.,eE+-]*\]", lambda m: json.dumps(json.loads(m[0])), text)
+
+
+def _provenance(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = data.get("provenance") or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"provenance must be a mapping; got {found!r}")
+    return found
 
 
 def _numbers(values: Any, name: str) -> torch.Tensor:

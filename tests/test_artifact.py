@@ -207,6 +207,7 @@ DAMAGE = {
     "grid below zero": ("grid", {"sigmas": [3.0, 2.0, 1.0, -1.0]}, "at 0 or above"),
     "grid short": ("grid", {"sigmas": [3.0, 2.0, 1.0]}, "3 steps has 4 levels"),
     "grid repeats": ("grid", {"sigmas": [3.0, 2.0, 2.0, 0.0]}, "decreasing"),
+    "provenance text": ("provenance", "mine", "provenance must be a mapping"),
     "afs text": ("afs", "false", "afs must be true or false"),
     "afs key": ("afs", True, "holds a table for 2 network evaluations"),
 }
@@ -221,6 +222,37 @@ def test_a_damaged_table_is_named_when_loaded(tmp_path: Path, name: str) -> None
     (tmp_path / NAME).write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f'(?s)Damaged solver table "3": .*{message}'):
         DyWeightScheduler.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"dywspan_version": 5}, "dywspan_version=5 must be a text"),
+        ({"order": 1.5}, "order=1.5 must be a whole number"),
+        ({"host_scheduler": "UNet2DModel"}, "host_scheduler='UNet2DModel' is no scheduler"),
+        ({"host_scheduler": "StableDiffusionPipeline"}, "host_scheduler='StableDiffusionPipeline' is no scheduler"),
+        ({"host_scheduler": "VaeImageProcessor"}, "host_scheduler='VaeImageProcessor' is no scheduler"),
+        ({"host_scheduler": ["DDIMScheduler"]}, "must be the name of a diffusers scheduler"),
+    ],
+)
+def test_other_damage_is_named_too(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        DyWeightScheduler(**settings).set_timesteps(3)
+
+
+@pytest.mark.parametrize("spacing", [{}, {"timestep_spacing": "trailing"}])
+def test_a_configuration_of_an_older_release_has_its_classes_defaults(spacing: dict[str, Any], tmp_path: Path) -> None:
+    """Not ours: a file without a key means what its class takes for it."""
+    old = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_start": 0.0015, **spacing}
+    (tmp_path / NAME).write_text(json.dumps(old))
+    theirs = diffusers.DDPMScheduler.from_pretrained(tmp_path)
+    theirs.set_timesteps(5)
+    for ours in (
+        DyWeightScheduler.from_pretrained(tmp_path, solver="euler"),
+        DyWeightScheduler.from_config(theirs.config, solver="euler"),
+    ):
+        ours.set_timesteps(5)
+        assert ours.timesteps.tolist() == pytest.approx(theirs.timesteps.tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("tables", [[1, 2], "5", 3])

@@ -165,6 +165,18 @@ def test_equals_own_scheduler(name: str) -> None:
         assert len(ours.told) == len(reference.told)
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.6])  # its tokens never change, or from the middle on
+def test_frames_that_are_given_stay(strength: float) -> None:
+    """LTX tells each token's time, and keeps what it does not ask to be moved."""
+    tiny = tp.build("LTXConditionPipeline")
+    own = tiny.pipe.scheduler
+    given = {"image": tp.images([0], 64), "strength": strength}
+    reference = tp.run(tiny, type(own).from_config(own.config), [0], **given)
+    ours = tp.run(tiny, DyWeightScheduler.from_config(own.config, solver="euler"), [0], **given)
+    assert distance(ours.output, reference.output) < tiny.tolerance
+    assert distance(ours.output, tp.run(tiny, type(own).from_config(own.config), [0]).output) > 1e-2
+
+
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"])
 @pytest.mark.parametrize(
     ("solver", "twin"),

@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,8 @@ def test_training_scripts_noise_at_any_timestep() -> None:
         torch.testing.assert_close(scheduler.add_noise(clean, noise, times), reference, rtol=1e-5, atol=1e-6)
         scheduler.set_timesteps(5)
         torch.testing.assert_close(scheduler.add_noise(clean, noise, times), reference, rtol=1e-5, atol=1e-6)
+        run(scheduler, lambda x, t: 0.1 * x, sample_of())
+        torch.testing.assert_close(scheduler.add_noise(clean, noise, times), reference, rtol=1e-5, atol=1e-6)
     flow = classical("euler", "flow")
     sigma = (times / 1000)[:, None, None, None]
     expected = (1 - sigma) * clean + sigma * noise
@@ -454,6 +457,16 @@ def test_copies_while_a_graph_is_held(how: Callable, afs: bool, network: Network
     twin.set_timesteps(5)
     assert torch.equal(run(twin, network, sample_of() * twin.init_noise_sigma), end)
     assert twin.tables[5].weights.requires_grad and twin.tables[5].weights is not scheduler.tables[5].weights
+
+
+def test_a_scheduler_that_is_learned_can_be_copied(network: Network) -> None:
+    """LTX2 and others copy theirs inside their call; the copy has the numbers, not their graph."""
+    scheduler = with_table("epsilon", learned())
+    table = scheduler.tables[5]
+    scheduler.tables = {5: replace(table, weights=2 * (table.weights / 2).requires_grad_())}
+    assert scheduler.tables[5].weights.grad_fn is not None
+    twin = copy.deepcopy(scheduler)
+    assert twin.tables[5].weights.grad_fn is None and torch.equal(twin.tables[5].weights, table.weights)
 
 
 @pytest.mark.parametrize("solver", ["table", "dpmpp", "heun"])

@@ -559,6 +559,16 @@ def test_a_damaged_file_is_named_when_loaded(tmp_path: Path, name: str, monkeypa
     assert not Path("exploded").exists()
 
 
+@pytest.mark.parametrize("size", [{"width": -1}, {"kernel": -1}, {"width": 10**12}, {"width": "wide"}, {"hue": 3}])
+def test_a_damaged_size_costs_no_memory(tmp_path: Path, size: dict[str, Any]) -> None:
+    lifted().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    config["operator"] |= size
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="operator="):
+        SpanLiftScheduler.from_pretrained(tmp_path)
+
+
 def test_the_bomb_is_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pickle.loads(pickle.dumps(Bomb()))

@@ -136,7 +136,8 @@ def _listening(denoiser: nn.Module, scheduler: Any, trace: Trace) -> Iterator[No
     @functools.wraps(solve)  # pipelines look at the signature of step
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = solve(model_output, timestep, sample, *args, **kwargs)
-        trace.steps.append((model_output, sample, result[0]))
+        turned = kwargs.get("per_token_timesteps") is not None
+        trace.steps.append((-model_output if turned else model_output, sample, result[0]))
         return result
 
     def add_noise(original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -725,13 +726,14 @@ LTX: dict[str, Any] = {
 }  # fmt: skip
 
 
-def ltx(pipeline: type) -> Any:
+def ltx(pipeline: type, **shift: Any) -> Any:
     small = d.AutoencoderKLLTXVideo(
         latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
         layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5,
     )  # fmt: skip
-    scheduler = flow_euler(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1)
-    return pipeline(scheduler=scheduler, vae=small, transformer=d.LTXVideoTransformer3DModel(**LTX), **NO_TEXT)
+    dynamic = {"use_dynamic_shifting": True, "base_shift": 0.95, "max_shift": 2.05, "shift_terminal": 0.1}
+    scheduler, transformer = flow_euler(**(shift or dynamic)), d.LTXVideoTransformer3DModel(**LTX)
+    return pipeline(scheduler=scheduler, vae=small, transformer=transformer, **NO_TEXT)
 
 
 def ltx_inputs(i: Indices) -> dict[str, Any]:
@@ -751,6 +753,13 @@ def ltx_image() -> Tiny:
     inputs = lambda i: {**ltx_inputs(i), "image": images(i, 64)}
     exercises = "first frame kept: step sees the other frames only"
     return Tiny(ltx(d.LTXImageToVideoPipeline), inputs, exercises, layout="video", channels=8)
+
+
+@row("LTXConditionPipeline")
+def ltx_condition() -> Tiny:
+    exercises = "a time for each token, the velocity's sign turned"
+    pipe = dywspan.bind(ltx(d.LTXConditionPipeline, shift=1.0))
+    return Tiny(pipe, ltx_inputs, exercises, layout="packed_video", channels=8)
 
 
 @row("MochiPipeline")

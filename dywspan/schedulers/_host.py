@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from ..core.prediction import PREDICTIONS, Prediction, VariancePreserving
@@ -50,10 +51,13 @@ class Host:
     def __init__(self, config: Mapping[str, Any]) -> None:
         kind = config["prediction_type"]
         name = config["host_scheduler"] or _euler(kind)
+        if not isinstance(name, str):
+            raise ValueError(f"host_scheduler={name!r} must be the name of a diffusers scheduler.")
         if name.startswith(_REFUSED):
             raise ValueError(f"{name} does not integrate an ODE from noise to data, so no solver can replace it.")
-        if not hasattr(diffusers, name):
-            raise ValueError(f"host_scheduler={name!r} is not a class of the installed diffusers; upgrade diffusers.")
+        kind_of = getattr(diffusers, name, None)
+        if not (isinstance(kind_of, type) and issubclass(kind_of, SchedulerMixin)):
+            raise ValueError(f"host_scheduler={name!r} is no scheduler of the installed diffusers; upgrade diffusers.")
         self.scheduler = _build(name, config)
         # Two-stage and warm-up schedulers repeat timesteps: their grid is Euler's on the same spacing.
         repeats = self.scheduler.order > 1 or name == "PNDMScheduler"
@@ -107,6 +111,12 @@ def _euler(prediction_type: str) -> str:
 
 def _build(name: str, config: Mapping[str, Any]) -> Any:
     return getattr(diffusers, name)(**{k: config[k] for k in _parameters(name) if config.get(k) is not None})
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """What a diffusers class takes for settings that a configuration of it lacks, as those of older releases do."""
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def _parameters(name: str) -> set[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..artifact import compact, write_atomically
 from ..core.prediction import Flow, VariancePreserving
 from ..core.step import History, Schedule, analytical_derivative, combine, step
-from ._host import Host, host_class_name
+from ._host import Host, defaults, host_class_name
 
 
 class SolverScheduler(SchedulerMixin, ConfigMixin):
@@ -55,7 +55,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(config, Mapping):
             config = {k: v for k, v in config.items() if k != "_use_default_values"}
             if (name := host_class_name(config, cls)) is not None:
-                config["host_scheduler"] = name
+                config = {**defaults(name), **config, "host_scheduler": name}
                 if Host.is_flow(name, config):
                     config["prediction_type"] = "flow_prediction"
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -225,6 +225,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             x = x * self._start  # this pipeline does not scale its noise by init_noise_sigma
         if self._skipped and i == 0:
             self._history = (analytical_derivative(1 / (scale * self._afs_factor), self._levels[0]) * x,)
+        if kwargs.get("per_token_timesteps") is not None:
+            # LTXCondition, SANA-WM: tokens of other levels they keep themselves; the velocity has the other sign.
+            model_output = -model_output
         if model_output.shape[1:2] != sample.shape[1:2]:
             model_output = model_output[:, : sample.shape[1]]
         # x stays in the network's frame: what leads out of it and into the next is in the coefficients.
@@ -270,12 +273,14 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     def _noising(self, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(alpha, sigma, input scale) per timestep, on the CPU."""
         prediction = self.host.prediction
-        # With a begin index set, a pipeline's timesteps are one level repeated; in training scripts they may be any.
-        repeated = self._expected_index is not None or timesteps.unique().numel() == 1
+        # While a pipeline samples, they are one level repeated, and looking would wait for the device; in training
+        # scripts, which may have sampled before, they may be any.
+        expected = self._expected_index
+        known = expected is not None and expected < len(self._times) and timesteps.device.type != "cpu"
         try:
-            if self._schedule is None or not repeated:
+            if self._schedule is None or not (known or timesteps.unique().numel() == 1):
                 raise ValueError
-            row = self.index_for_timestep(timesteps) + self._skipped
+            row = self.index_for_timestep(timesteps if known else timesteps.cpu()) + self._skipped
         except ValueError:
             sigma = tau = prediction.sigma(timesteps.detach().cpu().reshape(-1))
         else:

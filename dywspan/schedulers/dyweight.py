@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ class DyWeightScheduler(SolverScheduler):
     ) -> None:
         if solver is not None and solver not in BASES and solver not in TWO_STAGE:
             raise ValueError(f"Unknown solver {solver!r}: use one of {sorted([*BASES, *TWO_STAGE])}.")
+        if type(order) is not int:
+            raise ValueError(f"order={order!r} must be a whole number.")
         if solver in MAX_ORDER and not 1 <= order <= max(MAX_ORDER[solver], 2):
             raise ValueError(f"order={order} is out of range for {solver!r}: 1 to {MAX_ORDER[solver]}.")
         warn_if_newer(dywspan_version)
@@ -232,6 +235,14 @@ class DyWeightScheduler(SolverScheduler):
                 "pass another one, grid={'name': ..., ...}."
             )
         return Schedule.from_weights(sigmas, weights)
+
+    def __getstate__(self) -> dict[str, Any]:
+        leaf = lambda v: v if v.is_leaf else v.detach()  # noqa: E731
+        tables = {
+            n: replace(table, weights=leaf(table.weights), time_scale=leaf(table.time_scale))
+            for n, table in self.tables.items()
+        }
+        return super().__getstate__() | {"tables": tables}
 
     def _start_at(self, i: int) -> None:
         """Forget the past. A classical solver builds its orders up from where it starts, as diffusers' do."""
