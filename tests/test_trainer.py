@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -619,6 +620,27 @@ def test_a_shared_operator_on_learned_tables(pixels: Path, learned: Path, lifted
         assert table_to_json(scheduler.tables[n]) == table_to_json(base)
 
 
+def test_more_steps_leave_a_shared_operator_as_it_is(
+    pixels: Path, learned: Path, lifted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second run shares its operator among its own steps; a run of single ones on a shared one keeps each."""
+    output = tmp_path / "more"
+    settings: dict[str, Any] = {**LIFTED, "base": "euler", "pictures": 0}
+    assert learn(pixels, output, **settings) == 0
+    error = held_out_error(pixels, output, 3, **{**settings, "steps": [2, 3]})
+    assert learn(pixels, output, **{**settings, "steps": [4]}) == 0
+    assert {n: lift.operator for n, lift in SpanLiftScheduler.from_pretrained(output).lifts.items()} == {
+        **dict.fromkeys((2, 3), "shared"),
+        4: "shared-2",
+    }
+    assert held_out_error(pixels, output, 3, **{**settings, "steps": [2, 3]}) == error
+    single = {"solver": "spanlift", "steps": [2, 3], "base": lifted, "lr": 1e-3, "updates": 2}
+    assert learn(pixels, tmp_path / "single", **single) == 0
+    scheduler = SpanLiftScheduler.from_pretrained(tmp_path / "single")
+    assert {n: lift.operator for n, lift in scheduler.lifts.items()} == {2: "shared", 3: "shared-2"}
+    capsys.readouterr()
+
+
 def test_a_spanlift_artefact_is_gone_on_with(
     pixels: Path, learned: Path, lifted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -671,6 +693,38 @@ def test_operators_for_tables_that_came_later_are_added_too(
     assert learn(pixels, output, base=tmp_path / "changed", **{**LIFTED, "steps": [2], "shared": False}) == 2
 
 
+def test_the_base_alone_of_a_lifted_solver_is_a_base(lifted: Path, tmp_path: Path, pixels: Path) -> None:
+    """Its configuration still names the lifts it had."""
+    solver = SpanLiftScheduler.from_pretrained(lifted)
+    base = DyWeightScheduler.from_config(solver.config)
+    base.save_pretrained(tmp_path / "base")
+    settings = {**LIFTED, "steps": [2], "updates": 2}
+    assert learn(pixels, tmp_path / "out", base=tmp_path / "base", **settings) == 0
+    assert sorted(SpanLiftScheduler.from_pretrained(tmp_path / "out").lifts) == [2]
+
+
+def test_a_pipeline_with_another_scheduler_is_another_subject(
+    pixels: Path, learned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No checkpoint of the former is gone on with, no artefact of it added to, no table of it a base."""
+    other = tmp_path / "other"
+    shutil.copytree(pixels, other)
+    file = other / "scheduler" / "scheduler_config.json"
+    settings = json.loads(file.read_text())
+    keys = []
+    for changes in ({}, {"beta_end": 0.03}, {"prediction_type": "v_prediction"}):
+        file.write_text(json.dumps(settings | changes))
+        task = run.prepare(configure(model=str(other), output=str(tmp_path / "none"), steps=[2], teacher_steps=4))
+        keys.append(task.key([2]))
+    assert len({*keys}) == 3
+    before = contents(learned)
+    assert learn(other, learned, steps=[4]) == 2
+    assert "holds solvers of another pipeline, or of its former scheduler" in (said := capsys.readouterr().err)
+    assert "'prediction_type': ('epsilon', 'v_prediction')" in said and contents(learned) == before
+    assert learn(other, tmp_path / "lift", base=learned, **LIFTED) == 2
+    assert "was learned for Epsilon networks, and" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -712,6 +766,9 @@ def test_what_does_not_fit_the_artefact_is_refused_before_anything_is_computed(
         ({"solver": "spanlift", "operator": {"widths": 4}}, "operator"),
         ({"solver": "spanlift", "layout": "video"}, "layout"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0 must be at least 0"),
+        ({"optimizer": "least_squares", "loss": "l1"}, "l1' is no sum of squares"),
+        ({"solver": "spanlift", "layout": "packed"}, "layout='packed' is not that of DDPMPipeline"),
         ({"config": "missing.yaml"}, "missing.yaml"),
         ({"solver": "spanlift", "base": "nowhere"}, "nowhere"),
         ({"model": "nowhere"}, "nowhere"),
@@ -733,6 +790,22 @@ def test_mistakes_end_in_one_line_before_anything_is_computed(
     error = capsys.readouterr().err
     assert said in error and error.splitlines()[-1].startswith("dywspan: ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"layout": "packed"}, "layout='packed' is not that of StableDiffusionPipeline"),
+        ({"layout": "packed", "latent_size": [64]}, "latent_size=[64] must be height and width"),
+    ],
+)
+def test_a_loss_that_cannot_decode_is_found_out_before_the_teacher_runs(
+    settings: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], nothing_computed: None
+) -> None:
+    (tmp_path / "p.txt").write_text("lime, noto\n" * 8, encoding="utf-8")
+    asked = {"prompts": tmp_path / "p.txt", "features": "encoder", "steps": [2], **settings}
+    assert learn(ROOT / "examples" / "emoji-sd", tmp_path / "out", **asked) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_in_one_line(
@@ -785,6 +858,35 @@ def test_a_gradient_that_is_not_finite_ends_in_one_line(
     assert learn(pixels, tmp_path, steps=[2]) == 2
     said = capsys.readouterr().err
     assert "dywspan: The gradient is not finite at update 2 of the 2-step solver, though the loss is " in said
+
+
+def test_gradients_in_half_precision_are_scaled_and_gone_on_with(pixels: Path, tmp_path: Path) -> None:
+    """Also after a stop: the scale is part of a checkpoint."""
+    half: dict[str, Any] = {"steps": [2], "mixed_precision": "fp16", "checkpoint_every": 1, "keep_checkpoints": 9}
+    assert learn(pixels, tmp_path / "whole", **half) == 0
+    table = DyWeightScheduler.from_pretrained(tmp_path / "whole").tables[2]
+    assert table.provenance["held_out_error"]["after"] < table.provenance["held_out_error"]["before"]
+    shutil.copytree(tmp_path / "whole" / "state", tmp_path / "stopped" / "state")
+    for file in (tmp_path / "stopped" / "state").rglob("update-*.safetensors"):
+        if int(file.stem.removeprefix("update-")) > 3:
+            file.unlink()
+    assert learn(pixels, tmp_path / "stopped", **half) == 0
+    again = DyWeightScheduler.from_pretrained(tmp_path / "stopped").tables[2]
+    assert torch.equal(table.weights, again.weights) and torch.equal(table.time_scale, again.time_scale)
+
+
+def test_sums_are_made_where_the_processes_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL knows GPUs only, and a solver's gradients are on the CPU."""
+    state = SimpleNamespace(num_processes=2, device=torch.device("meta"))
+    monkeypatch.setattr(processes, "_state", lambda: state)
+
+    def reduce(value: Tensor, reduction: str) -> Tensor:
+        assert value.device == state.device and reduction == "sum"
+        return torch.full(value.shape, 2.0, dtype=value.dtype)
+
+    monkeypatch.setattr("accelerate.utils.reduce", reduce)
+    found = processes.total(torch.ones(3, dtype=torch.float64))
+    assert found.device.type == "cpu" and found.tolist() == [2.0] * 3 and found.dtype == torch.float64
 
 
 @pytest.mark.parametrize("precision", ["no", None])

@@ -145,9 +145,11 @@ class DistillConfig(LearningConfig):
         for name, least in _LEAST.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}: {_help(name)}.")
-        for name in ("lr", "clip", "horizon"):
+        for name in ("lr", "clip", "horizon", "difference"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0: {_help(name)}.")
+        if self.latent_size is not None and len(self.latent_size) != 2:
+            raise ValueError(f"latent_size={self.latent_size} must be height and width of the latent, in this order.")
         if not 0 <= self.bounded < 1:
             raise ValueError(f"bounded={self.bounded} must lie between 0 and 1: {_help('bounded')}.")
         if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
@@ -210,7 +212,8 @@ _POSITIVE = (
     *("updates", "batch_size", "micro_batch_size", "order", "evaluate_every", "pairs", "held_out"),
     *("teacher_steps", "teacher_order", "teacher_batch_size", "checkpoint_every", "keep_checkpoints"),
 )
-_LEAST = dict.fromkeys(_POSITIVE, 1) | dict.fromkeys(("patience", "path_substeps", "pictures", "regression"), 0)
+_NOT_NEGATIVE = ("patience", "path_substeps", "pictures", "regression", "weight_decay", "ridge", "latent_weight")
+_LEAST = dict.fromkeys(_POSITIVE, 1) | dict.fromkeys(_NOT_NEGATIVE, 0)
 _DO_NOT_MATTER = {
     *("output", "cache", "checkpoint_every", "keep_checkpoints", "trackers", "pictures", "push_to_hub", "dry_run"),
     *("steps", "micro_batch_size", "recompute", "fsdp", "release_text_encoders", "guidance_scale"),

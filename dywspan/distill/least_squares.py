@@ -198,7 +198,7 @@ class Problem:
 
     def _mean(self, sums: Tensor) -> Tensor:
         """Over an update's pairs, those of all processes."""
-        return total(sums.to(self.pipe.device)).cpu() / self.config.batch_size
+        return total(sums) / self.config.batch_size
 
     def _endpoint(self, student: Student, term: Term, part: Pairs) -> Tensor:
         with torch.no_grad(), autocast(self.pipe, self.config.mixed_precision):

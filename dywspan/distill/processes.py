@@ -57,9 +57,11 @@ def share(samples: Sequence[int]) -> Sequence[int]:
 
 
 def total(value: Tensor) -> Tensor:
-    """The sum over processes."""
+    """The sum over processes, where ``value`` is: a solver's numbers are on the CPU, and NCCL sums on GPUs only."""
     from accelerate.utils import reduce
 
-    result = reduce(value, reduction="sum")
+    if _state().num_processes == 1:
+        return value
+    result = reduce(value.to(_state().device), reduction="sum")
     assert isinstance(result, torch.Tensor)
-    return result
+    return result.to(value.device)

@@ -134,7 +134,7 @@ def _fit(
             with autocast(pipe, precision):
                 vectors = _lack_and_directions(pipe, scheduler, i, is_last, part, call)
             products += counts * (vectors @ vectors.T).cpu()
-        products = total(products.to(pipe.device)).cpu()
+        products = total(products)
         found = torch.linalg.lstsq(products[1:, 1:], products[1:, :1]).solution[:, 0]
         older = found[is_last:]
         weights[i, 1 : 1 + len(older)] = older

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, DistillConfig
 from .embeddings import remembered_prompts
 from .inputs import check_call, split_inputs
-from .losses import Loss, make_loss
+from .losses import Loss, make_loss, residuals_of
 from .pairs import UNWRITABLE, Pairs, Source, Teacher, common_path, digest, ends, fingerprint, fresh, make_pairs
 from .plan import print_plan
 from .processes import is_main, share, wait
@@ -37,6 +38,7 @@ from .train import Log, default_grid, distill, distill_continuous, distill_lift,
 
 # Three ranges of seeds that never meet: a demo's or user's small ones, held-out pairs, training pairs.
 HELD_OUT_SEED, TRAIN_SEED = 10**6, 2 * 10**6
+_OF_SOLVERS = {*BASE, *("layout", "operator", "lifts", "continuous_lift", "weights_sha256", "dywspan_version")}
 SPARE = ".spare"  # a copy of the artefact, in its folder
 
 
@@ -82,7 +84,9 @@ class Task:
         own = {} if self.base is None else self.base.config
         base = {k: own.get(k) for k in (*BASE, "lifts", "continuous_lift", "weights_sha256")}
         base["tables"] = {n: table for n, table in (base["tables"] or {}).items() if int(n) in group}
-        return digest([self.config.matters, self.model, base, self.inputs, self.held_out_inputs])
+        host = {k: v for k, v in self.pipe.scheduler.config.items() if not k.startswith("_")}
+        known = [self.teacher.describe(), host, self.inputs, self.held_out_inputs]
+        return digest([self.config.matters, self.model, base, *known])
 
     def untrained(self, steps: int) -> DyWeightScheduler:
         """Where learning starts."""
@@ -107,7 +111,8 @@ def prepare(config: DistillConfig, device: torch.device | str = "cpu") -> Task:
     place = "cpu" if config.fsdp else device
     pipe = load_pipeline(config.model, getattr(torch, config.dtype), place, config.revision)
     if isinstance(LAYOUTS[config.layout], Packed) or guidance_argument(pipe) is not None:
-        bind(pipe)
+        with suppress(TypeError):  # it cannot be told: that counts where it must be, and is said there
+            bind(pipe)
     for own in config.variants.values() or [{}]:
         check_call(pipe, inputs, {**config.call, **own})
     if config.late_starts and "latents" not in inspect.signature(type(pipe).__call__).parameters:
@@ -121,6 +126,8 @@ def prepare(config: DistillConfig, device: torch.device | str = "cpu") -> Task:
     teacher, model = find_teacher(config, pipe), fingerprint(pipe)
     size: Any = config.latent_size and tuple(config.latent_size)
     loss = make_loss(pipe, config.loss, config.features, config.latent_weight, config.layout, size)
+    if config.optimizer not in OPTIMIZERS:
+        residuals_of(loss)
     task = Task(config, pipe, inputs, held_out_inputs, teacher, loss, base, model)
     told = {call.get(str(guidance_argument(pipe))) for call in task.calls.values()}
     found = {guidance_scale(pipe, {**inputs[0], **call}) for call in task.calls.values()}
@@ -134,6 +141,8 @@ def prepare(config: DistillConfig, device: torch.device | str = "cpu") -> Task:
         _check_extension(existing, base, config)
     for n in config.steps:
         set_timesteps(task.untrained(n), n)
+    if existing is not None:
+        _check_model(existing, task.untrained(config.steps[0]), config)
     if config.fsdp:
         _shard(pipe)
         pipe.to(device)
@@ -162,8 +171,7 @@ def run(config: DistillConfig) -> DyWeightScheduler | SpanLiftScheduler | None:
         raise ValueError(f"{started} processes were started, but each sees itself alone: set ACCELERATE_USE_CPU=true.")
     precision: Any = config.mixed_precision or accelerator.mixed_precision
     task = prepare(replace(config, mixed_precision=precision), accelerator.device)
-    if task.base is not None:
-        _check_layout(task)
+    _check_sample(task)
     if config.dry_run:
         print_plan(task)
         return None
@@ -311,6 +319,12 @@ def _base(config: DistillConfig, pipe: Any) -> Any:
     if classical:
         return DyWeightScheduler.from_config(pipe.scheduler.config, solver=config.base)
     base: Any = (SpanLiftScheduler if lifted else DyWeightScheduler).from_pretrained(config.base)
+    own, other = (s.host.prediction for s in (DyWeightScheduler.from_config(pipe.scheduler.config), base))
+    if type(own) is not type(other):
+        raise ValueError(
+            f"base={config.base!r} was learned for {type(other).__name__} networks, and {config.model} is of kind "
+            f"{type(own).__name__}: learn one for this pipeline."
+        )
     if config.continuous and base.continuous is None and base._solver is None:
         raise ValueError(
             f"base={config.base!r} has tables for {sorted(base.tables)} steps only, and continuous needs a base for "
@@ -344,14 +358,21 @@ def _check_operator(config: DistillConfig) -> None:
 
 
 @torch.no_grad()
-def _check_layout(task: Task) -> None:
-    """One sample of the base is of the layout. Whether packed tokens are the size told is seen at the first step."""
-    config, layout = task.config, LAYOUTS[task.config.layout]
-    if isinstance(layout, Packed):
+def _check_sample(task: Task) -> None:
+    """One sample of where learning starts is of the layout, and can be decoded where the loss does."""
+    config, steps = task.config, min(task.config.steps)
+    if task.base is None and config.features is None:
         return
-    x, _ = sample(task.pipe, task.base, min(config.steps), task.inputs[:1], [0], task.call)
+    scheduler: Any = copy.copy(task.untrained(steps))
+    sizes: list[Any] = [None]
+    tell = getattr(scheduler, "set_latent_size", lambda *size: None)
+    scheduler.set_latent_size = lambda *size: sizes.append(size) or tell(*size)  # by a bound pipeline
+    x, _ = sample(task.pipe, scheduler, steps, task.inputs[:1], [0], task.call)
     try:
-        layout.to_grid(x)
+        if task.base is not None:
+            LAYOUTS[config.layout].to_grid(x, sizes[-1])
+        if config.features is not None:
+            task.loss(task.pipe, x.float(), x.float())
     except ValueError as error:
         raise ValueError(f"layout={config.layout!r} is not that of {type(task.pipe).__name__}: {error}") from None
 
@@ -366,6 +387,17 @@ def _check_extension(existing: SpanLiftScheduler | None, base: DyWeightScheduler
     wrong += [f"operator.{k}" for k, v in size.items() if existing.config["operator"].get(k, v) != v]
     if wrong:
         raise ValueError(f"{config.output} holds operators that differ in {wrong}: choose another output.")
+
+
+def _check_model(existing: DyWeightScheduler, new: DyWeightScheduler, config: DistillConfig) -> None:
+    """An artefact's configuration is that of one pipeline's scheduler."""
+    ours, theirs = (json.loads(scheduler.to_json_string()) for scheduler in (existing, new))
+    shared = {k for k in ours.keys() & theirs.keys() if not k.startswith("_")} - _OF_SOLVERS
+    if wrong := {k: (ours[k], theirs[k]) for k in sorted(shared) if ours[k] != theirs[k]}:
+        raise ValueError(
+            f"{config.output} holds solvers of another pipeline, or of its former scheduler: {wrong}. Choose another "
+            "output."
+        )
 
 
 def find_teacher(config: DistillConfig, pipe: Any) -> Teacher:

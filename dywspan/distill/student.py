@@ -236,7 +236,9 @@ class LiftStudent(Student):
         else:
             channels = LAYOUTS[layout].channels((1, *sample_shape))
             size = {"channels": channels, "order": order, **(operator or {})}
-            scheduler = SpanLiftScheduler.from_config(base.config, layout=layout, operator=size)
+            # A base that was part of a SpanLift solver may still name its lifts.
+            none = dict.fromkeys(("lifts", "continuous_lift", "weights_sha256"))
+            scheduler = SpanLiftScheduler.from_config(base.config, layout=layout, operator=size, **none)
             if horizon is not None:
                 scheduler.continuous_lift = ContinuousLift.initial(_order(base), horizon=horizon, operator=name)
             for n in steps if horizon is None else ():

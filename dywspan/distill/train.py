@@ -138,7 +138,8 @@ def fit(progress: Progress) -> None:
     scaler = torch.amp.GradScaler(pipe.device.type, enabled=config.mixed_precision == "fp16")
     with progress.meter.running(), frozen(pipe, config.recompute, student.networks):
         progress.begin(optimizer)
-        scaler.load_state_dict(progress.own)
+        if progress.own:
+            scaler.load_state_dict(progress.own)
 
         def step(update: int) -> dict[str, float]:
             turn, rate = update % len(terms), peak_rate * learning_rate(update, updates)

@@ -9,6 +9,7 @@ import difflib
 import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -261,7 +262,8 @@ def prepare(config: QualityConfig, device: torch.device | str = "cpu") -> Task:
     inputs = _inputs(config)
     pipe = load_pipeline(config.model, getattr(torch, config.dtype), device, config.revision)
     if isinstance(LAYOUTS[config.layout], Packed) or guidance_argument(pipe) is not None:
-        bind(pipe)
+        with suppress(TypeError):  # it cannot be told: that counts where it must be, and is said there
+            bind(pipe)
     for call in config.calls.values():
         check_call(pipe, inputs, call)
     metrics = make_metrics(config, pipe, {"latents", "reference_images", "reference_latents", *_fields(inputs)})
