@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny_pipelines as tp
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from hypothesis import given
 from hypothesis import strategies as st
 from test_core import FRAMES, GRID_SPECS, HIGH, INSTANCES, LOW, Gaussian, slope
@@ -27,7 +28,7 @@ from dywspan import DyWeightScheduler, SpanLiftScheduler
 from dywspan.artifact import continuous_to_json, read_continuous, shown_tables
 from dywspan.core.bases import BASES, MAX_ORDER
 from dywspan.core.continuous import FEATURES, ContinuousLift, ContinuousTable, features
-from dywspan.core.grid import make_grid, resolution_mu
+from dywspan.core.grid import make_grid
 from dywspan.core.prediction import EDM, Flow, Prediction
 from dywspan.core.step import step
 from dywspan.core.table import SolverTable
@@ -309,7 +310,7 @@ def test_the_resolution_that_a_pipeline_is_called_with_shapes_the_table() -> Non
     scheduler, prediction, outputs = on(tiny, function), Flow(), []
     for side in (32, 64):
         outputs.append(tp.run(tiny, scheduler, [0], height=side, width=side).output)
-        mu = resolution_mu((side // 4) ** 2)
+        mu = calculate_shift((side // 4) ** 2)
         expected = function.table(3, prediction, mu)
         torch.testing.assert_close(scheduler.sigmas, expected.schedule(prediction, mu).levels.float())
         found = torch.tensor(scheduler._rows, dtype=torch.float64)
@@ -488,7 +489,7 @@ def test_late_pairs_start_on_the_teachers_way_and_can_be_learned_from(name: str)
     fine = DyWeightScheduler.from_config(own.config, solver="adams", order=3, grid=grid)
     six = subject.inputs(range(6)), range(6)
     paths = make_pairs(subject.pipe, Teacher(fine, 16 * whole, 16), *six, call=subject.call)
-    mu = resolution_mu(paths.endpoints.shape[1]) if isinstance(prediction, Flow) else None
+    mu = calculate_shift(paths.endpoints.shape[1]) if isinstance(prediction, Flow) else None
     level = 1.0 if isinstance(prediction, Flow) else float(make_grid(grid, whole, prediction, mu)[whole - steps])
     pairs = ends(paths, steps, level)
     assert torch.equal(pairs.endpoints, paths.endpoints) and len(pairs.inputs[0]["latents"]) == 1

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dywspan.core.bases import BASES, MAX_ORDER
-from dywspan.core.grid import GRIDS, flow, make_grid, resolution_mu
+from dywspan.core.grid import GRIDS, flow, make_grid
 from dywspan.core.prediction import EDM, PREDICTIONS, Epsilon, Flow, Prediction, Sample, VariancePreserving, Velocity
 from dywspan.core.step import TWO_STAGE, Schedule, analytical_derivative, fold, rollout, step
 from dywspan.core.table import SolverTable
@@ -467,12 +467,6 @@ def test_flow_grid_by_mu_and_by_shift() -> None:
     assert by_mu[0].item() == 1 and by_mu[-1].item() == 0
     unshifted = make_grid({"name": "flow"}, n, Flow())
     torch.testing.assert_close(unshifted, torch.linspace(1, 0, n + 1, dtype=torch.float64), rtol=1e-12, atol=1e-15)
-
-
-def test_resolution_mu_is_flux_line() -> None:
-    assert resolution_mu(256) == 0.5
-    assert resolution_mu(4096) == pytest.approx(1.15)
-    assert resolution_mu(2176) == pytest.approx(0.825)  # half way
 
 
 @pytest.mark.parametrize(

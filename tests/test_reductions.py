@@ -14,10 +14,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from dywspan import DyWeightScheduler
-from dywspan.core.grid import resolution_mu
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -124,7 +124,7 @@ def test_euler_on_other_grids(option: str, network: Callable) -> None:
     "config, how",
     [
         ({"shift": 3.0}, {"num_inference_steps": 8}),
-        ({"use_dynamic_shifting": True}, {"mu": resolution_mu(1024), "sigmas": [1.0, 0.75, 0.5, 0.25]}),
+        ({"use_dynamic_shifting": True}, {"mu": calculate_shift(1024), "sigmas": [1.0, 0.75, 0.5, 0.25]}),
         ({"use_dynamic_shifting": True}, {"mu": 0.9, "num_inference_steps": 4}),
         ({"shift": 1.5}, {"sigmas": [0.95, 0.6, 0.4, 0.1]}),
         ({"shift": 2.0, "shift_terminal": 0.02}, {"num_inference_steps": 5}),

@@ -59,13 +59,6 @@ def flow(n: int, *, shift: float | None = None, mu: float | None = None) -> Tens
     return a * t / (a * t + (1 - t))  # exactly 1 at t = 1
 
 
-def resolution_mu(
-    tokens: int, base_tokens: int = 256, max_tokens: int = 4096, base_mu: float = 0.5, max_mu: float = 1.15
-) -> float:
-    """FLUX's mu: linear in the number of latent tokens, 0.5 at 256 and 1.15 at 4096."""
-    return base_mu + (max_mu - base_mu) * (tokens - base_tokens) / (max_tokens - base_tokens)
-
-
 GRIDS: dict[str, Callable[..., Tensor]] = {
     "polynomial": polynomial,
     "logsnr": logsnr,

@@ -86,9 +86,6 @@ class ResidualOperator(nn.Module):
         return 2 * height * width * sum(m.weight.numel() for m in convolutions)
 
 
-OPERATORS: dict[str, dict[str, Any]] = {"spatial": {"kernel": 3}, "pointwise": {"kernel": 1}}
-
-
 def conditioning(times: Tensor, log_snr: Tensor, sizes: Tensor) -> Tensor:
     """xi = (t, lambda, log|h|) of N steps, each bounded at both ends of the grid.
 
