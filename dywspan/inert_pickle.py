@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,6 +53,13 @@ class _Reader(pickle.Unpickler):
     """
 
     def __init__(self, file: io.BytesIO, storage: Callable[[str], bytes] | None = None, strict: bool = False) -> None:
+        start = file.tell()
+        # The memo is as long as its largest index says: no honest pickle has one past its own length.
+        length = len(file.getbuffer()) - start
+        for code, index, _ in pickletools.genops(file):
+            if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and index > length:
+                raise pickle.UnpicklingError(f"it remembers {index} things in {length} bytes")
+        file.seek(start)
         super().__init__(file)
         self.storage, self.strict = storage, strict
 
@@ -117,11 +125,29 @@ def _bytes(text: str, *_: Any) -> bytes:
     return text.encode("latin1")
 
 
-_REBUILT: dict[tuple[str, str], Callable[..., Any]] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch.storage", "_load_from_bytes"): _storage,
-    ("_codecs", "encode"): _bytes,
+class _Rebuilder:
+    """One of the functions above; a pickle can call it, but not write to it."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_function", function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError(f"it sets {name} of a function")
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it gives a function a state")
+
+
+_REBUILT = {
+    ("torch._utils", "_rebuild_tensor_v2"): _Rebuilder(_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Rebuilder(_parameter),
+    ("torch.storage", "_load_from_bytes"): _Rebuilder(_storage),
+    ("_codecs", "encode"): _Rebuilder(_bytes),
 }
 
 
@@ -131,6 +157,8 @@ def read_pickle(content: bytes) -> Any:
     if not zipfile.is_zipfile(file):
         return _Reader(io.BytesIO(content)).load()
     with zipfile.ZipFile(file) as archive:
+        if sum(member.file_size for member in archive.infolist()) > len(content):
+            raise pickle.UnpicklingError("it would be larger unpacked, and torch.save does not compress")
         (name,) = [n for n in archive.namelist() if n.endswith("/data.pkl")]
         folder = name.removesuffix("data.pkl") + "data/"
         return _Reader(io.BytesIO(archive.read(name)), lambda key: archive.read(folder + key), strict=True).load()

@@ -8,6 +8,7 @@ import json
 import pickle
 import sys
 import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +368,27 @@ def test_objects_in_an_archive_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"b\.pt .*holds an object"):
         read_published(tmp_path / "b.pt")
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\x80\x04Nr" + (2**32 - 1).to_bytes(4, "little") + b".", "remembers 4294967295 things"),
+        (b"\x80\x04N" + b"p4000000000\n" + b".", "remembers 4000000000 things"),
+        (b"\x80\x04ctorch._utils\n_rebuild_parameter\nN}X\x01\x00\x00\x00aK\x07s\x86b.", "a state"),
+    ],
+)
+def test_a_pickle_takes_no_memory_and_writes_to_no_function(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "evil.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_published(tmp_path / "evil.pkl")
+
+
+def test_an_archive_that_grows_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", b"\x80\x04N." + bytes(10**6))
+    with pytest.raises(ValueError, match="would be larger unpacked"):
+        read_published(tmp_path / "bomb.pt")
 
 
 def test_a_tensor_cannot_reach_beyond_its_storage(tmp_path: Path) -> None:

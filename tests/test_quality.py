@@ -335,9 +335,11 @@ def test_published_grids_are_met_where_they_are_published() -> None:
     cell = make_cell(pipe, Solver("AYS", BASELINES["DPM-Solver++(2M), AYS"]), 10, {}, call)
     published = [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.0]
     assert cell.scheduler.sigmas.tolist() == pytest.approx(published)
-    longer = make_cell(pipe, Solver("AYS", BASELINES["DPM-Solver++(2M), AYS"]), 19, {}, call).scheduler.sigmas
-    assert longer[:-1:2].tolist() == pytest.approx(published[:-1])
+    longer = make_cell(pipe, Solver("AYS", BASELINES["DPM-Solver++(2M), AYS"]), 20, {}, call).scheduler.sigmas
+    assert longer[::2].tolist() == pytest.approx(published)
     assert float(longer[1]) == pytest.approx((published[0] * published[1]) ** 0.5)
+    shorter = make_cell(pipe, Solver("AYS", BASELINES["DPM-Solver++(2M), AYS"]), 5, {}, call).scheduler.sigmas
+    assert shorter.tolist() == pytest.approx([*published[:-1:2], 0.0])
 
 
 # ---------------------------------------------------------------------------------------------------------- reports

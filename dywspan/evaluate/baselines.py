@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..artifact import for_every_count
-from ..core.prediction import Flow, Prediction
+from ..core.prediction import EDM, Flow, Prediction
 from ..distill.pairs import Teacher, digest
 from ..distill.rollout import denoisers, sample
 from ..published import neuralsolver_tables
@@ -55,14 +55,17 @@ def of_ours(solver: str, order: int = 2) -> Maker:
 def align_your_steps(pipe: Any, steps: int) -> Any:
     """DPM-Solver++(2M) on the ten-step grid published for this kind of pipeline, for other numbers log-linear between.
 
-    Source: Align Your Steps (Sabour et al. 2024), whose page interpolates so.
+    Source: Align Your Steps (Sabour et al. 2024). The last published level is the smallest that the network knows; a
+    sampling ends at 0 instead.
     """
     name = type(pipe).__name__.removesuffix("Pipeline") + "Sigmas"
     if name not in AysSchedules:
         raise ValueError(f"no grid of Align Your Steps is published for a {type(pipe).__name__}")
-    known = torch.tensor(AysSchedules[name][:-1], dtype=torch.float64).log()
-    place = torch.linspace(0, len(known) - 1, steps, dtype=torch.float64)
-    low = place.long().clamp(max=len(known) - 2)
+    own = prediction(pipe)
+    smallest = 0.002 if isinstance(own, EDM) else float(own.sigma(torch.zeros(1)))
+    known = torch.tensor([*AysSchedules[name][:-1], smallest], dtype=torch.float64).log()
+    place = torch.linspace(0, len(known) - 1, steps + 1, dtype=torch.float64)[:-1]
+    low = place.long()
     sigmas = torch.lerp(known[low], known[low + 1], place - low).exp()
     grid = {"sigmas": [*sigmas.tolist(), 0.0]}
     return DyWeightScheduler.from_config(pipe.scheduler.config, solver="dpmpp", order=2, grid=grid)
