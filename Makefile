@@ -24,6 +24,7 @@ lint: .venv/installed-dev
 #   make emoji-flow LAUNCH="ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2"
 LAUNCH ?= $(BIN)/accelerate launch
 MODEL := # the configurations' own; not the environment's
+OUT := build
 PRETRAIN := $(LAUNCH) training/pretrain_emoji.py
 DISTILL = HF_HUB_OFFLINE=1 $(LAUNCH) training/distill.py $(MODEL) --config training/configs
 # What a goal took, since make was last started, on what: the last line of its recipe.
@@ -32,21 +33,22 @@ TOOK = @echo "$@: $$((($$(date +%s) - $(START)) / 60)) minutes on $$(nproc) CPU 
 
 emoji-sd: .venv/installed-train
 	$(PRETRAIN) sd --mixed-precision bf16
-	$(MAKE) solvers-emoji-sd MODEL="--model build/emoji/emoji-sd"
+	$(MAKE) solvers-emoji-sd MODEL="--model build/emoji/emoji-sd" OUT=build/emoji
 	$(TOOK)
 
 emoji-flow: .venv/installed-train
 	$(PRETRAIN) flow --mixed-precision bf16 --autoencoder examples/emoji-sd --compile --updates 3600 --word-updates 800
-	$(MAKE) solvers-emoji-flow MODEL="--model build/emoji/emoji-flow"
+	$(MAKE) solvers-emoji-flow MODEL="--model build/emoji/emoji-flow" OUT=build/emoji
 	$(TOOK)
 
 solvers: solvers-emoji-sd any-emoji-sd solvers-emoji-flow any-emoji-flow
 	$(TOOK)
 
 solvers-emoji-sd: .venv/installed-train
-	$(DISTILL)/emoji_sd_dyweight.yaml
-	$(DISTILL)/emoji_sd_spanlift.yaml
-	$(DISTILL)/emoji_sd_spanlift.yaml --steps 7 --lr 3e-4 --updates 600 --evaluate-every 100
+	$(DISTILL)/emoji_sd_dyweight.yaml --output $(OUT)/emoji-sd-solvers
+	$(DISTILL)/emoji_sd_spanlift.yaml --base $(OUT)/emoji-sd-solvers --output $(OUT)/emoji-sd-spanlift
+	$(DISTILL)/emoji_sd_spanlift.yaml --base $(OUT)/emoji-sd-solvers --output $(OUT)/emoji-sd-spanlift \
+		--steps 7 --lr 3e-4 --updates 600 --evaluate-every 100
 
 any-emoji-sd: .venv/installed-train
 	$(DISTILL)/emoji_sd_continuous.yaml
@@ -58,9 +60,9 @@ any-emoji-sd: .venv/installed-train
 		--output build/emoji-sd-guidance-4
 
 solvers-emoji-flow: .venv/installed-train
-	$(DISTILL)/emoji_flow_dyweight.yaml
-	$(DISTILL)/emoji_flow_least_squares.yaml
-	$(DISTILL)/emoji_flow_spanlift.yaml
+	$(DISTILL)/emoji_flow_dyweight.yaml --output $(OUT)/emoji-flow-solvers
+	$(DISTILL)/emoji_flow_least_squares.yaml --output $(OUT)/emoji-flow-solvers
+	$(DISTILL)/emoji_flow_spanlift.yaml --base $(OUT)/emoji-flow-solvers --output $(OUT)/emoji-flow-spanlift
 
 any-emoji-flow: .venv/installed-train
 	$(DISTILL)/emoji_flow_continuous.yaml

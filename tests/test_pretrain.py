@@ -87,6 +87,16 @@ def test_a_pipeline_comes_out_and_a_stopped_run_goes_on_to_the_same_weights(
     assert type(pipe).__name__ in told and "4 updates of 4 images with their captions and 2 with parts" in told
 
 
+def test_a_checkpoint_of_other_settings_is_not_gone_on_with(script: Any, data: Path, tmp_path: Path) -> None:
+    given = Path(__file__).parents[1] / "examples" / "emoji-sd"
+    options = {"autoencoder": given, "updates": 1, "word-updates": 1, "batch-size": 2, "pictures": 1}
+    options |= {"data": data, "output": tmp_path}
+    script.main(["sd", *(f"--{name}={value}" for name, value in options.items())])
+    for change in ({"seed": 1}, {"lr": 2e-3}, {"updates": 2}, {"batch-size": 4}):
+        with pytest.raises(ValueError, match=r"was begun with .*: choose another --output"):
+            script.main(["sd", *(f"--{name}={value}" for name, value in {**options, **change}.items())])
+
+
 def test_another_pipelines_autoencoder_is_taken(script: Any, data: Path, tmp_path: Path) -> None:
     given = Path(__file__).parents[1] / "examples" / "emoji-sd"
     options = {"autoencoder": given, "updates": 1, "word-updates": 1, "batch-size": 2, "pictures": 1}

@@ -61,11 +61,21 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Training:
-    """Updates of one module: the schedule, resuming, checkpoints, a moving average, and a record of it all."""
+    """Updates of one module: the schedule, resuming, checkpoints, a moving average, and a record of it all.
+
+    `settings` are what else its numbers depend on: a checkpoint of others is not gone on with.
+    """
 
     def __init__(
-        self, name: str, args: argparse.Namespace, accelerator: Accelerator, module: nn.Module, lr: float
+        self,
+        name: str,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        module: nn.Module,
+        lr: float,
+        **settings: int | str,
     ) -> None:
+        self.settings = {"seed": args.seed, "lr": lr, **settings}
         self.args, self.accelerator, self.lr, self.folder = args, accelerator, lr, args.output / name
         self.folder.mkdir(parents=True, exist_ok=True)
         optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
@@ -88,6 +98,7 @@ class Training:
         look: Callable[[], dict[str, float]],
     ) -> None:
         """Go on to `updates`; the learning rate falls to zero over the last `cooldown` of them. `look` measures."""
+        self.settings["updates"] = updates
         self._resume()
         bar = tqdm(
             total=updates,
@@ -152,6 +163,7 @@ class Training:
             "average": self.average.state_dict(),
             "update": self.update,
             "seconds": self.seconds,
+            "settings": self.settings,
         }
         partial = self.folder / "checkpoint.partial"
         torch.save(state, partial)
@@ -161,6 +173,8 @@ class Training:
         if not (self.folder / "checkpoint.pt").exists():
             return
         state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if (begun := state.get("settings", self.settings)) != self.settings:
+            raise ValueError(f"{self.folder} was begun with {begun}, not {self.settings}: choose another --output.")
         self.raw.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])
@@ -290,7 +304,8 @@ def train_pipeline(
         (f"{name}-words", args.word_updates, args.lr / 2, 1.0),
     ):
         words = stage != name
-        training = Training(stage, args, accelerator, module, lr)
+        settings = {"batch_size": args.batch_size, "autoencoder": str(args.autoencoder)}
+        training = Training(stage, args, accelerator, module, lr, **settings)
         training.run(updates, cooldown, partial(loss, words=words), partial(look, training))
         training.average.copy_to(training.raw.parameters())
         module, seconds = training.raw, seconds + training.seconds
