@@ -57,7 +57,7 @@ class _Reader(pickle.Unpickler):
         # The memo is as long as its largest index says: no honest pickle has one past its own length.
         length = len(file.getbuffer()) - start
         for code, index, _ in pickletools.genops(file):
-            if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and index > length:
+            if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(index or 0) > length:
                 raise pickle.UnpicklingError(f"it remembers {index} things in {length} bytes")
         file.seek(start)
         super().__init__(file)

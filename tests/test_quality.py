@@ -342,6 +342,49 @@ def test_published_grids_are_met_where_they_are_published() -> None:
     assert shorter.tolist() == pytest.approx([*published[:-1:2], 0.0])
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"layout": "packed"}, "layout='packed' is not that of StableDiffusionPipeline"),
+        ({"latent_size": [64]}, r"latent_size=\[64\] must be height and width"),
+    ],
+)
+def test_what_cannot_be_decoded_is_found_out_before_the_reference(
+    changes: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "make_pairs", lambda *_, **__: pytest.fail("computed"))
+    with pytest.raises(ValueError, match=said):
+        run(config(tmp_path, metrics=["psnr"], solvers=["DDIM"], **changes))
+
+
+def test_what_is_no_number_is_named_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = quality.sample
+    monkeypatch.setattr(quality, "sample", lambda *a, **k: (broken(*a, **k)[0] * torch.nan, None))
+    with pytest.raises(ValueError, match=r"DDIM, 2: latent_mse is no number on batch 1 of 4"):
+        run(config(tmp_path, metrics=["latent_mse"], solvers=["DDIM"], base=None))
+    assert not [f for f in (tmp_path / "cache").glob("*/*/*.safetensors") if "pairs" not in f.parts]
+
+
+def test_artefacts_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(LEARNED, tmp_path / name / "solvers")
+    names = [str(tmp_path / name / "solvers") for name in ("a", "b")]
+    shutil.copytree(LEARNED, tmp_path / "other")
+    found = [solver.name for solver in find_solvers([*names, str(tmp_path / "other")])]
+    assert found == [*(f"DyWeight, {name}" for name in names), "DyWeight, other"]
+
+
+def test_no_classical_solver_wastes_its_last_evaluation() -> None:
+    """A grid of spacing "leading" starts below all noise and ends with a step of next to nothing."""
+    pipe, call = _inputs("StableDiffusionPipeline")
+    pipe.scheduler = diffusers.PNDMScheduler.from_config(
+        pipe.scheduler.config, timestep_spacing="leading", steps_offset=1, skip_prk_steps=True
+    )
+    for name in ("DDIM", "Euler", "DEIS", "DPM-Solver++(2M)", "UniPC", "iPNDM(2M)", "Adams(2M)"):
+        times = make_cell(pipe, Solver(name, BASELINES[name]), 5, {}, call).scheduler.timesteps
+        assert float(times[0]) > 990 and float(times[-1]) > 150, name
+
+
 # ---------------------------------------------------------------------------------------------------------- reports
 
 

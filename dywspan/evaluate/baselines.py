@@ -41,6 +41,8 @@ def of_diffusers(name: str, **options: Any) -> Maker:
             shift = config.get("shift") or config.get("flow_shift") or 1.0
             given |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
             given |= {"shift": shift, "timestep_spacing": config.get("timestep_spacing", "linspace")}
+        if config.get("timestep_spacing") == "leading":
+            given |= _TRAILING
         known = inspect.signature(kind.__init__).parameters
         return kind.from_config(config, **{k: v for k, v in given.items() if k in known})
 
@@ -48,8 +50,14 @@ def of_diffusers(name: str, **options: Any) -> Maker:
 
 
 def of_ours(solver: str, order: int = 2) -> Maker:
-    """A classical solver of ``BASES`` or ``TWO_STAGE`` on the pipeline's own grid."""
-    return lambda pipe, steps: DyWeightScheduler.from_config(pipe.scheduler.config, solver=solver, order=order)
+    """A classical solver of ``BASES`` or ``TWO_STAGE`` on the pipeline's own grid, from all noise."""
+
+    def make(pipe: Any, steps: int) -> DyWeightScheduler:
+        config = pipe.scheduler.config
+        spacing: dict[str, Any] = _TRAILING if config.get("timestep_spacing") == "leading" else {}
+        return DyWeightScheduler.from_config(config, solver=solver, order=order, **spacing)
+
+    return make
 
 
 def align_your_steps(pipe: Any, steps: int) -> Any:
@@ -86,8 +94,8 @@ def neuralsolver(pipe: Any, steps: int) -> Any:
 
 
 # In each row, the first that fits is the solver: what a user of this kind of pipeline would reach for, then our own.
-# Where diffusers' default grid spends the last evaluation at t = 0, "trailing" does not.
-_TRAILING = {"timestep_spacing": "trailing"}
+# Where a pipeline's grid starts below all noise and spends the last evaluation at t = 0, "trailing" does not.
+_TRAILING: dict[str, Any] = {"timestep_spacing": "trailing"}
 BASELINES: dict[str, tuple[Maker, ...]] = {
     "DDIM": (of_diffusers("DDIMScheduler", clip_sample=False, **_TRAILING),),  # it would clip latents to [-1, 1]
     "Euler": (
@@ -194,7 +202,9 @@ def find_solvers(names: Sequence[str]) -> list[Solver]:
     for name, scheduler in artefacts.items():
         kind = type(scheduler).__name__.removesuffix("Scheduler")
         alone = sum(type(other) is type(scheduler) for other in artefacts.values()) == 1
-        label = f"{kind} (learned)" if alone else f"{kind}, {name.rstrip('/').split('/')[-1]}"
+        last = [other.rstrip("/").split("/")[-1] for other in artefacts]
+        short = name.rstrip("/").split("/")[-1]
+        label = f"{kind} (learned)" if alone else f"{kind}, {short if last.count(short) == 1 else name}"
         found[label] = Solver(label, (_learned(scheduler),), learned=True)
     return list(found.values())
 

@@ -110,6 +110,8 @@ class QualityConfig:
             raise ValueError(f"picture_steps {sorted(unknown)} are not among steps={self.steps}.")
         if self.layout not in LAYOUTS:
             raise ValueError(f"Unknown layout {self.layout!r}{_nearest(self.layout, LAYOUTS)}")
+        if self.latent_size is not None and len(self.latent_size) != 2:
+            raise ValueError(f"latent_size={self.latent_size} must be height and width of the latent, in this order.")
         if wrong := {name: v for name, v in self.variants.items() if not isinstance(v, Mapping)}:
             raise ValueError(f"variants={wrong} must be arguments of the call by name: {{name: {{argument: value}}}}.")
 
@@ -279,8 +281,27 @@ def prepare(config: QualityConfig, device: torch.device | str = "cpu") -> Task:
                 raise ValueError(f"{refused[0]}. Drop it from solvers, or change steps={config.steps}.")
             cells += made
             notes += refused if made else []  # of "all", those that never fit are nobody's business
+        if cells and (config.picture_steps or any("latents" not in m.needs for m in metrics)):
+            _check_decoding(pipe, config, cells[0], inputs[0], first)
     order = sorted(cells, key=lambda cell: cell.nfe)  # stable: solvers stay in their order
     return Task(config, pipe, inputs, teacher, metrics, order, notes, model)
+
+
+@torch.no_grad()
+def _check_decoding(
+    pipe: Any, config: QualityConfig, cell: Cell, own: Mapping[str, Any], call: Mapping[str, Any]
+) -> None:
+    """One sample can be decoded.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    latents, _ = sample(pipe, cell.scheduler, cell.num_inference_steps, [own], [0], call)
+    size: Any = config.latent_size and tuple(config.latent_size)
+    try:
+        to_images(pipe, latents.float(), config.layout, size)
+    except ValueError as error:
+        raise ValueError(f"layout={config.layout!r} is not that of {type(pipe).__name__}: {error}") from None
 
 
 def _inputs(config: QualityConfig) -> Inputs:
@@ -415,10 +436,21 @@ def with_gaps(rows: Sequence[Mapping[str, Any]], base: str | None, metrics: Sequ
 
 def _facts(config: QualityConfig, metrics: Sequence[Metric]) -> dict[str, Any]:
     """What the numbers depend on."""
-    told = ("model", "revision", "dtype", "mixed_precision", "call", "prompts", "samples", "repeat_prompts", "seed")
-    settings = {k: v for k, v in asdict(config).items() if k in (*told, "images", "base", "batch_size")}
+    told = ("model", "revision", "dtype", "call", "prompts", "prompt_column", "prompt_split", "metric_options")
+    sampled = (
+        "mixed_precision",
+        "variants",
+        "samples",
+        "repeat_prompts",
+        "seed",
+        "batch_size",
+        "layout",
+        "latent_size",
+    )
+    named = {*told, "images", "base", *(sampled if config.images is None else ())}
+    settings = {k: v for k, v in asdict(config).items() if k in named}
     facts = {m.name: {"lower_is_better": m.lower_is_better, **m.facts} for m in metrics}
-    return {"settings": {k: v for k, v in settings.items() if v not in (None, "")}, "metrics": facts}
+    return {"settings": {k: v for k, v in settings.items() if v not in (None, "", {})}, "metrics": facts}
 
 
 def _finish(config: QualityConfig, results: dict[str, Any]) -> dict[str, Any]:
@@ -440,17 +472,23 @@ def _draw(task: Task, variant: str, call: Mapping[str, Any]) -> None:
     inputs, seeds = task.inputs[shown], task.seeds[shown]
     size: Any = config.latent_size and tuple(config.latent_size)
 
-    def images(scheduler: Any, steps: int) -> Tensor:
-        return to_images(
-            task.pipe, sample(task.pipe, scheduler, steps, inputs, seeds, call)[0].float(), config.layout, size
-        )
+    def images(scheduler: Any, steps: int, precision: str | None = None) -> Tensor:
+        made = []
+        for first in range(0, len(inputs), config.batch_size):
+            part = slice(first, first + config.batch_size)
+            with autocast(task.pipe, precision):
+                latents = sample(task.pipe, scheduler, steps, inputs[part], seeds[part], call)[0].float()
+            made.append(to_images(task.pipe, latents, config.layout, size))
+        return torch.cat(made)
 
     prompts = [str(own.get("prompt", "")) for own in inputs]
     first = images(task.teacher.scheduler, task.teacher.num_inference_steps)
     for nfe in config.picture_steps:
         sheet = [(f"reference, {task.teacher.num_inference_steps}", first)]
         sheet += [
-            (f"{c.solver}, {nfe}", images(c.scheduler, c.num_inference_steps)) for c in task.cells if c.nfe == nfe
+            (f"{c.solver}, {nfe}", images(c.scheduler, c.num_inference_steps, config.mixed_precision))
+            for c in task.cells
+            if c.nfe == nfe
         ]
         if is_main():
             folder = Path(config.pictures or Path(config.output).parent)

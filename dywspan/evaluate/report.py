@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ def write_results(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]
     """Write ``rows`` with the command, versions and device that made them, and return it all."""
     versions = {"dywspan": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)"
-    command = "dywspan " + " ".join(sys.argv[1:])
+    command = shlex.join(["dywspan", *sys.argv[1:]])
     data = {
         "command": command,
         "versions": versions,

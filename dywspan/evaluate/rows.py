@@ -61,6 +61,11 @@ def measure(
                 if (m.name, j) in found:
                     continue
                 rows = m.rows(batch).detach().float().cpu().contiguous()
+                if bool(rows.isnan().any()):
+                    raise ValueError(
+                        f"{title}: {m.name} is no number on batch {j + 1} of {len(keys)}. Its samples are none, or a "
+                        "decoder in float16 overflows: use a wider dtype, or leave this solver out."
+                    )
                 if folder is None:
                     found[m.name, j] = rows
                 elif is_mine:
