@@ -30,7 +30,7 @@ from test_trainer import pixels as pixels
 from torch import Tensor
 
 from dywspan import DyWeightScheduler, SpanLiftScheduler
-from dywspan.artifact import continuous_to_json, read_continuous, shown_tables
+from dywspan.artifact import continuous_to_json, lift_to_json, read_continuous, shown_tables
 from dywspan.cli import main
 from dywspan.core.continuous import FEATURES, ContinuousLift, ContinuousTable, features
 from dywspan.core.grid import make_grid
@@ -314,6 +314,10 @@ def test_an_operator_that_others_use_is_not_replaced() -> None:
     for scheduler, n in ((many, 2), (many, 3), (one, 4)):
         ours, theirs = (s.operators[s.lifts[n].operator].state_dict() for s in (merged, scheduler))
         assert all(torch.equal(value, theirs[k]) for k, value in ours.items())
+    unloaded = SpanLiftScheduler.from_config(one.config, lifts={"4": lift_to_json(one.lifts[4])})
+    for a, b in ((many, unloaded), (unloaded, many)):
+        with pytest.raises(ValueError, match=r"\['shared'\] were never loaded"):
+            a.with_lifts(b)
     # Again, or with the same weights, it takes the same name; one that nobody uses any more goes.
     assert sorted(merged.with_lifts(one).operators) == ["shared", "shared-2"]
     assert [*many.with_lifts(many).operators] == ["shared"]

@@ -723,6 +723,9 @@ def test_a_pipeline_with_another_scheduler_is_another_subject(
     assert "'prediction_type': ('epsilon', 'v_prediction')" in said and contents(learned) == before
     assert learn(other, tmp_path / "lift", base=learned, **LIFTED) == 2
     assert "was learned for Epsilon networks, and" in capsys.readouterr().err
+    file.write_text(json.dumps(settings | {"beta_end": 0.03}))
+    assert learn(other, tmp_path / "lift", base=learned, **LIFTED) == 2
+    assert "with other ['log_alphas']" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -764,6 +767,7 @@ def test_what_does_not_fit_the_artefact_is_refused_before_anything_is_computed(
         ({"trackers": ["nonsense"]}, "trackers=['nonsense'] are not installed, or not Accelerate's"),
         ({"trackers": ["dvclive"]}, "dvclive"),
         ({"solver": "spanlift", "operator": {"widths": 4}}, "operator"),
+        ({"solver": "spanlift", "operator": {"width": -1}}, "does not describe a SpanLift operator"),
         ({"solver": "spanlift", "layout": "video"}, "layout"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0 must be at least 0"),
@@ -808,6 +812,21 @@ def test_a_loss_that_cannot_decode_is_found_out_before_the_teacher_runs(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "layout"), [("LTXPipeline", "packed_video"), ("FluxPipeline", "packed")])
+def test_packed_tokens_of_any_size_can_be_learned_on(name: str, layout: str) -> None:
+    """Only a SpanLift solver is told their height and width: no other base is asked."""
+    tiny = build(name)
+    base = DyWeightScheduler.from_config(tiny.pipe.scheduler.config, solver="euler")
+    config = configure(solver="spanlift", layout=layout, steps=[2])
+    call = tiny.inputs([0]) | ({"height": 24, "width": 40} if layout == "packed" else {})
+    task: Any = SimpleNamespace(config=config, pipe=tiny.pipe, base=base, inputs=[{}], call=call)
+    task.untrained = lambda steps: base
+    run._check_sample(task)
+    task.config = replace(config, layout="image")
+    with pytest.raises(ValueError, match="layout='image' is not that of"):
+        run._check_sample(task)
+
+
 def test_a_loss_that_is_not_finite_ends_in_one_line(
     pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -845,19 +864,20 @@ def test_what_else_is_wrong_is_not_taken_for_such_an_update(
     assert "dywspan: something else" in said.err and "made no solver" not in said.out
 
 
+@pytest.mark.parametrize("precision", ["no", "fp16"])
 def test_a_gradient_that_is_not_finite_ends_in_one_line(
-    pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    precision: str, pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, loss = itertools.count(), train.batch_loss
 
     def steep(*given: Any) -> Tensor:
         value = loss(*given)
-        return value + (value - value.detach()).abs().sqrt() if next(calls) == 2 else value
+        return value + (value - value.detach()).abs().sqrt() if next(calls) >= 2 else value
 
     monkeypatch.setattr(train, "batch_loss", steep)
-    assert learn(pixels, tmp_path, steps=[2]) == 2
-    said = capsys.readouterr().err
-    assert "dywspan: The gradient is not finite at update 2 of the 2-step solver, though the loss is " in said
+    assert learn(pixels, tmp_path, steps=[2], updates=30, evaluate_every=30, mixed_precision=precision) == 2
+    said, update = capsys.readouterr().err, {"no": 2, "fp16": 19}[precision]  # 2^16 is halved 17 times
+    assert f"dywspan: The gradient is not finite at update {update} of the 2-step solver, though the loss is " in said
 
 
 def test_gradients_in_half_precision_are_scaled_and_gone_on_with(pixels: Path, tmp_path: Path) -> None:

@@ -107,7 +107,10 @@ class ContinuousTable:
         moves, *bends, scales = corrections.unbind(1)
         moved = _moved(levels, alphas, moves)
         lengths = torch.cat([moved.diff()[:-1] / (levels[1:-1] - moved[:-2]), moves[-1:].exp()])
-        weights = base_weights(self.base, moved, prediction, order)
+        try:
+            weights = base_weights(self.base, moved, prediction, order)
+        except (ZeroDivisionError, torch.linalg.LinAlgError) as error:  # deis: levels as near as rounding
+            raise InvalidSolverError(f"The corrections move levels onto one another: {moved.tolist()}.") from error
         if bends:  # step i has i + 1 derivatives
             weights = weights + torch.stack(bends, 1).tril(-1) @ differences(order)[1:]
         return SolverTable(lengths[:, None] * weights, scales.exp(), grid, provenance=self.provenance)
@@ -239,7 +242,7 @@ def _check(function: ContinuousTable | ContinuousLift, rows: int | None = None) 
             + f"; got shape {shape}."
         )
     if not bool(coefficients.detach().isfinite().all()):
-        raise ValueError(f"coefficients must be finite; got {coefficients.tolist()}.")
+        raise InvalidSolverError(f"coefficients must be finite; got {coefficients.tolist()}.")
     if not isinstance(horizon, (int, float)) or not horizon > 0:
         raise ValueError(f"horizon={horizon!r} must be a positive number of steps.")
 

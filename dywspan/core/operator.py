@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.amp.autocast_mode import is_autocast_available
 from torch.nn.functional import silu
 
+from .table import InvalidSolverError
+
 
 class Block(nn.Module):
     """y = x + FiLM_2(W_2 silu(D silu(W_1 FiLM_1(x)))): 1x1 up, depthwise k x k, 1x1 down.
@@ -127,7 +129,7 @@ class Lift:
         provenance: where it comes from: free JSON.
 
     Raises:
-        ValueError: different lengths, or numbers that are not finite.
+        InvalidSolverError: different lengths, or numbers that are not finite.
     """
 
     alpha: Tensor
@@ -143,4 +145,6 @@ class Lift:
         for name in ("alpha", "beta"):
             values = getattr(self, name)
             if values.ndim != 1 or values.shape != self.alpha.shape or not bool(values.detach().isfinite().all()):
-                raise ValueError(f"alpha and beta must be finite, one entry per step; got {name} = {values.tolist()}.")
+                raise InvalidSolverError(
+                    f"alpha and beta must be finite, one entry per step; got {name} = {values.tolist()}."
+                )

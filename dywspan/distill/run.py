@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import os
@@ -18,7 +17,7 @@ import torch
 from ..core.bases import BASES
 from ..core.layout import LAYOUTS, Packed
 from ..core.operator import ResidualOperator
-from ..core.prediction import Flow
+from ..core.prediction import Flow, Prediction
 from ..core.step import TWO_STAGE
 from ..schedulers.bind import bind, guidance_argument, guidance_scale
 from ..schedulers.dyweight import DyWeightScheduler
@@ -84,7 +83,7 @@ class Task:
         own = {} if self.base is None else self.base.config
         base = {k: own.get(k) for k in (*BASE, "lifts", "continuous_lift", "weights_sha256")}
         base["tables"] = {n: table for n, table in (base["tables"] or {}).items() if int(n) in group}
-        host = {k: v for k, v in self.pipe.scheduler.config.items() if not k.startswith("_")}
+        host = {k: v for k, v in self.pipe.scheduler.config.items() if not k.startswith("_") and v is not None}
         known = [self.teacher.describe(), host, self.inputs, self.held_out_inputs]
         return digest([self.config.matters, self.model, base, *known])
 
@@ -320,10 +319,10 @@ def _base(config: DistillConfig, pipe: Any) -> Any:
         return DyWeightScheduler.from_config(pipe.scheduler.config, solver=config.base)
     base: Any = (SpanLiftScheduler if lifted else DyWeightScheduler).from_pretrained(config.base)
     own, other = (s.host.prediction for s in (DyWeightScheduler.from_config(pipe.scheduler.config), base))
-    if type(own) is not type(other):
+    if wrong := _different_networks(own, other):
         raise ValueError(
             f"base={config.base!r} was learned for {type(other).__name__} networks, and {config.model} is of kind "
-            f"{type(own).__name__}: learn one for this pipeline."
+            f"{type(own).__name__}, with other {wrong}: learn a base for this pipeline."
         )
     if config.continuous and base.continuous is None and base._solver is None:
         raise ValueError(
@@ -331,6 +330,14 @@ def _base(config: DistillConfig, pipe: Any) -> Any:
             "every number: one learned with continuous, or a base solver."
         )
     return gone_on_with(base, config.steps, config.continuous) if lifted else base
+
+
+def _different_networks(own: Prediction, other: Prediction) -> list[str]:
+    """What keeps two conventions apart: their noise levels, and what their networks say."""
+    if type(own) is not type(other):
+        return ["prediction_type"]
+    pairs = ((k, v, vars(other)[k]) for k, v in vars(own).items())
+    return [k for k, a, b in pairs if not (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b)]
 
 
 def _artefact(config: DistillConfig) -> Any:
@@ -352,25 +359,28 @@ def _artefact(config: DistillConfig) -> Any:
 def _check_operator(config: DistillConfig) -> None:
     """The operator can be built, for any number of channels."""
     try:
-        ResidualOperator(**{"channels": 1, "order": config.order, **config.operator})
-    except (TypeError, ValueError) as error:
+        with torch.device("meta"):
+            ResidualOperator(**{"channels": 1, "order": config.order, **config.operator})
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"operator={config.operator} does not describe a SpanLift operator: {error}.") from None
 
 
 @torch.no_grad()
 def _check_sample(task: Task) -> None:
-    """One sample of where learning starts is of the layout, and can be decoded where the loss does."""
+    """One sample of where learning starts is of the layout, and can be decoded where the loss does.
+
+    Whether packed tokens are the size told is seen at a new SpanLift solver's first step.
+    """
     config, steps = task.config, min(task.config.steps)
     if task.base is None and config.features is None:
         return
-    scheduler: Any = copy.copy(task.untrained(steps))
-    sizes: list[Any] = [None]
-    tell = getattr(scheduler, "set_latent_size", lambda *size: None)
-    scheduler.set_latent_size = lambda *size: sizes.append(size) or tell(*size)  # by a bound pipeline
+    scheduler, layout = task.untrained(steps), LAYOUTS[config.layout]
     x, _ = sample(task.pipe, scheduler, steps, task.inputs[:1], [0], task.call)
     try:
-        if task.base is not None:
-            LAYOUTS[config.layout].to_grid(x, sizes[-1])
+        if isinstance(scheduler, SpanLiftScheduler):
+            layout.to_grid(x, scheduler.latent_size)
+        elif task.base is not None and (x.ndim != 3 or not isinstance(layout, Packed)):
+            layout.to_grid(x)  # no other solver is told the size of packed tokens
         if config.features is not None:
             task.loss(task.pipe, x.float(), x.float())
     except ValueError as error:

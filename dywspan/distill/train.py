@@ -171,7 +171,8 @@ def fit(progress: Progress) -> None:
                     parameter.grad = total(parameter.grad)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-            if not bool(norm.isfinite()) and not scaler.is_enabled():  # a scaler leaves such an update out
+            # A scaler leaves such an update out and goes lower, from 65536; what is not finite at 1 never is.
+            if not bool(norm.isfinite()) and (not scaler.is_enabled() or scaler.get_scale() < 1):
                 raise FloatingPointError(
                     f"The gradient is not finite at update {update} of the {term.name}-step solver, though the loss is "
                     f"{float(value):.4g}. Use a wider mixed_precision than {config.mixed_precision or 'no'!r}, or a "

@@ -135,7 +135,8 @@ class SpanLiftScheduler(DyWeightScheduler):
         with torch.device("meta"):  # a damaged size costs no memory
             expected = self.initialize()._state()
         try:
-            state = load_file(file)
+            # Copied: what is read from a file is a view of it, and would change with it.
+            state = {name: value.clone() for name, value in load_file(file).items()}
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}): download it again.") from error
         if state.keys() != expected.keys():
@@ -175,8 +176,11 @@ class SpanLiftScheduler(DyWeightScheduler):
         another one has, which is still used, gets a name of its own.
 
         Raises:
-            ValueError: their bases, layouts or operator sizes differ.
+            ValueError: their bases, layouts or operator sizes differ, or weights of one were never loaded.
         """
+        for scheduler in (self, other):
+            if missing := {lift.operator for lift in scheduler._learned} - scheduler.operators.keys():
+                raise ValueError(f"The weights of {sorted(missing)} were never loaded: load both with from_pretrained.")
         different = [k for k in ("layout", "operator") if self.config[k] != other.config[k]]
         if different := different_bases(self.config, other.config) + different:
             raise ValueError(f"These SpanLift solvers differ in {different}: they cannot share one artefact.")
