@@ -36,6 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_here(*paths: str | Path) -> None:
+    """What ships with the repository, not with the package."""
+    for path in paths:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path} is not here: run in a clone of the repository, or name it by an option.")
+
+
 def demo(args: argparse.Namespace) -> None:
     """Learned and classical solvers beside a 50-step reference: a picture and a table."""
     import torch
@@ -47,9 +54,7 @@ def demo(args: argparse.Namespace) -> None:
     from .plot import picture
 
     learned, lifted = args.solvers or f"{args.model}-solvers", args.spanlift or f"{args.model}-spanlift"
-    for path in (args.model, learned):
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{path} is not here: run in a clone of the repository, or name it by an option.")
+    _check_here(args.model, learned)
     pipe, tables = bind(load_pipeline(str(args.model))), shown_tables(DyWeightScheduler.from_pretrained(learned))
     call = dict(next(iter(tables.values())).provenance.get("call", {}))  # what it was learned for
     if args.guidance_scale is not None:
@@ -171,6 +176,8 @@ def memory(args: argparse.Namespace) -> None:
     """The memory that learning a solver takes."""
     from .evaluate.memory import memory
 
+    if isinstance(args.model, Path):  # none was named
+        _check_here(args.model)
     _show(memory(str(args.model), args.full), args.json)
 
 

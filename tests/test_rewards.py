@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,7 +316,7 @@ def test_clip_score_is_that_of_transformers_model(clip: dict[str, Any]) -> None:
         cosine = _expected(network, pixels, PROMPTS)
         got = metric.rows(Sample(images.expand(3, -1, -1, -1), PROMPTS))
         torch.testing.assert_close(got, 100 * cosine.clamp(min=0), rtol=1e-4, atol=1e-3)
-    assert metric.facts["network"] == "small-clip (small.pt)"
+    assert re.fullmatch(r"small-clip \(small\.pt, sha256 [0-9a-f]{12}\)", metric.facts["network"])
     _check_metric(metric)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import pickle
 from collections.abc import Iterator, Mapping
@@ -48,7 +49,7 @@ def clip_score(pipe: Any = None, model: str = "ViT-L-14-quickgelu", weights: str
         pixels = torch.stack([preprocess(image) for image in _pil(sample.images)])
         return 100 * _cosine(network.to(device), pixels.to(device), tokens(list(prompts)).to(device)).clamp(min=0)
 
-    facts = {"network": f"{model} ({Path(weights).name})", "scale": "100"}
+    facts = {"network": f"{model} ({_identity(weights)})", "scale": "100"}
     return Metric("clip_score", rows, lower_is_better=False, facts=facts, needs=("prompts",))
 
 
@@ -76,7 +77,7 @@ def hps(pipe: Any = None, weights: str | Path | None = None, model: str = "ViT-H
         device, prompts = sample.images.device, sample.need("prompts", "hps")
         return _cosine(network.to(device), _padded(sample.images), tokens(list(prompts)).to(device))
 
-    facts = {"network": f"HPS v2.1 ({file.name})"}
+    facts = {"network": f"HPS v2.1 ({_identity(file)})"}
     return Metric("hps", rows, lower_is_better=False, facts=facts, needs=("prompts",))
 
 
@@ -112,8 +113,19 @@ def image_reward(pipe: Any = None, weights: str | Path | None = None, vocabulary
         text = read(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt").to(device)
         return network.to(device)(_cropped(sample.images), text.input_ids, text.attention_mask)
 
-    facts = {"network": f"ImageReward 1.0 ({file.name})"}
+    facts = {"network": f"ImageReward 1.0 ({_identity(file)})"}
     return Metric("image_reward", rows, lower_is_better=False, facts=facts, needs=("prompts",))
+
+
+def _identity(weights: str | Path) -> str:
+    """A tag, or the name and contents of a file: another one of that name makes other numbers."""
+    if not (file := Path(weights)).is_file():
+        return str(weights)
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while part := opened.read(1 << 20):
+            digest.update(part)
+    return f"{file.name}, sha256 {digest.hexdigest()[:12]}"
 
 
 # -------------------------------------------------------------------------------------------------------- ImageReward
