@@ -148,8 +148,6 @@ class DistillConfig(LearningConfig):
         for name in ("lr", "clip", "horizon", "difference"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0: {_help(name)}.")
-        if self.latent_size is not None and len(self.latent_size) != 2:
-            raise ValueError(f"latent_size={self.latent_size} must be height and width of the latent, in this order.")
         if not 0 <= self.bounded < 1:
             raise ValueError(f"bounded={self.bounded} must lie between 0 and 1: {_help('bounded')}.")
         if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
@@ -222,7 +220,7 @@ _DO_NOT_MATTER = {
 
 
 def check_types(config: Any) -> None:
-    """Every setting is what its annotation says; ``guidance_scale`` becomes the argument of the call it is short for.
+    """Settings are what their annotations say; ``guidance_scale`` becomes the argument of the call it is short for.
 
     Raises:
         ValueError: one is not.
@@ -235,6 +233,8 @@ def check_types(config: Any) -> None:
             raise ValueError(f"{f.name}={value!r} must be {_name(hint)}: {f.metadata['help']}.")
         if isinstance(value, int) and float in _options(hint):  # 4 and 4.0 make the same run
             object.__setattr__(config, f.name, float(value))
+    if config.latent_size is not None and len(config.latent_size) != 2:
+        raise ValueError(f"latent_size={config.latent_size} must be height and width of the latent, in this order.")
     if config.guidance_scale is not None:
         object.__setattr__(config, "call", {**config.call, "guidance_scale": config.guidance_scale})
         object.__setattr__(config, "guidance_scale", None)

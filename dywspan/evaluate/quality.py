@@ -110,8 +110,6 @@ class QualityConfig:
             raise ValueError(f"picture_steps {sorted(unknown)} are not among steps={self.steps}.")
         if self.layout not in LAYOUTS:
             raise ValueError(f"Unknown layout {self.layout!r}{_nearest(self.layout, LAYOUTS)}")
-        if self.latent_size is not None and len(self.latent_size) != 2:
-            raise ValueError(f"latent_size={self.latent_size} must be height and width of the latent, in this order.")
         if wrong := {name: v for name, v in self.variants.items() if not isinstance(v, Mapping)}:
             raise ValueError(f"variants={wrong} must be arguments of the call by name: {{name: {{argument: value}}}}.")
 

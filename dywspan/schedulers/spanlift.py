@@ -194,7 +194,7 @@ class SpanLiftScheduler(DyWeightScheduler):
         kept = {lift.operator for lift in merged._learned}
         merged.operators = {name: network for name, network in merged.operators.items() if name in kept}
         names = {name: merged._add(name, network) for name, network in theirs.operators.items()}
-        renamed = lambda lift: replace(lift, operator=names.get(lift.operator, lift.operator))  # noqa: E731
+        renamed = lambda lift: replace(lift, operator=names[lift.operator])  # noqa: E731
         merged.lifts |= {n: renamed(lift) for n, lift in theirs.lifts.items()}
         if theirs.continuous_lift is not None:
             merged.continuous_lift = renamed(theirs.continuous_lift)
