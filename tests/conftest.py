@@ -1,8 +1,9 @@
-"""Offline, seeded, one thread."""
+"""Offline, seeded, one thread, on the CPU: in child processes too."""
 
+import json
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 from collections.abc import Callable
 
@@ -14,6 +15,14 @@ from torch import Tensor
 torch.set_num_threads(1)
 settings.register_profile("dywspan", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("dywspan")
+ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only ``pytest -m gpu`` sees accelerators: numbers of two devices differ. ``BEFORE`` is what was asked for."""
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("BEFORE", json.dumps({name: os.environ.get(name) for name in ON_THE_CPU}))
+        os.environ |= ON_THE_CPU
 
 
 @pytest.fixture(autouse=True)

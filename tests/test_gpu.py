@@ -1,0 +1,222 @@
+"""What the CPU's tests cannot show: that all of it also runs where there is an accelerator, and gives the CPU's numbers.
+
+``pytest -m gpu`` runs these tests; a whole run starts that in a process of its own, as it sees no accelerator itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from test_distill import CALL, EMOJI, INPUTS, PROMPTS
+from test_least_squares import CONFIG, columns_of
+from test_memory import BYTES, _gradient
+from test_scheduler import SOURCES, sample_of
+from test_spanlift import TABLES, base_of, lifted, require_grad
+from tiny_pipelines import build
+from torch import Tensor
+
+import dywspan
+from dywspan import DyWeightScheduler, SpanLiftScheduler
+from dywspan.cli import main
+from dywspan.distill.least_squares import Problem
+from dywspan.distill.losses import latent_mse
+from dywspan.distill.memory import peak_bytes
+from dywspan.distill.pairs import Teacher, make_pairs
+from dywspan.distill.progress import Term
+from dywspan.distill.rollout import frozen, generators, load_pipeline, rollout, sample
+from dywspan.distill.student import TableStudent
+from dywspan.distill.train import initial_table
+from dywspan.evaluate.report import read_results
+
+gpu = pytest.mark.gpu
+ROOT = Path(__file__).parent.parent
+
+
+def test_all_of_this_on_an_accelerator() -> None:
+    if not torch.backends.cuda.is_built():
+        pytest.skip("the installed PyTorch is for CPUs only")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "BEFORE"))}
+    for name, value in json.loads(os.environ["BEFORE"]).items():
+        env.pop(name)
+        env |= {} if value is None else {name: value}
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:xdist", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+    if " passed" not in done.stdout:
+        pytest.skip("this machine has no CUDA device")
+
+
+@pytest.fixture(scope="module")
+def device() -> str:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device is seen: is there one, and is this pytest -m gpu?")
+    return "cuda"
+
+
+@pytest.fixture(autouse=True)
+def _float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All digits of it in convolutions too, as on a CPU."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    yield
+    AcceleratorState._reset_state()
+
+
+def near(found: Tensor, expected: Tensor, tolerance: float = 1e-3) -> None:
+    """In units of the largest value."""
+    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+# ---------------------------------------------------------------------- schedulers
+
+
+@gpu
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("solver", [*TABLES, "dpmpp", "heun"])
+@pytest.mark.parametrize("lift", [False, True])
+def test_a_run_is_the_cpus_and_steps_wait_for_nothing(
+    solver: str, kind: str, lift: bool, trainable: bool, device: str, network: Any
+) -> None:
+    if (kind == "flow" and "AFS" in solver) or (trainable and not lift):
+        pytest.skip("there is no such solver")
+    ends = []
+    for place in ("cpu", device):
+        scheduler = lifted(solver, kind) if lift else base_of(solver, kind)
+        leaves = require_grad(scheduler) if trainable else []
+        scheduler.set_timesteps(5, device=place)
+        x = sample_of().to(place) * scheduler.init_noise_sigma
+        for i, t in enumerate(scheduler.timesteps):
+            output = network(x, t)
+            if place == "cuda" and i:  # the first one may move the operator
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                x = scheduler.step(output, t, x, return_dict=False)[0]
+            finally:
+                torch.cuda.set_sync_debug_mode("default") if place == "cuda" else None
+        assert x.device.type == place
+        own = [x] if not trainable else [x, *torch.autograd.grad(x.square().sum(), leaves)]
+        ends.append(own)
+    for found, expected in zip(ends[1], ends[0]):
+        near(found, expected)
+
+
+@gpu
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline (not square)", "WanPipeline", "DiTPipeline"])
+def test_a_bound_pipeline_samples_the_same(name: str, device: str) -> None:
+    ends = []
+    for place in ("cpu", device):
+        tiny = build.__wrapped__(name)
+        pipe = dywspan.bind(tiny.pipe.to(place))
+        base = DyWeightScheduler.from_config(pipe.scheduler.config, solver="ipndm")
+        size = {"channels": tiny.channels, "order": 2, "width": 8}
+        lift = {"3": {"alpha": [0.9, 1.1, 1.0], "beta": [0.2, -0.1, 0.1]}}
+        torch.manual_seed(0)
+        pipe.scheduler = SpanLiftScheduler.from_config(base.config, layout=tiny.layout, operator=size, lifts=lift)
+        torch.nn.init.normal_(pipe.scheduler.initialize().operators["shared"].head.weight, std=0.1)
+        inputs = {k: v.to(place) if isinstance(v, Tensor) else v for k, v in tiny.inputs([0, 1]).items()}
+        with torch.no_grad():
+            call = {**inputs, "generator": generators([0, 1]), "num_inference_steps": 3}
+            ends.append(rollout(pipe, pipe.scheduler, **call)[0])
+    assert ends[1].device.type == device
+    near(ends[1], ends[0])
+
+
+# ---------------------------------------------------------------------- learning
+
+
+@pytest.fixture(scope="module")
+def pipes(device: str) -> list[Any]:
+    """On the CPU, and where a pipeline goes that is told nothing."""
+    return [load_pipeline(str(EMOJI), device="cpu"), load_pipeline(str(EMOJI))]
+
+
+def student_of(pipe: Any) -> TableStudent:
+    scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
+    return TableStudent(scheduler, initial_table(scheduler, 2, CONFIG, None))
+
+
+@gpu
+def test_a_rollout_is_the_pipelines_own_sampling_and_its_gradients_the_cpus(pipes: list[Any], device: str) -> None:
+    assert pipes[1].device.type == device
+    results = []
+    for pipe in pipes:
+        student = student_of(pipe)
+        with frozen(pipe, recompute=True):
+            student.apply()
+            end, _ = sample(pipe, student.scheduler, 2, INPUTS[:2], [5, 6], CALL)
+            end.square().mean().backward()
+        own, pipe.scheduler = pipe.scheduler, student.scheduler
+        call = {"prompt": PROMPTS[:2], "num_inference_steps": 2, "output_type": "latent", **CALL}
+        assert torch.equal(pipe(generator=generators([5, 6]), **call).images, end.detach())
+        pipe.scheduler = own
+        results.append([end, *(parameter.grad for parameter in student.parameters())])
+    for found, expected in zip(results[1], results[0]):
+        near(found, expected, 1e-2)
+
+
+@gpu
+def test_pairs_and_columns_of_least_squares_are_the_cpus(pipes: list[Any]) -> None:
+    ends, columns = [], []
+    for pipe in pipes:
+        teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, solver="ipndm"), 8)
+        pairs = make_pairs(pipe, teacher, INPUTS[:2], range(2), call=CALL)
+        ends.append(pairs.endpoints)
+        problem = Problem(pipe, student_of(pipe), [Term(2, CALL, pairs, pairs)], config=CONFIG, loss=latent_mse)
+        columns.append(columns_of(problem))
+    near(ends[1], ends[0])
+    near(columns[1], columns[0], 1e-2)
+
+
+@gpu
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--optimizer", "least_squares", "--updates", "3"],
+        ["--updates", "8", "--lr", "0.03", "--init", "euler"],
+        ["--updates", "8", "--lr", "0.03", "--init", "euler", "--mixed-precision", "bf16", "--recompute"],
+        ["--updates", "8", "--lr", "0.03", "--init", "euler", "--mixed-precision", "fp16"],
+        ["--updates", "8", "--lr", "0.003", "--solver", "spanlift", "--base", "euler", "--operator", '{"width": 8}'],
+    ],
+    ids=["least squares", "AdamW", "bf16", "fp16", "SpanLift"],
+)
+def test_a_run_learns_and_its_artefact_is_evaluated(settings: list[str], device: str, tmp_path: Path) -> None:
+    prompts, solvers = ROOT / "examples" / "prompts" / "emoji-train.txt", tmp_path / "solvers"
+    arguments = ["--model", str(EMOJI), "--prompts", str(prompts), "--guidance-scale", "1"]
+    small = ["--steps", "2", "--pairs", "4", "--held-out", "4", "--teacher-steps", "8", "--batch-size", "4"]
+    small += ["--evaluate-every", "2", "--pictures", "1"]
+    assert main(["distill", *arguments, "--output", str(solvers), *small, *settings]) == 0
+    kind = SpanLiftScheduler if "spanlift" in settings else DyWeightScheduler
+    learned = kind.from_pretrained(solvers)
+    error = next(iter((learned.tables or learned.lifts).values())).provenance["held_out_error"]
+    assert error["after"] < error["before"]
+    asked = ["--solver", "DDIM", str(solvers), "--steps", "2", "--samples", "4", "--teacher-steps", "8"]
+    result = tmp_path / "evaluation.json"
+    assert main(["eval", *arguments, *asked, "--output", str(result)]) == 0
+    assert torch.cuda.get_device_name() in read_results(result)["device"] if device == "cuda" else True
+
+
+# ---------------------------------------------------------------------- memory
+
+
+@gpu
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_a_chain_needs_what_its_backward_pass_was_promised(length: int, device: str) -> None:
+    """At the peak: every output, and cos(x) and the gradient that the last operation's backward pass makes of it."""
+    assert peak_bytes(_gradient(device, length), device)[1] == (length + 2) * BYTES
+
+
+@gpu
+@pytest.mark.parametrize("pieces", [1, 4, 9])
+def test_a_checkpoint_holds_one_piece_and_the_bounds_between_pieces(pieces: int, device: str) -> None:
+    assert peak_bytes(_gradient(device, 5, pieces), device)[1] == (pieces * 5 + 2) * BYTES
+    assert peak_bytes(_gradient(device, 5, pieces, recompute=True), device)[1] == (pieces + 4 + 2) * BYTES
