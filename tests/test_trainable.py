@@ -222,12 +222,26 @@ def test_embeddings_are_told_apart_by_all_their_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_gradients_under_autocast_point_where_the_others_do(subject: Subject, held_out: Pairs, solver: str) -> None:
+    """Of a loss far from its least, where slopes are large: of small ones bfloat16's rounding is a great part.
+
+    Processors round differently: each parameter's gradient was 0.12 of itself away at most, of a network whose
+    outputs and their gradients were rounded by hand 0.05. A path that is lost or counted twice leaves 1.
+    """
     student = subject.student(solver, held_out.endpoints.shape[1:])
-    plain, low = (subject.gradients(student, held_out, precision=precision) for precision in ("no", "bf16"))
-    assert all(bool(gradient.isfinite().all()) for gradient in low)
-    one, two = (torch.cat([gradient.flatten() for gradient in gradients]) for gradients in (plain, low))
-    assert not torch.equal(one, two), "nothing was computed in bfloat16"
-    assert float(torch.cosine_similarity(one, two, 0)) > 0.97
+    far = torch.randn(held_out.endpoints.shape, generator=torch.Generator().manual_seed(0))
+    pairs, computed = replace(held_out, targets=far), []
+    layers = [m for m in getattr(subject.pipe, subject.tiny.denoiser).modules() if isinstance(m, nn.Linear)]
+    handles = [layer.register_forward_hook(lambda _, __, output: computed.append(output.dtype)) for layer in layers]
+    plain = subject.gradients(student, pairs)
+    assert {*computed} == {torch.float32}
+    computed.clear()
+    low = subject.gradients(student, pairs, precision="bf16")
+    assert {*computed} == {torch.bfloat16}
+    for handle in handles:
+        handle.remove()
+    for found, expected, parameter in zip(low, plain, student.parameters()):
+        assert found.dtype == expected.dtype == parameter.dtype and bool(expected.any())
+        assert float((found - expected).norm()) < 0.4 * float(expected.norm())
 
 
 @pytest.fixture
