@@ -63,12 +63,6 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     return {**SETTINGS, "output": str(folder / "results.json"), "cache": str(folder / "cache"), **changes}
 

@@ -39,7 +39,9 @@ SETTINGS: dict[str, Any] = {
     **dict(pairs=16, held_out=8, teacher_steps=8, teacher_batch_size=4),
     **dict(steps=[2], batch_size=4, updates=6, evaluate_every=2, checkpoint_every=1, keep_checkpoints=100, pictures=0),
 }
-CLOSE = 2e-5  # float32 sums in another order, through a network and Adam's quotients
+# Float32 sums in another order, through a network and Adam's quotients: 4e-5 at most on any processor so far. What half
+# of every batch teaches is 4e-3 away or more.
+CLOSE = 3e-4
 LEARNED: dict[str, dict[str, Any]] = {
     "dyweight": {},
     "spanlift": {"solver": "spanlift", "operator": {"width": 8}},
@@ -48,12 +50,6 @@ LEARNED: dict[str, dict[str, Any]] = {
 }
 # What a run need not make again: embeddings, teacher pairs, checkpoints.
 PROMPTS, SHARDS, STATES = (f"{folder}/*.safetensors" for folder in ("cache/prompts", "cache/*[!s]", "state/*"))
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def command(output: Path, settings: dict[str, Any]) -> list[str]:
@@ -74,7 +70,7 @@ def start(output: Path, processes: int = 1, **settings: Any) -> subprocess.Popen
 def finish(run: subprocess.Popen[bytes], output: Path) -> str:
     """Wait for its end, which must be a good one; all that was printed."""
     try:
-        assert run.wait(timeout=240) == 0, output.with_suffix(".log").read_text()[-3000:]
+        assert run.wait(timeout=900) == 0, output.with_suffix(".log").read_text()[-3000:]
     finally:
         kill(run)
     return output.with_suffix(".log").read_text()
@@ -121,9 +117,9 @@ def numbers(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return values, torch.tensor(errors, dtype=torch.float64)
 
 
-def assert_same_numbers(folder: Path, other: Path, tolerance: float) -> None:
+def assert_same_numbers(folder: Path, other: Path) -> None:
     for mine, theirs in zip(numbers(folder), numbers(other)):
-        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(mine, theirs, rtol=CLOSE, atol=CLOSE)
 
 
 def finished(folder: Path) -> dict[Path, int]:
@@ -150,9 +146,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
         key = json.dumps([name, processes, settings])
         if key not in made:
             made[key] = output = tmp_path_factory.mktemp("whole") / "out"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("ACCELERATE_USE_CPU", "true")
-                finish(start(output, processes, **LEARNED[name], **settings), output)
+            finish(start(output, processes, **LEARNED[name], **settings), output)
         return made[key]
 
     return run
@@ -167,8 +161,11 @@ def test_accumulated_batches_and_processes_learn_the_same_table(whole: Whole, tm
     run = start(two, processes=2, cache=cache)
     assert here(tmp_path / "accumulated", cache=cache, micro_batch_size=1) == 0
     finish(run, two)
-    assert_same_numbers(tmp_path / "accumulated", whole(), CLOSE)
-    assert_same_numbers(two, whole(), CLOSE)
+    assert_same_numbers(tmp_path / "accumulated", whole())
+    assert_same_numbers(two, whole())
+    assert here(tmp_path / "half", cache=cache, batch_size=2) == 0
+    with pytest.raises(AssertionError):
+        assert_same_numbers(tmp_path / "half", whole())
 
 
 @pytest.mark.slow
@@ -180,8 +177,8 @@ def test_processes_with_their_own_teacher_pairs_learn_the_same(whole: Whole, tmp
     assert here(tmp_path / "accumulated", **options, cache=str(whole() / "cache"), micro_batch_size=1) == 0
     finish(start(two, processes=2, **options), two)
     assert len(list(two.glob(SHARDS))) == 6 and len(list(two.glob(PROMPTS))) == 24
-    assert_same_numbers(tmp_path / "accumulated", one, 1e-6)
-    assert_same_numbers(two, one, 1e-6)
+    assert_same_numbers(tmp_path / "accumulated", one)
+    assert_same_numbers(two, one)
 
 
 @pytest.mark.slow
@@ -190,7 +187,7 @@ def test_a_sharded_network_learns_the_same_table(whole: Whole, tmp_path: Path, r
     output = tmp_path / "out"
     printed = finish(start(output, processes=2, fsdp=True, recompute=recompute), output)
     assert printed.count("saved to") == 1
-    assert_same_numbers(output, whole(), 1e-5)
+    assert_same_numbers(output, whole())
 
 
 def test_one_process_has_nobody_to_share_a_network_with(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
