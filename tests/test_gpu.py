@@ -1,4 +1,4 @@
-"""What the CPU's tests cannot show: that all of it also runs where there is an accelerator, and gives the CPU's numbers.
+"""What the CPU's tests cannot show: that it all runs where there is an accelerator too, with the CPU's numbers.
 
 ``pytest -m gpu`` runs these tests; a whole run starts that in a process of its own, as it sees no accelerator itself.
 """
