@@ -138,7 +138,7 @@ def test_a_hub_dataset_while_offline_fails_at_once(datasets: Any) -> None:
     start = time.monotonic()
     with pytest.raises(OSError, match="prompts='org/captions' is neither a file nor a dataset"):
         read_inputs("org/captions")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
 
 
 def test_without_the_datasets_package_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

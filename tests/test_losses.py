@@ -453,7 +453,7 @@ def test_a_server_that_does_not_answer_is_an_error_in_seconds(
     started = time.monotonic()
     with pytest.raises(OSError, match="timed out"), losses._weights("a", url=f"{silence}/a.pth"):
         torch.hub.load_state_dict_from_url(f"{silence}/a.pth")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10, "the patience of the settings, not of the default"
     assert socket.getdefaulttimeout() is None and not constants.HF_HUB_OFFLINE, "settings are given back"
 
 
@@ -462,5 +462,5 @@ def test_a_hub_that_does_not_answer_is_an_error_in_seconds(silence: str, monkeyp
     started = time.monotonic()
     with pytest.raises(OSError, match="hf download no/such-model"):
         losses.from_transformers("no/such-model")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10, "the patience of the settings, not of the default"
     assert not constants.HF_HUB_OFFLINE, "settings are given back"

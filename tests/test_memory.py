@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from test_trainable import fresh
 from torch import Tensor
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 from dywspan.distill.memory import peak_bytes
-from dywspan.distill.rollout import load_pipeline
-from dywspan.evaluate.memory import STUDENTS, forward_backward, memory
+from dywspan.evaluate.memory import STUDENTS, memory
 
 EMOJI = str(Path(__file__).parent.parent / "examples" / "emoji-sd")
 NUMBERS, BYTES = 1024, 4096  # a whole number of CUDA's blocks of 512
@@ -83,14 +83,15 @@ def test_what_is_freed_is_subtracted_and_what_is_no_new_storage_not_added() -> N
 
 
 def test_it_counts_what_the_allocator_hands_out() -> None:
-    """The profiler's record of every allocation, of which operators' inner temporaries are a small part."""
-    pipe = load_pipeline(EMOJI, device="cpu")
-    student = STUDENTS["SpanLift"](pipe, 2)
+    """The profiler's record of every allocation. Convolutions take much for themselves, on some processors."""
+    subject = fresh("FluxPipeline")
+    pairs = subject.pairs(range(4))
+    student = subject.student("dyweight", pairs.endpoints.shape[1:])
 
     def run() -> None:
-        forward_backward(pipe, student, 2, 1, recompute=True)
+        subject.gradients(student, pairs)
 
-    run()  # the parameters' gradients stay
+    run()
     with profile(profile_memory=True) as profiler:
         run()
     results: Any = profiler.profiler
@@ -99,7 +100,7 @@ def test_it_counts_what_the_allocator_hands_out() -> None:
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    assert peak_bytes(run)[1] == pytest.approx(peak, rel=0.02)
+    assert 0.95 * peak < peak_bytes(run)[1] <= peak
 
 
 def test_an_accelerator_is_asked_for_its_own_peak(monkeypatch: pytest.MonkeyPatch) -> None:

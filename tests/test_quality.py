@@ -155,7 +155,7 @@ def test_rows_are_those_of_samples_made_by_hand(tmp_path: Path) -> None:
 
 def test_killed_it_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path) -> None:
     process = start(tmp_path)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     while len(rows_files(tmp_path)) < 5 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -170,7 +170,7 @@ def test_killed_it_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path) -> N
 
 def test_two_processes_give_the_numbers_of_one(whole: Path, tmp_path: Path) -> None:
     process = start(tmp_path, processes=2)
-    code, log = process.wait(timeout=300), (tmp_path / "log").read_text()
+    code, log = process.wait(timeout=900), (tmp_path / "log").read_text()
     assert code == 0, log[-3000:]
     assert log.count("Written to") == 1, "the processes do not know of each other"
     assert measured(tmp_path) == measured(whole)

@@ -197,7 +197,7 @@ def test_failure_is_named_and_quick(online: dict[str, Any], call: str, kind: str
     result = online[call]
     assert result["os"] if kind == "os" else result["error"] == kind, result
     assert all(word in result["message"] for word in words), result["message"]
-    assert result["seconds"] < 10
+    assert result["seconds"] < 30
 
 
 def test_offline_from_the_cache(online: dict[str, Any], folder: Path) -> None:
@@ -210,7 +210,7 @@ def test_offline_from_the_cache(online: dict[str, Any], folder: Path) -> None:
     assert told["cached"].get("value") == numbers(DEEP), told
     assert told["tag"].get("value") == numbers(OLD), told
     assert told["half"]["os"] and f"no {WEIGHTS} beside it" in told["half"]["message"]
-    assert all(result["seconds"] < 10 for result in told.values())
+    assert all(result["seconds"] < 30 for result in told.values())
     # What the cache keeps is as checked as what came from the network.
     cached = next((home / "hub").glob(f"models--org--solvers/snapshots/*/sd/cfg7/{WEIGHTS}")).resolve()
     content = bytearray(cached.read_bytes())

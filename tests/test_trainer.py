@@ -1055,7 +1055,7 @@ def test_a_failed_upload_loses_nothing(published: Any, lifted: Path) -> None:
 
 def python(*arguments: object) -> str:
     command = [sys.executable, "-W", "ignore", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
