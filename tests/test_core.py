@@ -1,8 +1,11 @@
 """The maths core against closed forms, plain loops and autograd. New registry entries are tested by being there."""
 
+import inspect
 import itertools
 import math
+import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dywspan.core.bases import BASES, MAX_ORDER
+from dywspan.core.check import shown
 from dywspan.core.grid import GRIDS, flow, make_grid
 from dywspan.core.prediction import EDM, PREDICTIONS, Epsilon, Flow, Prediction, Sample, VariancePreserving, Velocity
 from dywspan.core.step import TWO_STAGE, Schedule, analytical_derivative, fold, rollout, step
@@ -480,16 +484,78 @@ def test_flow_grid_by_mu_and_by_shift() -> None:
         ),
         ({"name": "polynomial", "sigma_max": 2.0}, r"'polynomial'.*sigma_min"),
         ({"name": "flow", "shift": 2.0, "mu": 0.5}, r"one of shift and mu"),
-        ({"sigmas": [3.0, 2.0, 0.0]}, r"for 3 steps has 4 levels; got \(3,\)"),
+        ({"sigmas": [3.0, 2.0, 0.0]}, r"for 3 steps has 4 levels; got 3 from"),
         ({"sigmas": [3.0, 2.0, 2.0, 0.0]}, r"decreasing.*2\.0, 2\.0"),
         ({"sigmas": [3.0, 2.0, float("nan"), 0.0]}, r"finite"),
         ({"sigmas": [3.0, 2.0, 1.0, -0.1]}, r"end at 0 or above.*-0\.1"),
-        ({"name": "discrete", "sigma_min": 0.1, "sigma_max": 2.0}, r"'discrete' needs .* not EDM"),
+        ({"name": "discrete", "sigma_min": 0.1, "sigma_max": 2.0}, r"'discrete': it needs .* not EDM"),
     ],
 )
 def test_make_grid_names_the_problem(spec: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_grid(spec, 3, EDM())
+
+
+ENDS = {"sigma_min": 0.1, "sigma_max": 9.0}
+NO_NUMBERS = [True, "3", math.nan, math.inf, 1e400, 10**400, -(10**5000), [1.0], {}, 1e300, -1e300]
+
+
+@pytest.mark.parametrize("value", [*NO_NUMBERS, None], ids=shown)
+@pytest.mark.parametrize("name", ["polynomial", "logsnr", "time_uniform", "discrete"])
+def test_parameters_are_finite_numbers_in_their_range(name: str, value: Any) -> None:
+    known = inspect.signature(GRIDS[name]).parameters.keys() - {"n", "prediction"}
+    for key in known:
+        with pytest.raises(ValueError, match=rf"Grid '{name}': {key}=.* must be a finite number from .* to "):
+            make_grid({"name": name, **ENDS, key: value}, 3, INSTANCES["epsilon"][0])
+
+
+@pytest.mark.parametrize("value", [*NO_NUMBERS, 0], ids=shown)
+def test_flows_shift_is_a_finite_number_in_its_range(value: Any) -> None:
+    for key, prediction in (("shift", Flow()), ("mu", Flow())):
+        if (key, value) != ("mu", 0):
+            with pytest.raises(ValueError, match=rf"Grid 'flow': {key}=.* must be a finite number from .* to "):
+                make_grid({"name": "flow", key: value}, 3, prediction)
+    plain = make_grid({"name": "flow", "shift": None, "mu": None}, 3, Flow())
+    assert torch.equal(plain, make_grid({"name": "flow"}, 3, Flow()))
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"name": "flow", "shfit": 3.0}, r"Grid 'flow' has no parameter \['shfit'\]: it takes \['mu', 'shift'\]"),
+        ({"name": "flow", "shift": None, "shfit": 3.0}, r"no parameter \['shfit'\]"),
+        ({"name": ["flow"]}, r"Unknown grid \['flow'\]"),
+        ({"name": "polynomial"}, "Grid 'polynomial' needs sigma_min and sigma_max"),
+        ({"name": "logsnr", "sigma_min": 0.0, "sigma_max": 2.0}, "'logsnr': sigma_min=0 must be above 0"),
+        ({"name": "polynomial", "sigma_min": 9.0, "sigma_max": 9.0}, "sigma_min=9 must be less than sigma_max=9"),
+        ({"sigmas": [1.0, 0.6, 0.3, 0.0], "name": "flow"}, r"no other keys; got \['name'\] too"),
+        ({"sigmas": "3210"}, "sigmas='3210' must be a list of finite numbers"),
+        ({"sigmas": 3.0}, "sigmas=3.0 must be a list"),
+        ({"sigmas": [3.0, 2.0, "1", 0.0]}, "must be a list of finite numbers"),
+        ({"sigmas": [3.0, 2.0, True, 0.0]}, "must be a list of finite numbers"),
+        ({"sigmas": [[3.0], 2.0, 1.0, 0.0]}, "must be a list of finite numbers"),
+        ({"sigmas": [10**400, 2.0, 1.0, 0.0]}, "must be a list of finite numbers"),
+        ({"sigmas": [1e300, 2.0, 1.0, 0.0]}, "from 0 to 1e\\+06"),
+        ([], r"A grid is a mapping .* got \[\]"),
+    ],
+    ids=str,
+)
+def test_nothing_in_a_grid_is_dropped_or_guessed(spec: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make_grid(spec, 3, Flow())
+
+
+def test_a_flow_network_has_levels_up_to_1() -> None:
+    for spec in ({"sigmas": [2.0, 0.6, 0.3, 0.0]}, {"name": "polynomial", **ENDS}):
+        with pytest.raises(ValueError, match=r"flow network's levels are in \[0, 1\]: the grid .* starts at"):
+            make_grid(spec, 3, Flow())
+
+
+@pytest.mark.parametrize("name", sorted(GRIDS))
+def test_a_thousand_steps_take_no_time(name: str) -> None:
+    start = time.perf_counter()
+    assert len(make_grid({"name": name, **GRID_SPECS[name]}, 1000, INSTANCES["epsilon"][0])) == 1001
+    assert time.perf_counter() - start < 1
 
 
 # ---------------------------------------------------------------------- SolverTable

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .prediction import Prediction, VariancePreserving
+from .check import as_float, number, shown
+from .prediction import Flow, Prediction, VariancePreserving
 
 
 def polynomial(n: int, *, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
@@ -24,6 +25,8 @@ def polynomial(n: int, *, sigma_min: float, sigma_max: float, rho: float = 7.0) 
 
 def logsnr(n: int, *, sigma_min: float, sigma_max: float) -> Tensor:
     """Uniform in log sigma. Source: DPM-Solver, section 3.4."""
+    if sigma_min <= 0:
+        raise ValueError(f"sigma_min={sigma_min:g} must be above 0: it has a logarithm")
     return _line(math.log(sigma_max), math.log(sigma_min), n).exp()
 
 
@@ -42,7 +45,7 @@ def time_uniform(n: int, *, sigma_min: float, sigma_max: float, rho: float = 1.0
 def discrete(n: int, *, prediction: Prediction, sigma_min: float, sigma_max: float) -> Tensor:
     """Uniform in the model time of a VP network, from t(sigma_max) to t(sigma_min); sigma_min = 0 is allowed."""
     if not isinstance(prediction, VariancePreserving):
-        raise ValueError(f"Grid 'discrete' needs a network with discrete VP times, not {type(prediction).__name__}.")
+        raise ValueError(f"it needs a network with discrete VP times, not {type(prediction).__name__}")
     ends = prediction.timestep(torch.tensor([sigma_max, sigma_min], dtype=torch.float64))
     return prediction.sigma(_line(float(ends[0]), float(ends[1]), n))
 
@@ -52,9 +55,9 @@ def flow(n: int, *, shift: float | None = None, mu: float | None = None) -> Tens
 
     Leave both out for the resolution-dependent shift: the pipeline's own ``mu`` is used then.
     """
-    if (shift is None) == (mu is None):
-        raise ValueError(f"Grid 'flow' takes one of shift and mu (the pipeline's, if neither); got {shift=}, {mu=}.")
-    a = math.exp(mu) if mu is not None else float(shift or 0)
+    if shift is not None and mu is not None:
+        raise ValueError(f"it takes one of shift and mu (the pipeline's, if neither); got {shift=}, {mu=}")
+    a = math.exp(mu) if mu is not None else 1.0 if shift is None else shift
     t = torch.linspace(1, 0, n + 1, dtype=torch.float64)
     return a * t / (a * t + (1 - t))  # exactly 1 at t = 1
 
@@ -68,6 +71,17 @@ GRIDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+# What the parameters of every grid may be; of one that is not here, any finite number.
+RANGES: dict[str, tuple[float, float]] = {
+    "sigma_min": (0.0, 1e6),
+    "sigma_max": (1e-6, 1e6),
+    "rho": (0.1, 100.0),
+    "epsilon": (1e-8, 0.99),
+    "shift": (1e-3, 1e3),
+    "mu": (-10.0, 10.0),
+}
+
+
 def make_grid(spec: Mapping[str, Any], n: int, prediction: Prediction, mu: float | None = None) -> Tensor:
     """The N + 1 nominal levels that ``spec`` describes.
 
@@ -78,33 +92,54 @@ def make_grid(spec: Mapping[str, Any], n: int, prediction: Prediction, mu: float
         mu: the pipeline's resolution-dependent shift, used by grid 'flow' where the spec fixes none.
 
     Raises:
-        ValueError: unknown name or parameter, wrong number of levels, levels that are not finite and decreasing.
+        ValueError: unknown name or parameter, a value out of ``RANGES``, wrong number of levels, levels that are not
+            finite and decreasing, or above 1 for a flow network.
     """
     if not isinstance(spec, Mapping):
-        raise ValueError(f"A grid is a mapping such as {{'name': 'flow'}} or {{'sigmas': [...]}}; got {spec!r}.")
-    params = dict(spec)
-    if "sigmas" in params:
-        sigmas = torch.as_tensor(params["sigmas"], dtype=torch.float64)
-    else:
-        name = params.pop("name", None)
-        if name not in GRIDS:
-            raise ValueError(f"Unknown grid {name!r}: use one of {sorted(GRIDS)}, or {{'sigmas': [...]}}.")
-        known = inspect.signature(GRIDS[name]).parameters
-        if "prediction" in known:
-            params["prediction"] = prediction
-        if name == "flow" and params.get("shift") is None and params.get("mu") is None:
-            params = {"mu": mu} if mu is not None else {"shift": 1.0}
-        if unknown := sorted(params.keys() - known.keys()):
-            raise ValueError(f"Grid {name!r} has no parameter {unknown}: it takes {sorted(known.keys() - {'n'})}.")
-        try:
-            sigmas = GRIDS[name](n, **params)
-        except (TypeError, ArithmeticError, RuntimeError) as error:
-            raise ValueError(f"Grid {name!r}: {error}.") from error
+        raise ValueError(f"A grid is a mapping such as {{'name': 'flow'}} or {{'sigmas': [...]}}; got {shown(spec)}.")
+    sigmas = _listed(spec) if "sigmas" in spec else _named(spec, n, prediction, mu)
     if sigmas.shape != (n + 1,):
-        raise ValueError(f"A grid for {n} steps has {n + 1} levels; got {tuple(sigmas.shape)} from {dict(spec)}.")
+        raise ValueError(f"A grid for {n} steps has {n + 1} levels; got {len(sigmas)} from {shown(dict(spec))}.")
     if not (bool(sigmas.isfinite().all()) and bool((sigmas.diff() < 0).all()) and float(sigmas[-1]) >= 0):
-        raise ValueError(f"Grid levels must be finite, decreasing and end at 0 or above; got {sigmas.tolist()}.")
+        levels = shown(sigmas.tolist())
+        raise ValueError(f"Grid levels must be finite, decreasing and end at 0 or above; got {levels}.")
+    if isinstance(prediction, Flow) and float(sigmas[0]) > 1 + 1e-6:  # sigma = 1 may be rounded up
+        raise ValueError(f"A flow network's levels are in [0, 1]: the grid {shown(dict(spec))} starts at {sigmas[0]}.")
     return sigmas
+
+
+def _listed(spec: Mapping[str, Any]) -> Tensor:
+    """The levels of ``{"sigmas": [...]}``."""
+    if rest := sorted(map(str, spec.keys() - {"sigmas"})):
+        raise ValueError(f"A grid of sigmas has no other keys; got {shown(rest)} too. Give sigmas, or a named grid.")
+    sigmas, (low, high) = spec["sigmas"], RANGES["sigma_min"]
+    if not isinstance(sigmas, (list, tuple)) or not all(abs(as_float(sigma)) <= high for sigma in sigmas):
+        raise ValueError(f"sigmas={shown(sigmas)} must be a list of finite numbers from {low:g} to {high:g}.")
+    return torch.tensor([float(sigma) for sigma in sigmas], dtype=torch.float64)
+
+
+def _named(spec: Mapping[str, Any], n: int, prediction: Prediction, mu: float | None) -> Tensor:
+    """The levels of ``{"name": ..., ...}``."""
+    name, given = spec.get("name"), {k: v for k, v in spec.items() if k != "name"}
+    if not isinstance(name, str) or name not in GRIDS:
+        raise ValueError(f"Unknown grid {shown(name)}: use one of {sorted(GRIDS)}, or {{'sigmas': [...]}}.")
+    known = {k: p for k, p in inspect.signature(GRIDS[name]).parameters.items() if k not in ("n", "prediction")}
+    if unknown := sorted(map(str, given.keys() - known.keys())):
+        raise ValueError(f"Grid {name!r} has no parameter {shown(unknown)}: it takes {sorted(known)}.")
+    if missing := [k for k, p in known.items() if p.default is p.empty and k not in given]:
+        raise ValueError(f"Grid {name!r} needs {' and '.join(missing)}.")
+    given = {k: v for k, v in given.items() if v is not None or known[k].default is not None}
+    if "mu" in known and mu is not None and not given:
+        given = {"mu": mu}
+    try:
+        params: dict[str, Any] = {k: number(k, v, *RANGES.get(k, ())) for k, v in given.items()}
+        if params.get("sigma_min", 0) >= params.get("sigma_max", math.inf):
+            raise ValueError("sigma_min={sigma_min:g} must be less than sigma_max={sigma_max:g}".format(**params))
+        if "prediction" in inspect.signature(GRIDS[name]).parameters:
+            params["prediction"] = prediction
+        return GRIDS[name](n, **params)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"Grid {name!r}: {str(error).rstrip('.')}.") from error
 
 
 def _line(start: float, end: float, n: int) -> Tensor:
