@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import time
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,7 +17,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dywspan import DyWeightScheduler, SpanLiftScheduler
-from dywspan.core.operator import Lift, ResidualOperator, conditioning, residual
+from dywspan.core.continuous import ContinuousLift
+from dywspan.core.operator import (
+    OPERATORS,
+    Kind,
+    Lift,
+    Operator,
+    ResidualOperator,
+    conditioning,
+    make_operator,
+    residual,
+)
 
 SIZE = {"channels": 2, "order": 3, "width": 4, "expansion": 2}
 CONDITION = torch.tensor([0.3, -0.6, 0.2])
@@ -65,6 +77,84 @@ def test_flops_of_any_size(height: int, side: int, **size: int) -> None:
 def test_even_kernels_are_refused() -> None:
     with pytest.raises(ValueError, match="kernel=2 must be odd"):
         ResidualOperator(3, 3, kernel=2)
+
+
+@pytest.mark.parametrize("kind", sorted(OPERATORS))
+def test_every_size_has_limits_and_is_made_within_them_at_once(kind: str) -> None:
+    limits, start = OPERATORS[kind].limits, time.perf_counter()
+    for end in (0, 1):
+        with torch.device("meta"):
+            operator = make_operator({"kind": kind, **{k: v[end] for k, v in limits.items()}})
+        assert (operator.channels, operator.order) == (limits["channels"][end], limits["order"][end])
+    assert time.perf_counter() - start < 2
+    least = {"kind": kind, **{k: v[0] for k, v in limits.items()}}
+    for key, (low, high) in limits.items():
+        for value in (low - 1, high + 1, -(10**400), True, 1.0, "1", None, [1], math.nan):
+            with pytest.raises(ValueError, match=rf"{key}=.* must be a whole number from {low} to {high}"):
+                make_operator({**least, key: value})
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"channels": 2}, "Operator 'spatial' needs order"),
+        ({**SIZE, "depth": 3}, r"Operator 'spatial' has no size \['depth'\]: it takes \['blocks'"),
+        ({**SIZE, 3: 3}, r"has no size \['3'\]"),
+        ({**SIZE, "kind": "mlp"}, r"Unknown operator kind='mlp': use one of \['spatial'"),
+        ({**SIZE, "kind": ["spatial"]}, r"Unknown operator kind=\['spatial'\]"),
+        ({**SIZE, "kind": None}, "Unknown operator kind=None"),
+        ({**SIZE, "kernel": 2}, "kernel=2 must be odd"),
+        ([2, 3], r"operator=\[2, 3\] must be a mapping of sizes"),
+        (None, "operator=None must be a mapping"),
+    ],
+    ids=str,
+)
+def test_what_is_no_operator_is_named(spec: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make_operator(spec)
+
+
+class Toy(Operator):
+    """A 1x1 convolution of the state."""
+
+    def __init__(self, channels: int, order: int) -> None:
+        super().__init__()
+        self.channels, self.order = channels, order
+        self.mix = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, images: Tensor, condition: Tensor) -> Tensor:
+        return self.mix(images[:, : self.channels])
+
+
+def test_another_kind_takes_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPERATORS, "toy", Kind(Toy, {"channels": (1, 8), "order": (1, 4)}))
+    lifts = {"2": {"alpha": [1.0, 1.0], "beta": [0.5, 0.5]}}
+    made = SpanLiftScheduler(operator={"kind": "toy", "channels": 2, "order": 3}, lifts=lifts, solver="ipndm")
+    made.initialize().save_pretrained(tmp_path)
+    results = []
+    for scheduler in (made, SpanLiftScheduler.from_pretrained(tmp_path)):
+        assert isinstance(scheduler.operators["shared"], Toy)
+        scheduler.set_timesteps(2)
+        x = torch.linspace(-1, 1, 32).reshape(1, 2, 4, 4)
+        for t in scheduler.timesteps:
+            x = scheduler.step(0.1 * x, t, x).prev_sample
+        results.append(x)
+    assert torch.equal(*results)
+    with pytest.raises(ValueError, match="channels=9 must be a whole number from 1 to 8"):
+        make_operator({"kind": "toy", "channels": 9, "order": 3})
+
+
+@pytest.mark.parametrize("name", ["a.stem", "", "a b", "é", "x" * 65, "a\n", 3, None, ["a"]], ids=str)
+def test_an_operators_name_is_part_of_its_weights_names(name: Any) -> None:
+    """ "a" and "a.stem" would read each other's weights."""
+    said = "operator=.* must be 1 to 64 letters, digits, '-' or '_'"
+    with pytest.raises(ValueError, match=said):
+        Lift(torch.ones(2), torch.ones(2), name)
+    with pytest.raises(ValueError, match=said):
+        ContinuousLift(torch.zeros(2, 8), 2, operator=name)
+    entry = {"alpha": [1.0, 1.0], "beta": [0.0, 0.0], "operator": name}
+    with pytest.raises(ValueError, match=said):
+        SpanLiftScheduler(operator={"channels": 2, "order": 1}, lifts={"2": entry})
 
 
 @pytest.mark.parametrize("bad", [{"alpha": [1.0, math.nan]}, {"beta": [1.0]}, {"beta": [1.0, math.inf]}])

@@ -8,7 +8,9 @@ Source: SpanLift (arXiv 2606.08672) eqs. (14)-(15). Architecture from the paper'
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.amp.autocast_mode import is_autocast_available
 from torch.nn.functional import silu
 
+from .check import identifier, shown, whole
 from .table import InvalidSolverError
 
 
@@ -41,7 +44,41 @@ class Block(nn.Module):
         return x + y * (1 + gamma_2) + delta_2
 
 
-class ResidualOperator(nn.Module):
+class Operator(nn.Module, ABC):
+    """Abstract: what can stand for R_phi.
+
+    Attributes:
+        channels: C of the unpacked latent.
+        order: K, derivatives it reads; missing ones are zeros.
+    """
+
+    channels: int
+    order: int
+
+    @abstractmethod
+    def forward(self, images: Tensor, condition: Tensor) -> Tensor:
+        """One residual, to be multiplied by beta_i and the step size; an untrained operator's is zero.
+
+        Args:
+            images: (B, (1 + K) C, H, W), the scaled state and the derivatives, newest first, each of unit order.
+            condition: (1 or B, 3), see :func:`conditioning`.
+
+        Returns:
+            (B, C, H, W)
+        """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision it computes in."""
+        return next(self.parameters()).dtype
+
+    def flops(self, height: int, width: int) -> int:
+        """Multiply-adds of the convolutions counted as two, for one step at this latent size."""
+        convolutions = (m for m in self.modules() if isinstance(m, nn.Conv2d))
+        return 2 * height * width * sum(m.weight.numel() for m in convolutions)
+
+
+class ResidualOperator(Operator):
     """R_phi, shared over steps. Its head starts at zero, so with any beta the solver starts exactly as its base.
 
     Args:
@@ -67,25 +104,58 @@ class ResidualOperator(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor, condition: Tensor) -> Tensor:
-        """One residual.
-
-        Args:
-            images: (B, (1 + K) C, H, W), the scaled state and the derivatives, newest first, each of unit order.
-            condition: (1 or B, 3), see :func:`conditioning`.
-
-        Returns:
-            (B, C, H, W), to be multiplied by beta_i and the step size.
-        """
         y = self.stem(images)
         e = self.condition(condition)
         for block in self.blocks:
             y = block(y, e)
         return self.head(y)
 
-    def flops(self, height: int, width: int) -> int:
-        """Multiply-adds of the convolutions counted as two, for one step at this latent size."""
-        convolutions = (m for m in self.modules() if isinstance(m, nn.Conv2d))
-        return 2 * height * width * sum(m.weight.numel() for m in convolutions)
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stem.weight.dtype
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of operator: what makes it, and the least and the largest value of each size argument."""
+
+    make: Callable[..., Operator]
+    limits: Mapping[str, tuple[int, int]]
+
+
+OPERATORS: dict[str, Kind] = {
+    "spatial": Kind(
+        ResidualOperator,
+        {
+            "channels": (1, 1024),
+            "order": (1, 16),
+            "width": (1, 2048),
+            "blocks": (0, 32),
+            "expansion": (1, 16),
+            "kernel": (1, 15),
+        },
+    ),
+}
+
+
+def make_operator(spec: Mapping[str, Any]) -> Operator:
+    """An untrained operator: ``{"kind": "spatial", "channels": C, "order": K, ...}``; "spatial" may be left out.
+
+    Raises:
+        ValueError: no such kind, a size it does not have or lacks, or one that is no whole number within its limits.
+    """
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"operator={shown(spec)} must be a mapping of sizes such as {{'channels': 4, 'order': 3}}.")
+    name, sizes = spec.get("kind", "spatial"), {k: v for k, v in spec.items() if k != "kind"}
+    if not isinstance(name, str) or name not in OPERATORS:
+        raise ValueError(f"Unknown operator kind={shown(name)}: use one of {sorted(OPERATORS)}.")
+    kind = OPERATORS[name]
+    if unknown := sorted(map(str, sizes.keys() - kind.limits.keys())):
+        raise ValueError(f"Operator {name!r} has no size {shown(unknown)}: it takes {sorted(kind.limits)}.")
+    parameters = inspect.signature(kind.make).parameters.values()
+    if missing := [p.name for p in parameters if p.default is p.empty and p.name not in sizes]:
+        raise ValueError(f"Operator {name!r} needs {' and '.join(missing)}.")
+    return kind.make(**{k: whole(k, v, *kind.limits[k]) for k, v in sizes.items()})
 
 
 def conditioning(times: Tensor, log_snr: Tensor, sizes: Tensor) -> Tensor:
@@ -103,7 +173,7 @@ def conditioning(times: Tensor, log_snr: Tensor, sizes: Tensor) -> Tensor:
     return torch.stack([2 * times - 1, torch.tanh(log_snr / 4), torch.tanh(sizes.abs().log() / 4)], 1)
 
 
-def residual(operator: ResidualOperator, state: Tensor, history: Sequence[Tensor], condition: Tensor) -> Tensor:
+def residual(operator: Operator, state: Tensor, history: Sequence[Tensor], condition: Tensor) -> Tensor:
     """R_phi on images, in the operator's own precision whatever the pipeline's.
 
     Args:
@@ -115,7 +185,7 @@ def residual(operator: ResidualOperator, state: Tensor, history: Sequence[Tensor
     missing = [torch.zeros_like(state)] * (operator.order - len(known))
     device = state.device.type  # some know no autocast, and may not even be told to leave it off
     with torch.autocast(device, enabled=False) if is_autocast_available(device) else contextlib.nullcontext():
-        images = torch.cat([state, *known, *missing], 1).to(operator.stem.weight.dtype)
+        images = torch.cat([state, *known, *missing], 1).to(operator.dtype)
         return operator(images.contiguous(memory_format=torch.channels_last), condition[None]).to(state.dtype)
 
 
@@ -130,6 +200,7 @@ class Lift:
 
     Raises:
         InvalidSolverError: different lengths, or numbers that are not finite.
+        ValueError: a name that is no identifier.
     """
 
     alpha: Tensor
@@ -142,9 +213,10 @@ class Lift:
         return replace(self, alpha=self.alpha.detach(), beta=self.beta.detach())
 
     def __post_init__(self) -> None:
+        identifier("operator", self.operator)
         for name in ("alpha", "beta"):
             values = getattr(self, name)
             if values.ndim != 1 or values.shape != self.alpha.shape or not bool(values.detach().isfinite().all()):
                 raise InvalidSolverError(
-                    f"alpha and beta must be finite, one entry per step; got {name} = {values.tolist()}."
+                    f"alpha and beta must be finite, one entry per step; got {name} = {shown(values.tolist())}."
                 )

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..artifact import continuous_to_json, lift_to_json, read_continuous, read_lifts, write_atomically
 from ..core.continuous import ContinuousLift
 from ..core.layout import LAYOUTS, Size
-from ..core.operator import Lift, ResidualOperator, conditioning, residual
+from ..core.operator import Lift, Operator, conditioning, make_operator, residual
 from ..core.prediction import EDM
 from ..core.step import Schedule, step
 from ..version import __version__
@@ -58,7 +58,7 @@ class SpanLiftScheduler(DyWeightScheduler):
         num_train_timesteps, ..., dywspan_version: as in :class:`DyWeightScheduler`; ``tables``, ``solver`` and
             ``order`` make the base.
         layout: how the latent is laid out, one of ``LAYOUTS``.
-        operator: size of R_phi: the arguments of :class:`ResidualOperator`.
+        operator: kind and size of R_phi, see :func:`dywspan.core.operator.make_operator`.
         lifts: ``{num_inference_steps: {"alpha": [...], "beta": [...], "operator": name}}``.
         continuous_lift: that of every other number of steps, see :class:`dywspan.core.continuous.ContinuousLift`.
         weights_sha256: of the weights file, written when saving: they only mean something together.
@@ -106,7 +106,7 @@ class SpanLiftScheduler(DyWeightScheduler):
         self.continuous_lift: ContinuousLift | None = read_continuous(continuous_lift, ContinuousLift)
         if self._learned and not operator:
             raise ValueError("A SpanLift configuration with lifts needs its operator's size: operator={...}.")
-        self.operators: dict[str, ResidualOperator] = {}
+        self.operators: dict[str, Operator] = {}
         self.latent_size: Size | None = None
 
     # ------------------------------------------------------------------ operators
@@ -119,7 +119,7 @@ class SpanLiftScheduler(DyWeightScheduler):
         """Make untrained operators: their heads are zero, so the solver is its base until they learn."""
         names = {lift.operator for lift in self._learned}
         try:
-            self.operators = {name: ResidualOperator(**self.config["operator"]) for name in sorted(names)}
+            self.operators = {name: make_operator(self.config["operator"]) for name in sorted(names)}
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"operator={self.config['operator']} does not describe a ResidualOperator: {error}."
@@ -200,10 +200,10 @@ class SpanLiftScheduler(DyWeightScheduler):
             merged.continuous_lift = renamed(theirs.continuous_lift)
         return merged
 
-    def _add(self, name: str, network: ResidualOperator) -> str:
+    def _add(self, name: str, network: Operator) -> str:
         """Take an operator in; its name, or the next one that is free or of the same weights: "shared-2"."""
 
-        def same(other: ResidualOperator) -> bool:
+        def same(other: Operator) -> bool:
             weights = network.state_dict()
             return all(torch.equal(v.cpu(), weights[k].cpu()) for k, v in other.state_dict().items())
 
@@ -381,7 +381,7 @@ class SpanLiftScheduler(DyWeightScheduler):
                 f"The operator was made for {operator.channels} channels; layout {self.config['layout']!r} finds "
                 f"{images[0].shape[1]} in a sample of shape {tuple(x.shape)}."
             )
-        lift = residual(operator, images[0], images[1:], self._conditions[row].to(operator.stem.weight.dtype))
+        lift = residual(operator, images[0], images[1:], self._conditions[row].to(operator.dtype))
         size = self._beta[row] * self._sizes[row] * self._scales[row + 1]
         return moved + size * layout.from_grid(lift, x, self.latent_size)
 
