@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 
-from .core.continuous import Continuous, ContinuousLift, ContinuousTable, names
+from .core.check import MAX_STEPS, shown, whole
+from .core.continuous import HIGHEST_ORDER, Continuous, ContinuousLift, ContinuousTable, names
 from .core.operator import Lift
 from .core.table import SolverTable
 from .version import __version__
 
+LARGEST = 1e6  # weight, time scale, alpha or beta: float32 overflows of larger ones in a few steps
 _OPTIONAL = {"time_scale", "afs", "time_shifting", "provenance"}
 _SHOWN = (3, 5, 8, 15)  # numbers of steps, of a solver that has all
 _KEYS = {"weights", "grid"} | _OPTIONAL
@@ -51,15 +53,11 @@ def table_from_json(data: Mapping[str, Any]) -> SolverTable:
     """
     if not isinstance(data, Mapping) or not data.keys() >= _KEYS - _OPTIONAL:
         raise ValueError("a table is a mapping with at least 'weights' and 'grid'")
-    if unknown := sorted(data.keys() - _KEYS):
-        warnings.warn(
-            f"Solver table has keys this version does not know: {unknown}. They are ignored; "
-            "if results look wrong, upgrade: pip install -U dywspan.",
-            stacklevel=2,
-        )
+    _warn_of_unknown(data, _KEYS, "Solver table")
     rows = data["weights"]
     if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
         raise ValueError("weights must be a non-empty list of non-empty rows")
+    whole("number of weights rows", len(rows), 1, MAX_STEPS)
     order = max(map(len, rows))
     weights = torch.zeros(len(rows), order, dtype=torch.float64)
     for i, row in enumerate(rows):
@@ -67,10 +65,11 @@ def table_from_json(data: Mapping[str, Any]) -> SolverTable:
             raise ValueError(f"weights row {i} must have {min(i + 1, order)} numbers (K = {order}); it has {len(row)}")
         weights[i, : len(row)] = _numbers(row, f"weights row {i}")
     scale = _numbers(data.get("time_scale", [1.0] * len(rows)), "time_scale")
+    weights, scale = _bounded(weights, "weights"), _bounded(scale, "time_scale")
     flags = {"afs": data.get("afs", False), "time_shifting": data.get("time_shifting", True)}
     for name, value in flags.items():
         if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false; got {value!r}")
+            raise ValueError(f"{name} must be true or false; got {shown(value)}")
     return SolverTable(weights, scale, data["grid"], **flags, provenance=_provenance(data))
 
 
@@ -82,10 +81,10 @@ def read_tables(tables: Mapping[str, Any] | None) -> dict[int, SolverTable]:
     for key, data in (tables or {}).items():
         try:
             table = table_from_json(data)
-            if str(table.num_inference_steps) != str(key):
+            if not isinstance(key, (str, int)) or str(table.num_inference_steps) != f"{key}":
                 raise ValueError(f"it holds a table for {table.num_inference_steps} network evaluations")
         except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f'Damaged solver table "{key}": {error}. Download or distil it again.') from error
+            raise _damaged(f'solver table "{_key(key)}"', error) from error
         result[table.num_inference_steps] = table
     return result
 
@@ -108,23 +107,25 @@ def read_continuous(data: Mapping[str, Any] | None, kind: type[Continuous] = Con
         return None
     optional = {f.name for f in fields(kind) if f.default is not MISSING or f.default_factory is not MISSING}
     needed = [f.name for f in fields(kind) if f.name not in optional]
+    what = f"continuous {kind.__name__.removeprefix('Continuous').lower()}"
     try:
         if not isinstance(data, Mapping) or not data.keys() >= {*needed}:
             raise ValueError(f"it is a mapping with at least {' and '.join(map(repr, needed))}")
+        _warn_of_unknown(data, {*needed, *optional, "features"}, what.capitalize())
         known = list(names(data.get("guidance_scale")))
         if data.get("features", known) != known:
-            raise ValueError(f"its features are {data['features']}, this version's {known}: upgrade dywspan")
+            raise ValueError(f"its features are {shown(data['features'])}, this version's {known}: upgrade dywspan")
         rows = data["coefficients"]
         if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
             raise ValueError("coefficients must be a list of rows")
         if len({len(row) for row in rows}) != 1:
-            raise ValueError(f"coefficients must be rows of the same length; they have {[len(row) for row in rows]}")
+            raise ValueError(f"coefficients must be rows of the same length; they have {shown([len(r) for r in rows])}")
+        whole("number of coefficients rows", len(rows), 1, HIGHEST_ORDER + 1)
         coefficients = torch.stack([_numbers(row, f"coefficients row {i}") for i, row in enumerate(rows)])
         own = {f.name: data[f.name] for f in fields(kind) if f.name in data}
         return kind(**{**own, "coefficients": coefficients, "provenance": _provenance(data)})
     except (ValueError, TypeError, OverflowError) as error:
-        what = kind.__name__.removeprefix("Continuous").lower()
-        raise ValueError(f"Damaged continuous {what}: {error}. Download or distil it again.") from error
+        raise _damaged(what, error) from error
 
 
 def shown_tables(scheduler: Any) -> dict[int, SolverTable]:
@@ -153,12 +154,13 @@ def read_lifts(lifts: Mapping[str, Any] | None) -> dict[int, Lift]:
     result = {}
     for key, data in (lifts or {}).items():
         try:
-            if str(int(key)) != str(key):
-                raise ValueError("the key must be a number of steps")
-            alpha, beta = (_numbers(data[name], name) for name in ("alpha", "beta"))
-            result[int(key)] = Lift(alpha, beta, str(data.get("operator", "shared")), _provenance(data))
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f'Damaged SpanLift entry "{key}": {error!r}. Download or distil it again.') from error
+            if not isinstance(data, Mapping) or not data.keys() >= {"alpha", "beta"}:
+                raise ValueError("it is a mapping with at least 'alpha' and 'beta'")
+            _warn_of_unknown(data, {"alpha", "beta", "operator", "provenance"}, "SpanLift entry")
+            alpha, beta = (_bounded(_numbers(data[name], name), name) for name in ("alpha", "beta"))
+            result[_count(key)] = Lift(alpha, beta, data.get("operator", "shared"), _provenance(data))
+        except (ValueError, TypeError) as error:
+            raise _damaged(f'SpanLift entry "{_key(key)}"', error) from error
     return result
 
 
@@ -182,9 +184,13 @@ def warn_if_newer(version: str | None) -> None:
     Raises:
         ValueError: it is no version.
     """
-    if not isinstance(version, str | None):
-        raise ValueError(f"dywspan_version={version!r} must be a text such as {__version__!r}.")
-    if version and release(version) > release(__version__):
+    if version is None:  # files of the first releases
+        return
+    try:
+        newer = release(version) > release(__version__)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"dywspan_version={shown(version)} must be a text such as {__version__!r}.") from error
+    if newer:
         warnings.warn(
             f"This solver was written by dywspan {version}, newer than the installed {__version__}. "
             "If it fails or looks wrong, upgrade: pip install -U dywspan.",
@@ -198,22 +204,61 @@ def compact(text: str) -> str:
     return re.sub(r"\[\n[\d\s.,eE+-]*\]", lambda m: json.dumps(json.loads(m[0])), text)
 
 
+def release(version: str) -> tuple[int, ...]:
+    """(major, minor, patch) of a version string.
+
+    Raises:
+        ValueError: it does not begin with one.
+    """
+    found = re.match(r"\d{1,9}(\.\d{1,9}){0,2}(?!\d)", version)
+    if found is None or len(version) > 64:
+        raise ValueError(f"{shown(version)} is no version")
+    return tuple(map(int, found[0].split(".")))
+
+
 def _provenance(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = data.get("provenance") or {}
-    if not isinstance(found, Mapping):
-        raise ValueError(f"provenance must be a mapping; got {found!r}")
-    return found
+    found = data.get("provenance", {})
+    if not isinstance(found, Mapping | None):
+        raise ValueError(f"provenance must be a mapping; got {shown(found)}")
+    return found or {}
 
 
 def _numbers(values: Any, name: str) -> torch.Tensor:
     if not isinstance(values, list) or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-        raise ValueError(f"{name} must hold numbers only; got {values!r}")
-    return torch.tensor(values, dtype=torch.float64)
+        raise ValueError(f"{name} must hold numbers only; got {shown(values)}")
+    try:
+        return torch.tensor([float(v) for v in values], dtype=torch.float64)
+    except OverflowError as error:
+        raise ValueError(f"{name} holds a number that is too large; got {shown(values)}") from error
 
 
-def release(version: str) -> tuple[int, ...]:
-    """(major, minor, patch) of a version string."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+def _bounded(values: torch.Tensor, name: str) -> torch.Tensor:
+    if bool((values.abs() > LARGEST).any()) and bool(values.isfinite().all()):
+        raise ValueError(f"{name} must be at most {LARGEST:g} in size; got {shown(values.tolist())}")
+    return values
+
+
+def _count(key: Any) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,3}", f"{key}" if isinstance(key, (str, int)) else "") or int(key) > MAX_STEPS:
+        raise ValueError(f"the key must be a number of steps from 1 to {MAX_STEPS}")
+    return int(key)
+
+
+def _key(key: Any) -> str:
+    return key if isinstance(key, str) and len(key) <= 40 else shown(key)
+
+
+def _damaged(what: str, error: Exception) -> ValueError:
+    return ValueError(f"Damaged {what}: {str(error).rstrip('.')}. Download or distil it again.")
+
+
+def _warn_of_unknown(data: Mapping[str, Any], known: set[str], what: str) -> None:
+    if unknown := sorted(map(str, data.keys() - known)):
+        warnings.warn(
+            f"{what} has keys this version does not know: {unknown}. They are ignored; "
+            "if results look wrong, upgrade: pip install -U dywspan.",
+            stacklevel=3,
+        )
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

@@ -21,7 +21,15 @@ from hypothesis import strategies as st
 
 import dywspan
 from dywspan import DyWeightScheduler, SolverTable
-from dywspan.artifact import compact, release, table_from_json, table_to_json
+from dywspan.artifact import (
+    compact,
+    read_continuous,
+    read_lifts,
+    release,
+    table_from_json,
+    table_to_json,
+    warn_if_newer,
+)
 
 ROOT = Path(__file__).parents[1]
 NAME = "scheduler_config.json"
@@ -45,8 +53,8 @@ def same(a: SolverTable, b: SolverTable) -> bool:
 
 # ------------------------------------------------------------------ round trips
 
-doubles = st.floats(allow_nan=False, allow_infinity=False)
-positive = st.floats(min_value=5e-324, max_value=1e300)
+doubles = st.floats(-1e6, 1e6)
+positive = st.floats(min_value=5e-324, max_value=1e6)
 
 
 @given(st.data())
@@ -185,6 +193,10 @@ DAMAGE = {
     "weights null": ("weights.1.0", None, "numbers only"),
     "weights true": ("weights.1.0", True, "numbers only"),
     "weights huge": ("weights.1.0", 10**400, "too large"),
+    "weights large": ("weights.1.0", 1e7, r"weights must be at most 1e\+06 in size"),
+    "weights many": ("weights", [[1.0]] * 1001, "number of weights rows=1001 must be a whole number from 1 to 1000"),
+    "scale large": ("time_scale.1", 1e7, r"time_scale must be at most 1e\+06"),
+    "scale huge": ("time_scale.1", 10**400, "time_scale holds a number that is too large"),
     "weights flat": ("weights", [1.0, 2.0, 3.0], "non-empty list of non-empty rows"),
     "weights none": ("weights", [], "non-empty list of non-empty rows"),
     "weights missing": ("weights", _REMOVED, "at least 'weights' and 'grid'"),
@@ -203,7 +215,9 @@ DAMAGE = {
     "grid parameter missing": ("grid.sigma_max", _REMOVED, "sigma_max"),
     "grid parameter text": ("grid.sigma_max", "80", "Grid 'polynomial'"),
     "grid rho": ("grid.rho", 0, "Grid 'polynomial'"),
-    "grid upside down": ("grid.sigma_max", 1e-4, "decreasing"),
+    "grid upside down": ("grid.sigma_max", 1e-4, "sigma_min=0.002 must be less than sigma_max=0.0001"),
+    "grid misspelt": ("grid.rohs", 7.0, r"no parameter \['rohs'\]"),
+    "grid two ways": ("grid.sigmas", [3.0, 2.0, 1.0, 0.0], "no other keys"),
     "grid below zero": ("grid", {"sigmas": [3.0, 2.0, 1.0, -1.0]}, "at 0 or above"),
     "grid short": ("grid", {"sigmas": [3.0, 2.0, 1.0]}, "3 steps has 4 levels"),
     "grid repeats": ("grid", {"sigmas": [3.0, 2.0, 2.0, 0.0]}, "decreasing"),
@@ -261,10 +275,73 @@ def test_tables_of_another_kind(tables: Any) -> None:
         DyWeightScheduler(tables=tables)
 
 
-@pytest.mark.parametrize("key", ["4", "03", "three", ""])
-def test_a_table_under_the_wrong_key(key: str) -> None:
-    with pytest.raises(ValueError, match=f'Damaged solver table "{key}": it holds a table for 3 network evaluations'):
+@pytest.mark.parametrize("key", ["4", "03", "three", "", "9" * 5000, None, True, 3.0], ids=lambda k: str(k)[:9])
+def test_a_table_under_the_wrong_key(key: Any) -> None:
+    with pytest.raises(ValueError, match=r'Damaged solver table ".{0,90}": it holds a table for 3 network evaluations'):
         DyWeightScheduler(tables={key: table_to_json(table(3, 2))})
+
+
+ENTRY = {"alpha": [1.0, 1.0], "beta": [0.5, 0.5]}
+
+
+@pytest.mark.parametrize(
+    ("key", "entry", "said"),
+    [
+        ("2", {**ENTRY, "alpha": [10**400, 1.0]}, "alpha holds a number that is too large"),
+        ("2", {**ENTRY, "beta": [math.nan, 1.0]}, "alpha and beta must be finite"),
+        ("2", {**ENTRY, "beta": [1e7, 1.0]}, r"beta must be at most 1e\+06"),
+        ("2", {**ENTRY, "beta": [True, 1.0]}, "beta must hold numbers only"),
+        ("2", {**ENTRY, "beta": {"0": 1.0}}, "beta must hold numbers only"),
+        ("2", {"alpha": [1.0, 1.0]}, "at least 'alpha' and 'beta'"),
+        ("2", [1.0, 1.0], "it is a mapping"),
+        ("2", {**ENTRY, "operator": 3}, "operator=3 must be 1 to 64 letters"),
+        ("2", {**ENTRY, "provenance": 0}, "provenance must be a mapping; got 0"),
+        *((key, ENTRY, "the key must be a number of steps from 1 to 1000") for key in ("0", "-2", "02", "1001", "two")),
+        ("9" * 5000, ENTRY, "the key must be a number of steps"),
+        (None, ENTRY, "the key must be a number of steps"),
+        (True, ENTRY, "the key must be a number of steps"),
+    ],
+    ids=lambda v: str(v)[:30],
+)
+def test_a_damaged_lift_is_named(key: Any, entry: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f'(?s)Damaged SpanLift entry ".{{1,90}}": .*{said}') as caught:
+        read_lifts({key: entry})
+    assert len(str(caught.value)) < 400
+
+
+def test_keys_that_are_dropped_are_said() -> None:
+    with pytest.warns(UserWarning, match=r"SpanLift entry has keys .* \['operatr'\]"):
+        read_lifts({"2": {**ENTRY, "operatr": "a"}})
+    continuous = {"coefficients": [[0.0] * 8] * 3, "grid": GRID, "horizn": 20.0}
+    with pytest.warns(UserWarning, match=r"Continuous table has keys .* \['horizn'\]"):
+        read_continuous(continuous)
+
+
+def test_provenance_is_free_json() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(100):
+        deep = {"": [deep, None, True, math.inf, 10**400]}
+    assert table_from_json({**table_to_json(table(3, 2)), "provenance": deep}).provenance == deep
+    assert read_lifts({"2": {**ENTRY, "provenance": deep}})[2].provenance == deep
+    assert read_lifts({"2": {**ENTRY, "provenance": None}})[2].provenance == {}
+
+
+@pytest.mark.parametrize("version", ["", "abc", "v1.0", "9" * 10_000, "1." * 40 + "0", 5, ["1.0"], {}, True], ids=str)
+def test_what_is_no_version_is_said(version: Any) -> None:
+    with pytest.raises(ValueError, match=r"(?s)dywspan_version=.{1,90} must be a text such as '") as caught:
+        warn_if_newer(version)
+    assert len(str(caught.value)) < 200
+
+
+def test_versions_of_every_form() -> None:
+    forms = {"1.2.3": (1, 2, 3), "0.43.0.dev0": (0, 43, 0), "1.0rc1": (1, 0), "2": (2,), "0.2+local.5": (0, 2)}
+    assert {version: release(version) for version in forms} == forms
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_newer(None)
+        warn_if_newer("0.0.1.dev0")
+    with pytest.warns(UserWarning, match=r"written by dywspan 999999\.0rc1, newer"):
+        warn_if_newer("999999.0rc1")
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, -3])

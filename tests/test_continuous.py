@@ -27,7 +27,7 @@ from torch import Tensor
 from dywspan import DyWeightScheduler, SpanLiftScheduler
 from dywspan.artifact import continuous_to_json, read_continuous, shown_tables
 from dywspan.core.bases import BASES, MAX_ORDER
-from dywspan.core.continuous import FEATURES, ContinuousLift, ContinuousTable, features
+from dywspan.core.continuous import FEATURES, GUIDED, ContinuousLift, ContinuousTable, features
 from dywspan.core.grid import make_grid
 from dywspan.core.prediction import EDM, Flow, Prediction
 from dywspan.core.step import step
@@ -263,6 +263,16 @@ GOOD = continuous_to_json(learned())
         ({"horizon": 0}, "horizon=0 must be a positive number"),
         ({"horizon": "8"}, "horizon='8' must be a positive number"),
         ({"horizon": float("nan")}, "horizon=nan"),
+        ({"horizon": float("inf")}, "horizon=inf"),
+        ({"horizon": True}, "horizon=True"),
+        ({"horizon": 10**400}, "horizon=a whole number of 1329 bits"),
+        ({"coefficients": [[0.0] * 8] * 10}, "number of coefficients rows=10 must be a whole number from 1 to 9"),
+        ({"coefficients": [[1e7, *[0.0] * 7]] * 2}, r"none may be larger than 1e\+06"),
+        ({"grid": {"name": "flow", "shfit": 3.0}}, "no parameter .*shfit"),
+        (
+            {"guidance_scale": 10**400, "coefficients": [[0.0] * 16] * 2, "features": list(FEATURES + GUIDED)},
+            "guidance_scale=a whole",
+        ),
     ],
     ids=str,
 )

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from .bases import BASES
+from .check import as_float, identifier, shown, whole
 from .grid import make_grid
 from .operator import Lift
 from .prediction import Prediction
 from .table import SOME_NETWORK, InvalidSolverError, SolverTable, base_weights
 
 FEATURES = ("1", "u", "2u^2-1", "delta", "delta u", "first", "last", "last but one")
+HIGHEST_ORDER = 8
+LARGEST = 1e6  # coefficient, horizon, guidance scale
 GUIDED = tuple(f"({name}) log(g/g0)" for name in FEATURES)
 
 
@@ -56,8 +59,9 @@ class ContinuousTable:
 
     def __post_init__(self) -> None:
         _check(self)
+        whole("K = rows of coefficients - 1", self.order, 1, HIGHEST_ORDER)
         if self.base not in [*BASES]:
-            raise ValueError(f"Unknown base solver {self.base!r}: use one of {sorted(BASES)}.")
+            raise ValueError(f"Unknown base solver {shown(self.base)}: use one of {sorted(BASES)}.")
         if isinstance(self.grid, Mapping) and "sigmas" in self.grid:
             raise ValueError("A solver for every number of steps needs a named grid, not a list of sigmas.")
         make_grid(self.grid, 2, SOME_NETWORK)
@@ -160,10 +164,8 @@ class ContinuousLift:
 
     def __post_init__(self) -> None:
         _check(self, 2)
-        if type(self.order) is not int or self.order < 1:
-            raise ValueError(f"order={self.order!r} must be a positive whole number.")
-        if not isinstance(self.operator, str):
-            raise ValueError(f"operator={self.operator!r} must be the name of one.")
+        whole("order", self.order, 1, HIGHEST_ORDER)
+        identifier("operator", self.operator)
 
     @classmethod
     def initial(cls, order: int, *, horizon: float = 8.0, operator: str = "shared") -> ContinuousLift:
@@ -208,12 +210,12 @@ def check_guidance_scale(value: Any) -> None:
     """It has a logarithm.
 
     Raises:
-        ValueError: it is not None and no positive number.
+        ValueError: it is not None and no positive number up to ``LARGEST``.
     """
-    if value is None:
-        return
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"guidance_scale={value!r} must be a positive number, 1 without guidance, or None.")
+    if value is not None and not 0 < as_float(value) <= LARGEST:
+        raise ValueError(
+            f"guidance_scale={shown(value)} must be a positive number up to {LARGEST:g}, 1 without guidance, or None."
+        )
 
 
 def _fade(num_inference_steps: int, horizon: float) -> float:
@@ -241,10 +243,12 @@ def _check(function: ContinuousTable | ContinuousLift, rows: int | None = None) 
             + (", twice the features with guidance_scale" if function.guidance_scale is not None else "")
             + f"; got shape {shape}."
         )
-    if not bool(coefficients.detach().isfinite().all()):
-        raise InvalidSolverError(f"coefficients must be finite; got {coefficients.tolist()}.")
-    if not isinstance(horizon, (int, float)) or not horizon > 0:
-        raise ValueError(f"horizon={horizon!r} must be a positive number of steps.")
+    if not bool((coefficients.detach().abs() <= LARGEST).all()):
+        raise InvalidSolverError(
+            f"coefficients must be finite; got {shown(coefficients.tolist())}; none may be larger than {LARGEST:g}."
+        )
+    if not 0 < as_float(horizon) <= LARGEST:
+        raise ValueError(f"horizon={shown(horizon)} must be a positive number of steps, at most {LARGEST:g}.")
 
 
 def differences(order: int) -> Tensor:
