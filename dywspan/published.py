@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .artifact import table_to_json
 from .core.bases import from_data_prediction
+from .core.check import MAX_STEPS, number, whole
 from .core.table import SolverTable
 from .inert_pickle import Inert, read_pickle
 from .schedulers.dyweight import DyWeightScheduler
@@ -232,15 +233,16 @@ def _decode(fields: Mapping[str, Any]) -> tuple[Tensor, Tensor, bool]:
     n = len(absolute) if absolute.ndim else 0
     if n == 0 or absolute.shape != (n, n):
         raise ValueError(f"weights must be an N x N table; got shape {tuple(absolute.shape)}.")
-    if (points := fields.get("num_steps")) is not None and int(points) != n + 1:
-        raise ValueError(f"num_steps={points} grid points make {int(points) - 1} steps; the weights are for {n}.")
+    whole("number of weights rows", n, 1, MAX_STEPS)
+    if (points := fields.get("num_steps")) is not None and number("num_steps", points) != n + 1:
+        raise ValueError(f"num_steps={points} grid points make {points - 1} steps; the weights are for {n}.")
     absolute = absolute.double()
     if isinstance(mask := fields.get("mask"), Tensor):
         if mask.shape != absolute.shape:
             raise ValueError(f"mask has shape {tuple(mask.shape)}; the weights {tuple(absolute.shape)}.")
         absolute = absolute * mask
     window = fields.get("window_size") or fields.get("max_history_steps") or n
-    order = min(int(window), n)
+    order = int(min(number("max_history_steps", window, 1), n))
     if bool((absolute - absolute.tril().triu(1 - order)).any()):
         raise ValueError(f"row i may weigh the derivatives of steps i - {order - 1} to i only (K = {order}).")
     weights = torch.zeros(n, order, dtype=torch.float64)
@@ -286,7 +288,12 @@ def _collect(root: Any) -> dict[str, Any]:
         seen.add(id(node))
         if isinstance(node, dict):
             for key, value in node.items():
-                if key in _FIELDS and key not in fields and isinstance(value, (bool, int, float, str, Tensor)):
+                if (
+                    isinstance(key, str)
+                    and key in _FIELDS
+                    and key not in fields
+                    and isinstance(value, (bool, int, float, str, Tensor))
+                ):
                     fields[key] = value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
             queue.extend(node.values())
         if isinstance(node, Inert):

@@ -7,8 +7,11 @@ import io
 import json
 import pickle
 import sys
+import time
+import tracemalloc
 import types
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 
 from dywspan import DyWeightScheduler
 from dywspan.core.step import rollout
+from dywspan.inert_pickle import read_pickle
 from dywspan.published import CONFIGS, convert, neuralsolver_tables, read_published
 
 SHARED = Path(__file__).parents[2] / "shared" / "published_tables" / "dyweight.json"
@@ -266,6 +270,10 @@ def _archive(data: Any) -> bytes:
         ({"schedule_type": "zigzag"}, "Unknown grid 'zigzag'"),
         ({"schedule_type": "discrete"}, "schedule_rho=7.0 has no counterpart"),
         ({"sigma_max": "large"}, "could not convert"),
+        ({"sigma_max": float("nan")}, "sigma_max=nan must be a finite number"),
+        ({"num_steps": float("inf")}, "num_steps=inf must be a finite number"),
+        ({"num_steps": "5"}, "num_steps='5' must be a finite number"),
+        ({"max_history_steps": -3}, "max_history_steps=-3 must be a finite number of at least 1"),
         ({"num_steps": torch.ones(3)}, r"a\.pkl: "),
     ],
 )
@@ -370,18 +378,81 @@ def test_objects_in_an_archive_are_refused(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+def _doubled(use: bytes) -> bytes:
+    """t = (t, t), 60 times over, and what is done with it: less than 300 bytes, and walking it takes 2^60 steps."""
+    return b"\x80\x04" + use % (b"N" + b"2\x86" * 60) + b"."
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"\x80\x04Nr" + (2**32 - 1).to_bytes(4, "little") + b".", "remembers 4294967295 things"),
-        (b"\x80\x04N" + b"p4000000000\n" + b".", "remembers 4000000000 things"),
+        (b"\x80\x04Nr" + (2**32 - 1).to_bytes(4, "little") + b".", "no solver table"),
+        (b"\x80\x04N" + b"p4000000000\n" + b".", "no solver table"),
+        (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", "instruction that no table needs"),
+        (b"\x80\x05\x8e" + (2**40).to_bytes(8, "little") + b".", "EOFError"),
+        (_doubled(b"}" + b"%sNs"), "a key is larger"),
+        (_doubled(b"}(%sNu"), "a key is larger"),
+        (_doubled(b"(%sNd"), "a key is larger"),
+        (_doubled(b"\x8f(%s\x90"), "a key is larger"),
+        (_doubled(b"(%s\x91"), "a key is larger"),
+        (_doubled(b"}X\x09\x00\x00\x00num_steps%ss"), "no solver table"),
+        (_doubled(b"ctorch._utils\n_rebuild_tensor_v2\n(NK\x00%sK\x01\x85tR"), "a tensor of shape"),
+        (
+            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(NK\x00(J\xff\xff\xff\x7fX\x01\x00\x00\x00at)tR.",
+            "a tensor of shape",
+        ),
+        (b"\x80\x04" + b"(" * 10**5, "IndexError|truncated|EOFError"),
+        (b"\x80\x04)" + b"\x85" * 10**5 + b"}\x94h\x00" + b".", "no solver table"),
+        (b"\x80\x04}N" + b"\x85" * 10**5 + b"Ns.", "a key is larger"),
+        (b"\x80\x04" + b"".join(b"ca%d\nb\n0" % i for i in range(10**4)) + b"N.", "more than its own size"),
+        (b"\x80\x04cx\nf\n\x94(" + b"N" * 10**5 + b"t\x94" + b"h\x00h\x01R0" * 10**4 + b"N.", "more than its own size"),
+        (
+            b"\x80\x02c_codecs\nencode\nq\x00X\x40\x42\x0f\x00"
+            + b"a" * 10**6
+            + b"\x85q\x01"
+            + b"h\x00h\x01R0" * 10**4
+            + b"N.",
+            "more than its own size",
+        ),
         (b"\x80\x04ctorch._utils\n_rebuild_parameter\nN}X\x01\x00\x00\x00aK\x07s\x86b.", "a state"),
     ],
 )
-def test_a_pickle_takes_no_memory_and_writes_to_no_function(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_pickle_takes_no_time_nor_memory_and_writes_to_no_function(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "evil.pkl").write_bytes(content)
-    with pytest.raises(ValueError, match=said):
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=said) as caught, _memory(64 * 10**6 + 50 * len(content)):
         read_published(tmp_path / "evil.pkl")
+    assert time.perf_counter() - start < 5
+    assert len(str(caught.value)) < 1000
+
+
+@contextlib.contextmanager
+def _memory(limit: int) -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < limit
+
+
+def test_a_storage_named_often_is_one() -> None:
+    """As torch.save writes 150 tensors that share theirs: read once, not 150 times."""
+    storage = torch.arange(1000.0)
+    views = read_pickle(_archive({"views": [storage[i:] for i in range(150)]}))["views"]
+    assert len({view.untyped_storage().data_ptr() for view in views}) == 1
+    assert all(torch.equal(view, storage[i:]) for i, view in enumerate(views))
+
+
+def test_a_storage_within_a_pickle_made_often_is_refused(tmp_path: Path) -> None:
+    call, inner = b"ctorch.storage\n_load_from_bytes\n", io.BytesIO()
+    torch.save(torch.zeros(10**6).storage(), inner, _use_new_zipfile_serialization=False)
+    raw = inner.getvalue()
+    once = b"\x80\x03" + call + b"q\x00B" + len(raw).to_bytes(4, "little") + raw + b"\x85q\x01"
+    (tmp_path / "a.pkl").write_bytes(once + b"h\x00h\x01R0" * 150 + b"N.")
+    with pytest.raises(ValueError, match="more than its own size"):
+        read_published(tmp_path / "a.pkl")
 
 
 def test_an_archive_that_grows_is_refused(tmp_path: Path) -> None:
