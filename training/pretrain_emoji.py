@@ -293,6 +293,9 @@ def train_pipeline(
         pipe.save_pretrained(unfinished)
         for file in unfinished.glob("text_encoder*/config.json"):  # transformers loads in it, diffusers in float32
             file.write_text(file.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+        settings = json.loads((file := unfinished / "vae" / "config.json").read_text())
+        settings.pop("block_out_channels")  # AutoencoderTiny writes it, and warns of it when it reads it again
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         recipe.finish(unfinished)
         (unfinished / "README.md").write_text(card(name, recipe, pipe, args, seconds))
         shutil.rmtree(folder, ignore_errors=True)
