@@ -4,9 +4,19 @@
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .core.table import SolverTable
+from .schedulers.apply import apply, load
 from .schedulers.bind import bind
 from .schedulers.dyweight import DyWeightScheduler
 from .schedulers.spanlift import SpanLiftScheduler
 from .version import __version__
 
-__all__ = ["DyWeightScheduler", "SchedulerMixin", "SolverTable", "SpanLiftScheduler", "__version__", "bind"]
+__all__ = [
+    "DyWeightScheduler",
+    "SchedulerMixin",
+    "SolverTable",
+    "SpanLiftScheduler",
+    "__version__",
+    "apply",
+    "bind",
+    "load",
+]

@@ -26,7 +26,7 @@ from .core.table import SolverTable
 from .version import __version__
 
 LARGEST = 1e6  # weight, time scale, alpha or beta: float32 overflows of larger ones in a few steps
-_OPTIONAL = {"time_scale", "afs", "time_shifting", "provenance"}
+_OPTIONAL = {"time_scale", "afs", "time_shifting", "provenance", "convention"}
 _SHOWN = (3, 5, 8, 15)  # numbers of steps, of a solver that has all
 _KEYS = {"weights", "grid"} | _OPTIONAL
 
@@ -40,6 +40,7 @@ def table_to_json(table: SolverTable) -> dict[str, Any]:
         "grid": dict(table.grid),
         "afs": table.afs,
         **({} if table.time_shifting else {"time_shifting": False}),
+        **({} if table.convention is None else {"convention": table.convention}),
         "provenance": dict(table.provenance),
     }
 
@@ -70,7 +71,8 @@ def table_from_json(data: Mapping[str, Any]) -> SolverTable:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be true or false; got {shown(value)}")
-    return SolverTable(weights, scale, data["grid"], **flags, provenance=_provenance(data))
+    own = {"provenance": _provenance(data), "convention": data.get("convention")}
+    return SolverTable(weights, scale, data["grid"], **flags, **own)
 
 
 def read_tables(tables: Mapping[str, Any] | None) -> dict[int, SolverTable]:

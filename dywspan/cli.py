@@ -14,8 +14,8 @@ from typing import Any
 from .artifact import markdown, shown_tables
 from .core.continuous import FEATURES, GUIDED
 from .evaluate.report import write_results
+from .schedulers.apply import load
 from .schedulers.bind import bind
-from .schedulers.dyweight import DyWeightScheduler
 from .schedulers.spanlift import SpanLiftScheduler
 from .version import __version__
 
@@ -55,7 +55,7 @@ def demo(args: argparse.Namespace) -> None:
 
     learned, lifted = args.solvers or f"{args.model}-solvers", args.spanlift or f"{args.model}-spanlift"
     _check_here(args.model, learned)
-    pipe, tables = bind(load_pipeline(str(args.model))), shown_tables(DyWeightScheduler.from_pretrained(learned))
+    pipe, tables = bind(load_pipeline(str(args.model))), shown_tables(load(learned))
     call = dict(next(iter(tables.values())).provenance.get("call", {}))  # what it was learned for
     if args.guidance_scale is not None:
         call["guidance_scale"] = args.guidance_scale
@@ -113,9 +113,8 @@ def convert(args: argparse.Namespace) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     """Print an artefact: weights, row sums, time scale, calibrated levels, timesteps; SpanLift's scalars and size."""
-    config = DyWeightScheduler.load_config(args.artefact)
-    lifted = config.get("_class_name") == SpanLiftScheduler.__name__
-    scheduler: Any = (SpanLiftScheduler if lifted else DyWeightScheduler).from_pretrained(args.artefact)
+    scheduler: Any = load(args.artefact)
+    lifted = isinstance(scheduler, SpanLiftScheduler)
     if (continuous := scheduler.continuous) is not None:
         form = f"{continuous.base}({continuous.order}M) and corrections that halve at {continuous.horizon:g} steps"
         names = ["levels", *(f"w, difference {m}" for m in range(1, continuous.order)), "log s"]

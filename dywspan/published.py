@@ -176,7 +176,8 @@ def neuralsolver_tables(family: str = "flow_matching") -> list[SolverTable]:
         weights = combine(sigmas, rows)
         provenance = {"source": f"NeuralSolver {family} {name}", "license": "MIT"}
         ones = torch.ones(len(rows), dtype=torch.float64)
-        tables.append(SolverTable(weights, ones, {"sigmas": sigmas.tolist()}, provenance=provenance))
+        own = {"provenance": provenance, "convention": "flow" if family == "flow_matching" else "vp"}
+        tables.append(SolverTable(weights, ones, {"sigmas": sigmas.tolist()}, **own))
     return tables
 
 
@@ -199,7 +200,7 @@ def _as_weights(sigmas: Tensor, rows: list[list[float]]) -> Tensor:
 
 
 def _from_data(sigmas: Tensor, rows: list[list[float]]) -> Tensor:
-    return from_data_prediction(sigmas, rows.__getitem__)
+    return from_data_prediction(sigmas, _as_weights(sigmas, rows))
 
 
 _NEURALSOLVER: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, list[list[float]]], Tensor]]] = {

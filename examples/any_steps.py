@@ -73,7 +73,7 @@ def main() -> None:
     print(f"Fitted at {args.fit} steps in {time.perf_counter() - started:.0f} s")
 
     solvers = {
-        name: DyWeightScheduler.from_config(own.config, solver=solver, order=order, grid=default_grid(own))
+        name: DyWeightScheduler.from_config(own.config, solver=solver, solver_order=order, grid=default_grid(own))
         for name, (solver, order) in CLASSICAL.items()
     }
     solvers["continuous"] = own.with_continuous(learned)

@@ -96,7 +96,7 @@ def main() -> None:
     rows = []
     for n in args.steps:
         solvers = {
-            "iPNDM(3M)": DyWeightScheduler.from_config(own.config, solver="ipndm", order=3, grid=levels(n)),
+            "iPNDM(3M)": DyWeightScheduler.from_config(own.config, solver="ipndm", solver_order=3, grid=levels(n)),
             f"Adam, {args.gradients:,} pairs": learned(
                 n, args.gradients, optimizer="adam", updates=args.gradients // 16, batch_size=16, evaluate_every=25
             ),

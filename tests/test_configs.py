@@ -18,14 +18,13 @@ from typing import Any
 import diffusers
 import pytest
 import yaml
-from tiny_pipelines import build, pixel_unet
+from tiny import build, pixel_unet
 
 from dywspan.artifact import markdown
 from dywspan.cli import main
 from dywspan.core.bases import BASES
 from dywspan.core.grid import GRIDS
 from dywspan.core.layout import LAYOUTS
-from dywspan.core.step import TWO_STAGE
 from dywspan.distill import run
 from dywspan.distill.config import DistillConfig, LearningConfig, add_arguments, make_config
 from dywspan.distill.losses import FEATURES, LATENT, NETWORKS
@@ -287,7 +286,7 @@ def test_every_yaml_of_the_document_is_understood() -> None:
 
 def test_every_setting_the_document_names_exists() -> None:
     """A word in code style is a setting or one of its choices, and so is what stands after its colon."""
-    choices = {*BASES, *TWO_STAGE, *GRIDS, *LAYOUTS, *FEATURES, *NETWORKS, *LATENT, "true", "false", "null"}
+    choices = {*BASES, *GRIDS, *LAYOUTS, *FEATURES, *NETWORKS, *LATENT, "true", "false", "null"}
     choices |= {"adam", "adamw", "bf16", "fp16", "bfloat16", "least_squares"}
     known = {f.name for f in fields(DistillConfig)}
     text = re.sub(r"```.*?```|<!-- .*?<!-- end -->", "", DOCUMENT.read_text(encoding="utf-8"), flags=re.S)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_pipelines as tp
+import tiny as tp
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -142,7 +142,7 @@ def test_any_base_is_lifted_between_the_levels_of_its_schedule(solver: str, netw
     """heun takes two levels a step, an AFS table one more than evaluations, and a table's are its own."""
     base, function = base_of(solver), lifts(3)
     base.set_timesteps(5)
-    levels = base._schedule.levels
+    levels = base.plan.schedule.levels
     expected, ends = function.lift(levels, base.host.prediction), []
     assert len(expected.alpha) == {"AFS table": 6, "heun": 9}.get(solver, 5)
     for scheduler in (on(base, function), on(base, function)):
@@ -164,9 +164,12 @@ def test_lifts_win_for_their_own_count_and_the_function_gives_all_others() -> No
     for n in (1, 2, 3, 4, 17):
         scheduler.set_timesteps(n)
         base.set_timesteps(n)
-        expected = own if n == 3 else function.lift(base._schedule.levels, Flow())
-        assert (scheduler._lift.operator, scheduler._alpha) == (expected.operator, expected.alpha.tolist())
-        assert scheduler._beta == expected.beta.tolist()
+        expected = own if n == 3 else function.lift(base.plan.schedule.levels, Flow())
+        assert (scheduler.plan.lift.lift.operator, scheduler.plan.lift.alpha) == (
+            expected.operator,
+            expected.alpha.tolist(),
+        )
+        assert scheduler.plan.lift.beta == expected.beta.tolist()
     assert sorted(shown_tables(scheduler)) == [3] and len(shown_tables(on(base, function))) > 1
     without = copy.deepcopy(scheduler)
     without.continuous_lift = None
@@ -198,18 +201,18 @@ def in_a_pipeline(name: str) -> tuple[tp.Tiny, SpanLiftScheduler]:
 def test_grids_of_the_call_shifts_and_later_starts_are_the_bases(name: str, call: dict[str, Any]) -> None:
     """What the base is asked for in a call, its lift is for too."""
     tiny, scheduler = in_a_pipeline(name)
-    outputs, levels = [tp.run(tiny, scheduler, [0], **call).output], scheduler._schedule.levels
+    outputs, levels = [tp.run(tiny, scheduler, [0], **call).output], scheduler.plan.schedule.levels
     begin, steps = 2 if "Img2Img" in name else 0, len(levels) - 1
     rest = lifts().lift(levels[begin:], scheduler.host.prediction, whole=steps)
     before = torch.zeros(begin).double()
     expected = replace(rest, alpha=torch.cat([before + 1, rest.alpha]), beta=torch.cat([before, rest.beta]))
-    assert scheduler._alpha == expected.alpha.tolist() and scheduler._beta == expected.beta.tolist()
+    assert scheduler.plan.lift.alpha == expected.alpha.tolist() and scheduler.plan.lift.beta == expected.beta.tolist()
     base = DyWeightScheduler.from_config(scheduler.config)
     outputs.append(tp.run(tiny, base, [0], **call).output)
-    assert torch.equal(base._schedule.levels, levels) and not torch.allclose(*outputs, rtol=1e-2, atol=1e-3)
+    assert torch.equal(base.plan.schedule.levels, levels) and not torch.allclose(*outputs, rtol=1e-2, atol=1e-3)
     nominal = on(base, lifts(), **{k: scheduler.config[k] for k in ("operator", "layout")})
     nominal.set_timesteps(steps, mu=0.7 if name == "FluxPipeline" else None)
-    assert not torch.allclose(nominal._lift.beta[begin:], rest.beta)
+    assert not torch.allclose(nominal.plan.lift.lift.beta[begin:], rest.beta)
     discrete = copy.deepcopy(scheduler)
     discrete.lifts, discrete.continuous_lift = {scheduler.num_inference_steps: expected}, None
     assert torch.equal(tp.run(tiny, discrete, [0], **call).output, outputs[0])
@@ -398,7 +401,7 @@ def test_it_fades_with_the_order_of_its_base(base: str, order: int) -> None:
     solver, _, given_order = base.partition(" of order ")
     own = of_kind("flow", 3) if solver == "table" else DyWeightScheduler.from_config(SOURCES["flow"].config)
     if solver != "table":
-        own = DyWeightScheduler.from_config(own.config, solver=solver, order=int(given_order or 2))
+        own = DyWeightScheduler.from_config(own.config, solver=solver, solver_order=int(given_order or 2))
     student = LiftStudent(own, [3], (4, 8, 8), order=4, horizon=8.0)
     assert student.lifted.continuous_lift.order == order and student.lifted.operators["shared"].order == 4
 
@@ -460,7 +463,7 @@ def test_what_is_learned_at_some_counts_lowers_their_errors_and_samples_at_any(
     pipe = load_pipeline(str(pixels))
     pipe.scheduler = scheduler
     for n in (1, 3, 11):
-        assert len(pipe(num_inference_steps=n).images) == 1 and len(scheduler._lift.beta) == n
+        assert len(pipe(num_inference_steps=n).images) == 1 and len(scheduler.plan.lift.lift.beta) == n
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "`SpanLiftScheduler` for 2, 4 and any other number of steps" in card
     for n, error in errors.items():
@@ -484,8 +487,8 @@ def test_half_learned_it_is_gone_on_with(pixels: Path, runs: tuple[Path, Path], 
     assert learn(pixels, output, **settings) == 0
     whole, rest = (SpanLiftScheduler.from_pretrained(f) for f in (folder, output))
     assert torch.equal(whole.continuous_lift.coefficients, rest.continuous_lift.coefficients)
-    for name, value in whole._state().items():
-        assert torch.equal(value, rest._state()[name])
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, rest.state_dict()[name])
     errors = (s.continuous_lift.provenance["held_out_error"] for s in (whole, rest))
     assert next(errors)["4"]["after"] == next(errors)["4"]["after"]
 
@@ -498,8 +501,8 @@ def test_its_coefficients_alone_are_fitted_by_least_squares(
     assert learn(pixels, tmp_path, **settings) == 0
     before, after = (SpanLiftScheduler.from_pretrained(f) for f in (folder, tmp_path))
     assert not torch.equal(before.continuous_lift.coefficients, after.continuous_lift.coefficients)
-    for name, value in before._state().items():
-        assert torch.equal(after._state()[name], value), "the operator stays"
+    for name, value in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], value), "the operator stays"
     errors = after.continuous_lift.provenance["held_out_error"]
     for n, error in before.continuous_lift.provenance["held_out_error"].items():
         assert errors[n]["before"] == pytest.approx(error["after"], rel=1e-4)
@@ -514,8 +517,8 @@ def test_a_function_and_lifts_lie_in_one_artefact(pixels: Path, runs: tuple[Path
     before, both = (SpanLiftScheduler.from_pretrained(f) for f in (folder, output))
     assert torch.equal(both.continuous_lift.coefficients, before.continuous_lift.coefficients)
     assert sorted(both.operators) == ["3", "continuous"] and sorted(both.lifts) == [3]
-    for name, value in before._state().items():
-        assert torch.equal(both._state()[name], value)
+    for name, value in before.state_dict().items():
+        assert torch.equal(both.state_dict()[name], value)
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "for 2, 3, 4 and any other number of steps" in card
     assert f"{both.lifts[3].provenance['held_out_error']['after']:.5g}" in card

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
-from tiny_pipelines import build
+from tiny import build
 
 from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
 from dywspan.core.prediction import Flow

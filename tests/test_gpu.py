@@ -21,7 +21,7 @@ from test_least_squares import CONFIG, columns_of
 from test_memory import BYTES, _gradient
 from test_scheduler import SOURCES, sample_of
 from test_spanlift import TABLES, base_of, lifted, require_grad
-from tiny_pipelines import build
+from tiny import build
 from torch import Tensor
 
 import dywspan

@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 import pytest
 import safetensors.torch
-import tiny_pipelines as tp
+import tiny as tp
 import torch
 from test_continuous import GRIDS
 from test_continuous import learned as table_of
@@ -118,17 +118,17 @@ def test_a_scheduler_keeps_it_and_saves_it_not(tmp_path: Path) -> None:
         own.set_timesteps(4)
         for other in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
             other.set_timesteps(3)
-            assert other.guidance_scale == 9 and other._rows == rows_of(base, 3, 9)
+            assert other.guidance_scale == 9 and other.plan.rows == rows_of(base, 3, 9)
         own.save_pretrained(tmp_path)
         again = type(own).from_pretrained(tmp_path)
         again.set_timesteps(3)
-        assert again.guidance_scale is None and again._rows == rows_of(base, 3, None)
+        assert again.guidance_scale is None and again.plan.rows == rows_of(base, 3, None)
         for wrong in (0, -1.0, float("nan"), float("inf"), True, "4"):
             with pytest.raises(ValueError, match=r"guidance_scale=.* must be a positive number"):
                 own.set_guidance_scale(wrong)
         assert own.guidance_scale == 9
-    expected = learned(lifts()).lift(lifted._schedule.levels, Flow(), 9)
-    assert lifted._alpha == expected.alpha.tolist() and lifted._beta == expected.beta.tolist()
+    expected = learned(lifts()).lift(lifted.plan.schedule.levels, Flow(), 9)
+    assert lifted.plan.lift.alpha == expected.alpha.tolist() and lifted.plan.lift.beta == expected.beta.tolist()
 
 
 def rows_of(scheduler: DyWeightScheduler, n: int, g: float | None) -> list[list[float]]:
@@ -169,7 +169,7 @@ NEGATIVE = {f"negative_{k}": v for k, v in tp.positive(tp.text([99], 8, 16, pool
 def test_bind_tells_it_from_the_call(name: str, call: dict[str, Any], expected: float) -> None:
     tiny, scheduler = told(name)
     output = tp.run(tiny, scheduler, [0], **call).output
-    assert scheduler.guidance_scale == expected
+    assert scheduler.request.guidance_scale == expected and scheduler.guidance_scale is None
     by_hand, unbound = copy.deepcopy(scheduler), tp.build(name)
     outputs = []
     for g in (expected, None):
@@ -202,10 +202,10 @@ def test_a_bound_pipeline_is_what_it_was(tmp_path: Path) -> None:
     other.scheduler = scheduler
     arguments = {**tiny.inputs([0]), "num_inference_steps": 2}
     other(**arguments, guidance_scale=5.0)
-    assert scheduler.guidance_scale == 5 and pipe.scheduler is not scheduler
+    assert scheduler.request.guidance_scale == 5 and pipe.scheduler is not scheduler
     with torch.no_grad():
         rollout(pipe, scheduler, **arguments, guidance_scale=6.0)
-    assert scheduler.guidance_scale == 6
+    assert scheduler.request.guidance_scale == 6
 
 
 # ---------------------------------------------------------------------- learning

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load
-from tiny_pipelines import available, build
+from tiny import available, build
 from torch import Tensor, nn
 
 from dywspan.distill.config import DistillConfig

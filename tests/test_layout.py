@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_pipelines import available
+from tiny import available
 from torch import Tensor
 
 from dywspan import DyWeightScheduler, SpanLiftScheduler

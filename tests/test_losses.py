@@ -15,10 +15,10 @@ from typing import Any
 
 import diffusers as d
 import pytest
-import tiny_pipelines
+import tiny
 import torch
 from huggingface_hub import constants
-from tiny_pipelines import PIPELINES, Tiny, available, build, run
+from tiny import PIPELINES, Tiny, available, build, run
 from torch import Tensor, nn
 
 from dywspan.distill import losses
@@ -35,7 +35,7 @@ def _pipe(**changes: Any) -> Any:
 
 def _vae(**changes: Any) -> Any:
     torch.manual_seed(0)
-    return tiny_pipelines.vae(**({"shift_factor": None} | changes)).eval().requires_grad_(False)
+    return tiny.vae(**({"shift_factor": None} | changes)).eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------- every network, one suite
@@ -300,7 +300,7 @@ def _flux2() -> Any:
 
 PLAYGROUND = {"latents_mean": [0.1, -0.2, 0.3, -0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}
 
-# Rows of tiny_pipelines with a decoder of their kind, what else they are called with, and the size of their latent.
+# Rows of ``tiny`` with a decoder of their kind, what else they are called with, and the size of their latent.
 DECODERS: dict[str, tuple[Callable[[], Any], dict[str, Any], tuple[int, int] | None]] = {
     "StableDiffusionPipeline": (_vae, {}, None),
     "StableDiffusionXLPipeline": (lambda: _vae(**PLAYGROUND, scaling_factor=0.5), {}, None),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import build
+from tiny import build
 from torch import Tensor
 
 from dywspan.distill import losses

@@ -278,7 +278,9 @@ ENDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flow, inverted": (
         diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), {"sigmas": [1.0, 0.5, 1e-6, 0.0]},
     ),
-    "VP": (diffusers.DDIMScheduler(beta_schedule="scaled_linear"), {"sigmas": [150.0, 1.0, 1e-4, 0.0]}),
+    "VP": (
+        diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False), {"sigmas": [150.0, 1.0, 1e-4, 0.0]},
+    ),
     "VP, zero terminal SNR": (
         diffusers.DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True,
@@ -306,11 +308,11 @@ def test_conditions_at_both_ends_of_every_kind_of_grid(end: str) -> None:
     ).initialize()  # fmt: skip
     scheduler.operators["shared"] = randomised()
     scheduler.set_timesteps(3)
-    conditions = scheduler._conditions
+    conditions = scheduler.plan.lift.conditions
     assert bool(conditions.isfinite().all()) and float(conditions.abs().max()) <= 5
     assert conditions.dtype == torch.float32 and len({tuple(row) for row in conditions.tolist()}) == 3
     if "past" in end:
-        assert float(scheduler._schedule.levels[1]) > 1 and conditions[1, 1] == -1
+        assert float(scheduler.plan.schedule.levels[1]) > 1 and conditions[1, 1] == -1
     elif "flow" in end:
         assert conditions[0, 1] == -1
     else:
@@ -341,7 +343,7 @@ def test_gradcheck_of_the_operator() -> None:
 def test_gradcheck_of_a_whole_run(kind: str) -> None:
     """Through every step of the scheduler, to alpha, beta and each weight of the operator."""
     source = diffusers.FlowMatchEulerDiscreteScheduler() if kind == "flow" else diffusers.DDIMScheduler()
-    base = DyWeightScheduler.from_config(source.config, solver="ipndm", order=2)
+    base = DyWeightScheduler.from_config(source.config, solver="ipndm", solver_order=2)
     scheduler = SpanLiftScheduler.from_config(base.config, operator=SIZE)
     noise = torch.randn(1, 2, 3, 3, dtype=torch.float64)
     scheduler.operators["shared"] = operator = randomised().double()

@@ -9,30 +9,22 @@ import copy
 import dataclasses
 import functools
 import inspect
-import json
-import math
 import os
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
-import tiny_pipelines as tp
+import tiny as tp
 import torch
-import transformers
+from tiny import by_hand, report
+from tiny.by_hand import distance
 from torch import Tensor
 
 import dywspan
 from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
-from dywspan.core.layout import LAYOUTS
 
-DOCS = Path(__file__).parents[1] / "docs"
-RESULTS = DOCS / "results" / "pipelines.json"
-COMMAND = "DYWSPAN_WRITE_DOCS=1 pytest tests/test_pipelines.py"
 # (test, pipeline, scheduler) -> whether it passed, filled in as the tests run: what the written results are made of.
 OUTCOMES: dict[tuple[str, str, str], bool] = {}
 
@@ -97,7 +89,7 @@ def sampled(name: str, scheduler: str, indices: tuple[int, ...]) -> tp.Trace:
     if scheduler in dict(SCHEDULERS):
         return tp.run(tiny, dict(SCHEDULERS)[scheduler](tiny), indices)
     solver, order = scheduler.split("-")
-    return tp.run(tiny, DyWeightScheduler.from_config(config, solver=solver, order=int(order)), indices)
+    return tp.run(tiny, DyWeightScheduler.from_config(config, solver=solver, solver_order=int(order)), indices)
 
 
 def result(trace: tp.Trace, batch: int) -> list[Tensor]:
@@ -105,9 +97,9 @@ def result(trace: tp.Trace, batch: int) -> list[Tensor]:
     return [trace.output.double(), trace.steps[-1][2][:batch].double()]
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    """Largest difference, in units of the values' own size."""
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-8))
+def skip_unlifted(name: str, scheduler: str = "SpanLiftScheduler") -> None:
+    if scheduler == "SpanLiftScheduler" and tp.build(name).unlifted:
+        pytest.skip("SpanLift refuses it, as test_swap sees")
 
 
 @rows
@@ -115,6 +107,10 @@ def distance(a: Tensor, b: Tensor) -> float:
 def test_swap(name: str, scheduler: str) -> None:
     """Finite, the same whether samples come together or alone, in the sample's dtype, asked as often as promised."""
     tiny = tp.build(name)
+    if scheduler == "SpanLiftScheduler" and tiny.unlifted:  # what has no layout is not lifted wrongly
+        with outcome("swap", name, scheduler), pytest.raises(ValueError, match=r"axes|tokens|layout"):
+            tp.run(tiny, spanlift(tiny), [0])
+        return
     solvers = (scheduler, "dpmpp-2", "ipndm-3")
     with outcome("swap", name, scheduler):
         for solver in solvers:
@@ -136,13 +132,14 @@ def test_swap(name: str, scheduler: str) -> None:
         assert distance(dpmpp, ipndm) > 5e-4, "the solver changed nothing"
         if scheduler != "DyWeightScheduler":
             base = result(sampled(name, "DyWeightScheduler", (0, 1)), 2)[1]
-            assert 1e-2 < distance(learned, base) < 10, "the operator changed nothing, or all"
+            assert 1e-2 < distance(learned, base) < 20, "the operator changed nothing, or all"
 
 
 @rows
 @schedulers
 def test_second_call_equals_the_first(name: str, scheduler: str) -> None:
     """Nothing of a run is left in the scheduler."""
+    skip_unlifted(name, scheduler)
     tiny = tp.build(name)
     learned = dict(SCHEDULERS)[scheduler](tiny)
     first, second = tp.run(tiny, learned, [0]), tp.run(tiny, learned, [0])
@@ -181,8 +178,8 @@ def test_frames_that_are_given_stay(strength: float) -> None:
 @pytest.mark.parametrize(
     ("solver", "twin"),
     [
-        ({"solver": "dpmpp", "order": 2}, diffusers.DPMSolverMultistepScheduler),
-        ({"solver": "deis", "order": 2}, diffusers.DEISMultistepScheduler),
+        ({"solver": "dpmpp", "solver_order": 2}, diffusers.DPMSolverMultistepScheduler),
+        ({"solver": "deis", "solver_order": 2}, diffusers.DEISMultistepScheduler),
         ({"solver": "heun"}, diffusers.HeunDiscreteScheduler),
         ({"solver": "dpm2"}, diffusers.KDPM2DiscreteScheduler),
     ],
@@ -205,17 +202,19 @@ def test_learned_by_hand(name: str, scheduler: str) -> None:
 
     DyWeight eqs. (5), (9); missing history (img2img) gives its weight to the oldest derivative. SpanLift eq. (15).
     """
+    skip_unlifted(name, scheduler)
     tiny = tp.build(name)
     with outcome("by hand", name, scheduler):
         lifted = spanlift(tiny) if scheduler == "SpanLiftScheduler" else None
         if lifted is not None:
             tp.run(tiny, lifted, [0])  # tells it the latent's size where the pipeline is bound
-        learned_by_hand(tiny, sampled(name, scheduler, (0, 1)), lifted)
+        by_hand.check(tiny, sampled(name, scheduler, (0, 1)), random_table(tiny.steps, tiny.flow), lifted)
 
 
 @rows
 def test_no_lift_is_the_base(name: str) -> None:
     """With beta = 0 and alpha = 1 whatever the operator says, a pipeline returns what its base does, bit for bit."""
+    skip_unlifted(name)
     tiny = tp.build(name)
     idle = spanlift(tiny, alpha=[1.0] * tiny.steps, beta=[0.0] * tiny.steps)
     assert torch.equal(tp.run(tiny, idle, [0]).output, sampled(name, "DyWeightScheduler", (0,)).output)
@@ -251,7 +250,7 @@ def test_bind_tells_the_true_grid(name: str, sizes: list[dict[str, int]], monkey
     for size in sizes:
         inputs = {k: v for k, v in tiny.inputs([0]).items() if k not in ("height", "width")}
         tp.run(dataclasses.replace(bound, inputs=lambda _, given=inputs | size: given), scheduler, [0])
-        assert scheduler.latent_size == packed[-1]
+        assert scheduler.request.latent_size == packed[-1] and scheduler.latent_size is None
     assert len(set(packed)) == len(packed) == len(sizes)
 
 
@@ -270,80 +269,6 @@ def test_tokens_of_an_unknown_size_are_refused() -> None:
         tp.run(tiny, spanlift(tiny), [0], height=24, width=40)
     with pytest.raises(TypeError, match=r"DDPMPipeline has no prepare_latents .*set_latent_size"):
         dywspan.bind(tp.build("DDPMPipeline").pipe)
-
-
-def learned_by_hand(tiny: tp.Tiny, trace: tp.Trace, lifted: SpanLiftScheduler | None) -> None:
-    n, table = tiny.steps, random_table(tiny.steps, tiny.flow)
-    if tiny.flow:  # sigma = 2t / (1 + t)
-        grid = [2 * t / (1 + t) for t in (1 - i / n for i in range(n + 1))]
-    else:
-        grid = [(10 ** (1 / 7) * (1 - i / n) + 0.03 ** (1 / 7) * i / n) ** 7 for i in range(n + 1)]
-    levels = grid[:1]
-    for target, weights in zip(grid[1:], table.weights.tolist()):
-        levels.append(levels[-1] + sum(weights) * (target - levels[-1]))
-    taus = [float(s) * level for s, level in zip(table.time_scale, levels)]
-    torch.testing.assert_close(trace.timesteps.double(), model_times(tiny, taus), rtol=1e-5, atol=1e-3)
-
-    # The frame the network sees: x / sqrt(1 + tau^2) for the first two kinds of network in derivative().
-    frame = [1.0] * (n + 1) if tiny.flow else [(1 + tau**2) ** -0.5 for tau in taus] + [1.0]
-    begin = trace.timesteps.tolist().index(float(tiny.seen(trace.timesteps)[0]))
-    for time, clean, noise, noisy in trace.noised:
-        i = trace.timesteps.tolist().index(time)
-        alpha = 1 - levels[i] if tiny.flow else 1
-        assert distance(noisy.double(), frame[i] * (alpha * clean.double() + levels[i] * noise.double())) < 1e-6
-    lift = lifted.lifts[n] if lifted else None
-    past: list[Tensor] = []  # newest first
-    for i, (output, sample, prev_sample) in enumerate(trace.steps, start=begin):
-        x, output = sample.double() / frame[i], output.double()
-        if tiny.raw_noise and i == 0:
-            x = sample.double() * grid[0]
-        d = derivative(tiny, x, output, levels[i], taus[i])
-        newest, older = table.weights[i].tolist()
-        h, state, past = grid[i + 1] - levels[i], x * frame[i], [d, *past]
-        change = h * (newest * d + older * past[min(1, len(past) - 1)])
-        if lifted is not None and lift is not None:
-            alpha = 1 - levels[i] if tiny.flow else 1.0
-            log_snr = math.log(alpha / levels[i]) if alpha > 0 else -math.inf
-            time = model_times(tiny, taus[i : i + 1]).item() / (1 if edm(tiny) else 1000)
-            condition = [2 * time - 1, math.tanh(log_snr / 4), math.tanh(math.log(abs(h)) / 4)]
-            change = lift.alpha[i] * change + h * lift.beta[i] * operate(lifted, [state, *past[:3]], condition)
-        x = x + change
-        assert distance(prev_sample.double(), x * frame[i + 1]) < tiny.tolerance
-
-
-def operate(lifted: SpanLiftScheduler, values: list[Tensor], condition: list[float]) -> Tensor:
-    """R_phi(x, d_i, ...; xi), missing derivatives as zeros. (Layouts are proved in test_layout.py.)"""
-    layout, size, operator = LAYOUTS[lifted.config["layout"]], lifted.latent_size, lifted.operators["shared"]
-    images = torch.cat([layout.to_grid(v, size).float() for v in values], 1)
-    missing = (1 + operator.order) * operator.channels - images.shape[1]
-    images = torch.nn.functional.pad(images, (0, 0, 0, 0, 0, missing))
-    return layout.from_grid(operator(images, torch.tensor([condition])).double(), values[0], size)
-
-
-def edm(tiny: tp.Tiny) -> bool:
-    return tiny.pipe.scheduler.config.get("timestep_type") == "continuous"
-
-
-def model_times(tiny: tp.Tiny, taus: list[float]) -> Tensor:
-    """1000 tau; log(tau) / 4; or linear in log alpha between integers, with log alpha = 0 at t = -1."""
-    scheduler, tau = tiny.pipe.scheduler, torch.tensor(taus, dtype=torch.float64)
-    if tiny.flow:
-        return 1000 * (1 - tau) if scheduler.config.get("invert_sigmas") else 1000 * tau
-    if edm(tiny):
-        return tau.log() / 4
-    nodes = -scheduler.alphas_cumprod.double().clamp(min=2**-24).log() / 2
-    values = np.interp(torch.log1p(tau**2) / 2, [0.0, *nodes.tolist()], np.arange(-1, len(nodes)))
-    return torch.from_numpy(values)
-
-
-def derivative(tiny: tp.Tiny, x: Tensor, output: Tensor, sigma: float, tau: float) -> Tensor:
-    """d = (x - D) / sigma, D = x - tau * eps or (x - tau * sqrt(1 + tau^2) * v) / (1 + tau^2); flow: the velocity."""
-    config = tiny.pipe.scheduler.config
-    if tiny.flow:
-        return -output if config.get("invert_sigmas") else output
-    if config.prediction_type == "epsilon":
-        return tau * output / sigma
-    return (x - (x - tau * (1 + tau**2) ** 0.5 * output) / (1 + tau**2)) / sigma
 
 
 def test_base_and_refiner_are_one_run() -> None:
@@ -413,6 +338,48 @@ def test_step_keeps_the_dtype_of_the_sample(dtype: torch.dtype, output_dtype: to
     torch.testing.assert_close(results[0].double(), results[1], rtol=rounding, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", tp.REFUSED)
+@schedulers
+def test_refused(name: str, scheduler: str) -> None:
+    """What integrates no known ODE runs with its own scheduler, and with ours says why not, learned or classical."""
+    builder, reason = tp.REFUSED[name]
+    if not tp.available(name):
+        pytest.skip("diffusers is older than this class")
+    tiny = tp.made(builder)
+    with outcome("refused", name, scheduler):
+        assert tp.run(tiny, tiny.pipe.scheduler, [0]).output.isfinite().all()
+        for make in (
+            dict(SCHEDULERS)[scheduler],
+            lambda tiny: DyWeightScheduler.from_config(tiny.pipe.scheduler.config),
+        ):
+            with pytest.raises((ValueError, TypeError), match=reason):
+                tp.run(tiny, make(tiny), [0])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["MiniMaxH3", "CosineDPMSolverMultistep", "Helios", "HeliosDMD", "RePaint", "UnCLIP", "ScoreSdeVe", "DDIMInverse"],
+)
+def test_schedulers_refused_by_name(kind: str) -> None:
+    """MiniMax-H3, Stable Audio, Helios and others: whatever settings stand beside the class."""
+    name = f"{kind}Scheduler"
+    with pytest.raises(ValueError, match=name):
+        DyWeightScheduler.from_config({"_class_name": name}).set_timesteps(3)
+
+
+def test_compiled_network() -> None:
+    """The same outputs behind torch.compile, and nothing to compile anew for another scheduler."""
+    tiny = tp.PIPELINES["WanPipeline"]()
+    tiny.pipe.set_progress_bar_config(disable=True)
+    blocks = tiny.pipe.transformer.eval().requires_grad_(False)
+    makers = [dict(SCHEDULERS)["DyWeightScheduler"], spanlift]
+    expected = [tp.run(tiny, make(tiny), [0]).output for make in makers]
+    blocks.compile_repeated_blocks(backend="eager")
+    assert torch.equal(tp.run(tiny, makers[0](tiny), [0]).output, expected[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(tp.run(tiny, makers[1](tiny), [0]).output, expected[1])
+
+
 def test_times_apart_from_levels_are_refused() -> None:
     """CogView4 and GLM-Image: silently telling the network 1000 * sigma instead would be wrong."""
     config = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).config
@@ -424,83 +391,7 @@ def test_times_apart_from_levels_are_refused() -> None:
 
 def test_results_are_written_down() -> None:
     """The committed list is the registry's; a run of the whole file with DYWSPAN_WRITE_DOCS=1 writes it anew."""
+    names = [name for name, _ in SCHEDULERS]
     if os.environ.get("DYWSPAN_WRITE_DOCS") == "1":
-        write_docs()
-    data = json.loads(RESULTS.read_text(encoding="utf-8"))
-    expected = [(name, scheduler) for name in tp.PIPELINES for scheduler, _ in SCHEDULERS]
-    assert [(r["pipeline"], r["scheduler"]) for r in data["rows"]] == expected, f"Run: {COMMAND}"
-    assert all(r["ok"] for r in data["rows"])
-    table = (DOCS / "pipelines.md").read_text(encoding="utf-8")
-    assert all(f"| {name} |" in table for name in tp.PIPELINES), f"Run: {COMMAND}"
-
-
-def write_docs() -> None:
-    """Raises KeyError unless every test of every row ran, in this process and with a diffusers that has all classes."""
-    ok = {
-        (name, scheduler): OUTCOMES["swap", name, scheduler]
-        and OUTCOMES["by hand", name, scheduler]
-        and OUTCOMES["exact", name, "DyWeightScheduler"]
-        for name in tp.PIPELINES
-        for scheduler, _ in SCHEDULERS
-    }
-    modules = {"dywspan": dywspan, "diffusers": diffusers, "transformers": transformers, "torch": torch}
-    data = {
-        "command": COMMAND,
-        "versions": {"python": platform.python_version(), **{k: m.__version__ for k, m in modules.items()}},
-        "device": "cpu",
-        "rows": [{"pipeline": name, "scheduler": scheduler, "ok": passed} for (name, scheduler), passed in ok.items()],
-    }
-    names = [s for s, _ in SCHEDULERS]
-    lines = [
-        "# Pipelines",
-        "",
-        "Each row is a diffusers pipeline class with tiny random networks, run on the CPU with diffusers",
-        f"{diffusers.__version__}. `{COMMAND}` writes this page. A tick means that after",
-        "",
-        "```python",
-        "pipe.scheduler = DyWeightScheduler.from_config(pipe.scheduler.config, ...)",
-        "```",
-        "",
-        "the pipeline runs unchanged with a learned table (order 2, time shifting and time scaling), with the same",
-        "table lifted by a SpanLift operator, and with the classical solvers `dpmpp` and `ipndm`, and that",
-        "",
-        "- a batch equals its samples one by one, and dtypes stay;",
-        "- the network is told exactly `scheduler.timesteps`, once per step and guidance branch;",
-        "- every step of the learned table and of the lifted one equals the papers' equations evaluated by hand;",
-        "- a lift of zero is its base, bit for bit;",
-        "- the classical solver in the third column gives the same result as the scheduler the pipeline came with.",
-        "",
-        f"| pipeline | what this row adds | equals own scheduler | {' | '.join(names)} |",
-        f"|---|---|---|{'---|' * len(names)}",
-    ]
-    for name in tp.PIPELINES:
-        tiny = tp.build(name)
-        exact = ", ".join(f"{k}={v!r}" for k, v in tiny.exact.items())
-        ticks = " | ".join("✓" if ok[name, s] else "✗" for s in names)
-        lines.append(f"| {name} | {tiny.exercises} | `{exact}` | {ticks} |")
-    lines += [
-        "",
-        "Good to know:",
-        "",
-        "- Packed tokens (FLUX, Chroma, QwenImage) do not tell SpanLift their height and width. A square is inferred;",
-        "  for any other size, and for packed video (LTX), call `pipe = dywspan.bind(pipe)` once, or",
-        "  `scheduler.set_latent_size(height, width)`. Without it most sizes are an error, but one whose sides are as",
-        "  1 to 4 has as many tokens as a square and is taken for it. A DyWeight scheduler needs neither.",
-        "- SDXL base and refiner pass latents on in the middle of a run (`denoising_end`, `denoising_start`): give",
-        "  both pipelines the same solver. Its latents are scaled as the network wants them, like DDIM's and unlike",
-        "  EulerDiscreteScheduler's.",
-        "- Times are told as they are. Where a pipeline's own scheduler cuts them to integers (SANA's), results differ",
-        "  by that rounding; where a pipeline rounds them to bfloat16 (Flux and others), it still does.",
-        "- CogView4Pipeline and GlmImagePipeline pass times and levels apart from each other (unshifted times beside",
-        "  shifted levels), so the time is no function of the level: the schedulers refuse them.",
-    ]
-    replace(RESULTS, json.dumps(data, indent=2) + "\n")
-    replace(DOCS / "pipelines.md", "\n".join(lines) + "\n")
-
-
-def replace(path: Path, text: str) -> None:
-    """Write beside the file and rename, so that nobody reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+        report.write(OUTCOMES, names)
+    report.check(names)

@@ -20,7 +20,7 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import build, pixel_unet
+from tiny import build, pixel_unet
 
 import dywspan.evaluate.quality as quality
 from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler

@@ -21,7 +21,8 @@ from dywspan import DyWeightScheduler
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+# float64 proves the formulas; float32, whose rounding differs by machine, that they lose no digits.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float64"])
 
 
@@ -155,7 +156,7 @@ def test_dpmpp(order: int, lower_order_final: bool, final: str, dtype: torch.dty
     source = DPMSolverMultistepScheduler(
         **SD, solver_order=order, lower_order_final=lower_order_final, final_sigmas_type=final
     )
-    ours = DyWeightScheduler.from_config(source.config, solver="dpmpp", order=order)
+    ours = DyWeightScheduler.from_config(source.config, solver="dpmpp", solver_order=order)
     for n, begin in ((4, 0), (7, 2), (14, 0), (15, 1)):  # diffusers lowers the last orders below 15 steps
         compare(source, ours, network, dtype, begin, num_inference_steps=n)
 
@@ -167,7 +168,7 @@ def test_dpmpp(order: int, lower_order_final: bool, final: str, dtype: torch.dty
 def test_dpmpp_conventions(spacing: str, kind: str, begin: int, dtype: torch.dtype, network: Callable) -> None:
     grid = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}
     source = DPMSolverMultistepScheduler(**SD, **grid, prediction_type=kind)
-    ours = DyWeightScheduler.from_config(source.config, solver="dpmpp", order=2)
+    ours = DyWeightScheduler.from_config(source.config, solver="dpmpp", solver_order=2)
     # Karras times are rounded by diffusers: the network is told its level's own time by us.
     compare(source, ours, network, dtype, begin, 0.51 if spacing == "karras" else 2e-3, num_inference_steps=9)
 
@@ -177,7 +178,7 @@ def test_dpmpp_conventions(spacing: str, kind: str, begin: int, dtype: torch.dty
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_dpmpp_flow(order: int, begin: int, dtype: torch.dtype, network: Callable) -> None:
     source = DPMSolverMultistepScheduler(**FLOW, flow_shift=3.0, solver_order=order)
-    ours = DyWeightScheduler.from_config(source.config, solver="dpmpp", order=order)
+    ours = DyWeightScheduler.from_config(source.config, solver="dpmpp", solver_order=order)
     for n in (4, 16):
         compare(source, ours, network, dtype, begin, same_times=1.0, num_inference_steps=n)
 
@@ -191,7 +192,7 @@ def test_dpmpp_flow(order: int, begin: int, dtype: torch.dtype, network: Callabl
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_unipc_predictor(order: int, kind: str, begin: int, dtype: torch.dtype, network: Callable) -> None:
     source = UniPCMultistepScheduler(**SD, solver_order=order, prediction_type=kind, disable_corrector=list(range(20)))
-    ours = DyWeightScheduler.from_config(source.config, solver="unipc", order=order)
+    ours = DyWeightScheduler.from_config(source.config, solver="unipc", solver_order=order)
     for n in (5, 16):
         compare(source, ours, network, dtype, begin, num_inference_steps=n)
 
@@ -207,7 +208,7 @@ def test_unipc_predictor_keeps_its_order_to_the_end(order: int, dtype: torch.dty
         disable_corrector=list(range(20)),
         timestep_spacing="trailing",
     )
-    ours = DyWeightScheduler.from_config(source.config, solver="unipc", order=order)
+    ours = DyWeightScheduler.from_config(source.config, solver="unipc", solver_order=order)
     compare(source, ours, network, dtype, num_inference_steps=8)
 
 
@@ -216,7 +217,7 @@ def test_unipc_predictor_keeps_its_order_to_the_end(order: int, dtype: torch.dty
 @pytest.mark.parametrize("order", [2, 3])
 def test_unipc_predictor_flow(order: int, begin: int, dtype: torch.dtype, network: Callable) -> None:
     source = UniPCMultistepScheduler(**FLOW, flow_shift=2.0, solver_order=order, disable_corrector=list(range(20)))
-    ours = DyWeightScheduler.from_config(source.config, solver="unipc", order=order)
+    ours = DyWeightScheduler.from_config(source.config, solver="unipc", solver_order=order)
     compare(source, ours, network, dtype, begin, same_times=1.0, num_inference_steps=8)
 
 
@@ -226,6 +227,6 @@ def test_unipc_predictor_flow(order: int, begin: int, dtype: torch.dtype, networ
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_deis(order: int, kind: str, begin: int, dtype: torch.dtype, network: Callable) -> None:
     source = DEISMultistepScheduler(**SD, solver_order=order, prediction_type=kind)
-    ours = DyWeightScheduler.from_config(source.config, solver="deis", order=order)
+    ours = DyWeightScheduler.from_config(source.config, solver="deis", solver_order=order)
     for n in (5, 14, 15):
         compare(source, ours, network, dtype, begin, num_inference_steps=n)

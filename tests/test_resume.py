@@ -29,7 +29,7 @@ from dywspan.distill.checkpoints import Checkpoints
 from dywspan.distill.config import LearningConfig
 from dywspan.distill.pairs import Teacher
 from dywspan.distill.train import initial_table
-from dywspan.schedulers import base
+from dywspan.schedulers import configuration
 
 REPO = Path(__file__).parent.parent
 SETTINGS: dict[str, Any] = {
@@ -274,7 +274,7 @@ def test_an_operator_that_is_killed_between_its_two_files_is_learned_on(
     output, other = tmp_path / "out", tmp_path / "other"
     options = {**LEARNED["spanlift"], "cache": str(whole() / "cache"), "updates": 1}
     assert here(output, **options) == 0
-    write = base.write_atomically
+    write = configuration.write_atomically
 
     def stop(path: Any, data: bytes) -> None:
         if Path(path).parent == output:
@@ -282,7 +282,7 @@ def test_an_operator_that_is_killed_between_its_two_files_is_learned_on(
         write(path, data)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(base, "write_atomically", stop)
+        patch.setattr(configuration, "write_atomically", stop)
         here(output, **options, steps=[1])
     assert here(output, **options, steps=[1]) == here(other, **options, steps=[2, 1]) == 0
     assert learned(output)[:2] == learned(other)[:2]

@@ -24,7 +24,6 @@ from dywspan.core.bases import BASES
 from dywspan.core.grid import make_grid
 from dywspan.core.operator import Lift
 from dywspan.core.prediction import EDM
-from dywspan.core.step import TWO_STAGE
 
 CONFIG, WEIGHTS = "scheduler_config.json", "spanlift.safetensors"
 SIZE = {"channels": 4, "order": 3, "width": 8}
@@ -57,7 +56,7 @@ def lifted(
     """A base, lifted by a random operator; alpha and beta differ from step to step."""
     base = base_of(solver, kind, n)
     base.set_timesteps(n)
-    ramp = torch.linspace(0.8, 1.2, len(base._schedule), dtype=torch.float64)
+    ramp = torch.linspace(0.8, 1.2, len(base.plan.schedule), dtype=torch.float64)
     alphas = ramp.flip(0) if alpha is None else torch.full_like(ramp, alpha)
     lift = {"alpha": alphas.tolist(), "beta": (beta * ramp).tolist()}
     config = {"operator": SIZE, "lifts": {str(n): lift}} | config
@@ -75,9 +74,9 @@ def by_hand(scheduler: SpanLiftScheduler, kind: str, network: Any, x: Tensor, st
     """SpanLift eq. (15) written out in the solver frame; an AFS step has no network output and nothing to lift."""
     base, prediction = DyWeightScheduler.from_config(scheduler.config), scheduler.host.prediction
     base.set_timesteps(5)
-    schedule, lift, operator = base._schedule, scheduler.lifts[5], scheduler.operators["shared"]
+    schedule, lift, operator = base.plan.schedule, scheduler.lifts[5], scheduler.operators["shared"]
     table = base.tables.get(5)
-    grid = make_grid(GRID[kind], len(schedule), prediction) if table else base._grid
+    grid = make_grid(GRID[kind], len(schedule), prediction) if table else base.plan.schedule.levels
     taken: list[Tensor] = []
     for i in range(start, len(schedule)):
         level, tau = schedule.levels[i], schedule.queries[i]
@@ -125,7 +124,11 @@ def test_the_operator_sees_further_back_than_its_base(solver: str, kind: str, ne
     scheduler.operators["shared"].double()
     scheduler.set_timesteps(5)
     x = sample_of(dtype=torch.float64)
-    x_0 = x * float(scheduler.init_noise_sigma) / scheduler.host.prediction.input_scale(scheduler._schedule.queries[0])
+    x_0 = (
+        x
+        * float(scheduler.init_noise_sigma)
+        / scheduler.host.prediction.input_scale(scheduler.plan.schedule.queries[0])
+    )
     end = run(scheduler, network, x * scheduler.init_noise_sigma)
     torch.testing.assert_close(end * 1.0, by_hand(scheduler, kind, network, x_0), rtol=1e-5, atol=1e-5)
 
@@ -138,7 +141,7 @@ def test_a_start_in_mid_table_takes_its_own_rows(kind: str, start: int, network:
     scheduler.operators["shared"].double()
     scheduler.set_timesteps(5)
     scheduler.set_begin_index(start)
-    prediction, schedule = scheduler.host.prediction, scheduler._schedule
+    prediction, schedule = scheduler.host.prediction, scheduler.plan.schedule
     level, tau = schedule.levels[start], schedule.queries[start]
     clean, noise = sample_of(dtype=torch.float64), sample_of(dtype=torch.float64).flip(0)
     state = prediction.signal(level) * clean + level * noise
@@ -147,7 +150,7 @@ def test_a_start_in_mid_table_takes_its_own_rows(kind: str, start: int, network:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("solver", [*TABLES, *BASES, *TWO_STAGE])
+@pytest.mark.parametrize("solver", [*TABLES, *BASES])
 def test_no_lift_is_the_base_bit_for_bit(solver: str, dtype: torch.dtype, network: Any) -> None:
     """beta = 0 with an operator that says something; and any beta with one that says nothing."""
     base, x = base_of(solver), sample_of(dtype=dtype)
@@ -174,7 +177,7 @@ def test_no_lift_is_the_base_of_every_kind(kind: str, network: Any) -> None:
     assert torch.equal(*ends)
 
 
-@pytest.mark.parametrize("solver", [*TABLES, *BASES, *TWO_STAGE])
+@pytest.mark.parametrize("solver", [*TABLES, *BASES])
 def test_runs_repeat_bit_for_bit_and_samples_do_not_mix(solver: str, network: Any) -> None:
     scheduler, noise, whole = lifted(solver), sample_of(3), []
     for _ in range(2):
@@ -233,13 +236,15 @@ def test_step_never_reads_the_device(solver: str, start: str, trainable: bool, n
     assert scheduler.step_index == len(scheduler.timesteps)
 
 
-@pytest.mark.parametrize("solver", [*TABLES, *BASES, *TWO_STAGE])
+@pytest.mark.parametrize("solver", [*TABLES, *BASES])
 def test_on_a_device_that_cannot_be_read(solver: str) -> None:
     """Any host read of a meta tensor raises; operator and conditions are moved in set_timesteps, not in step."""
     scheduler = lifted(solver)
     scheduler.set_timesteps(5, device="meta")
     scheduler.set_begin_index(0)
-    assert next(scheduler.operators["shared"].parameters()).device.type == "meta"
+    operator = scheduler.plan.lift.operator
+    assert next(operator.parameters()).device.type == scheduler.plan.lift.conditions.device.type == "meta"
+    assert next(scheduler.operators["shared"].parameters()).device.type == "cpu", "a pipeline's hooks never see it"
     x = torch.empty(2, 4, 3, 3, device="meta")
     for t in scheduler.timesteps:
         output = torch.empty_like(x)

@@ -17,7 +17,8 @@ from dywspan import SpanLiftScheduler
 
 # One hash of all its numbers. (The client's process evaluates expressions.)
 NUMBERS = (
-    "(lambda s: __import__('hashlib').sha256(b''.join(v.numpy().tobytes() for v in s._state().values())).hexdigest()"
+    "(lambda s: __import__('hashlib')"
+    ".sha256(b''.join(v.numpy().tobytes() for v in s.state_dict().values())).hexdigest()"
     " + str([(n, l.alpha.tolist(), l.beta.tolist()) for n, l in sorted(s.lifts.items())]))"
 )
 CLASS = "__import__('dywspan').SpanLiftScheduler"
@@ -28,7 +29,7 @@ def load(arguments: str) -> str:
 
 
 def numbers(scheduler: SpanLiftScheduler) -> str:
-    weights = hashlib.sha256(b"".join(v.numpy().tobytes() for v in scheduler._state().values())).hexdigest()
+    weights = hashlib.sha256(b"".join(v.numpy().tobytes() for v in scheduler.state_dict().values())).hexdigest()
     lifts = sorted(scheduler.lifts.items())
     return weights + str([(n, lift.alpha.tolist(), lift.beta.tolist()) for n, lift in lifts])
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.embeddings import Timesteps
-from tiny_pipelines import Tiny, build
+from tiny import Tiny, build
 from torch import Tensor, nn
 
 import dywspan
@@ -203,7 +203,7 @@ def test_tokens_that_are_no_square_are_learned_from_in_a_bound_pipeline_only() -
         subject.learn("spanlift", pairs, pairs)
     dywspan.bind(subject.pipe)
     lifted = subject.learn("spanlift", pairs, pairs, config=LearningConfig(updates=1, batch_size=4))
-    assert lifted.latent_size == (12, 20)
+    assert lifted.request.latent_size == (12, 20)
 
 
 def test_embeddings_are_told_apart_by_all_their_numbers(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 from test_hub import client
 from test_inputs import pipeline
 from test_spanlift_hub import load, numbers
-from tiny_pipelines import build, pixel_unet, sd_betas
+from tiny import build, pixel_unet, sd_betas
 from torch import Tensor
 
 from dywspan import DyWeightScheduler, SpanLiftScheduler
@@ -430,7 +430,7 @@ def test_a_path_ends_at_the_endpoint_and_starts_where_the_student_does(pixels: P
         assert isinstance(pairs, Pairs)
         assert teacher.num_inference_steps == 3 * substeps and pairs[:].targets.shape == (4, 3, 3, 8, 8)
         seen: list[torch.Tensor] = []
-        keep = lambda i, x: seen.append(teacher.scheduler.state(i, x))  # noqa: B023, E731
+        keep = lambda i, x: seen.append(teacher.scheduler.plan.state_after(i, x))  # noqa: B023, E731
         with torch.no_grad():
             end, _ = sample(task.pipe, teacher.scheduler, 3 * substeps, pairs.inputs, pairs.seeds, {}, watch=keep)
         torch.testing.assert_close(pairs[:].targets[:, -1], end)
@@ -673,8 +673,8 @@ def test_operators_are_added_to_those_there_are(pixels: Path, learned: Path, lif
     before, after = (SpanLiftScheduler.from_pretrained(folder) for folder in (lifted, output))
     assert {n: lift.operator for n, lift in after.lifts.items()} == {2: "2", 3: "shared"}
     assert lift_to_json(after.lifts[3]) == lift_to_json(before.lifts[3])
-    for name, value in before._state().items():
-        assert torch.equal(after._state()[name], value)
+    for name, value in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], value)
 
 
 def test_operators_for_tables_that_came_later_are_added_too(

@@ -1,19 +1,23 @@
-"""Classical multistep solvers as weight tables over past derivatives.
+"""Classical solvers, one function and one record of ``BASES`` each.
 
-Each base is a function ``(sigmas, alphas, order, ...) -> weights`` with ``sigmas`` the (N+1,) grid, ``alphas`` the
-signal levels on it (ones in the VE frame) and ``weights`` an (N, K) float64 table whose rows sum to 1: an untrained
-DyWeight table *is* one of these. Column j multiplies the j-th newest derivative; orders grow from 1 with the history.
-"adams" and "deis" are differentiable in the levels.
+A multistep solver is a function ``(sigmas, alphas, order) -> weights`` with ``sigmas`` the (N+1,) grid, ``alphas`` the
+signal levels on it (ones in the VE frame) and ``weights`` an (N, K) float64 table whose rows sum to 1. Column j
+multiplies the j-th newest derivative, or data prediction; orders grow from 1 with the history. Over derivatives, an
+untrained DyWeight table *is* one of these. "adams" and "deis" are differentiable in the levels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from .step import Schedule
 
 
 def euler(sigmas: Tensor, alphas: Tensor, order: int = 1) -> Tensor:
@@ -72,9 +76,9 @@ def deis(sigmas: Tensor, alphas: Tensor, order: int = 3, lower_order_final: bool
 def dpmpp(sigmas: Tensor, alphas: Tensor, order: int = 2, lower_order_final: bool = False) -> Tensor:
     """DPM-Solver++ (1M, 2M midpoint, 3M). Source: Lu et al. 2022b, algorithm 2 and diffusers' third-order form.
 
-    The step into sigma = 0 is first order; ``lower_order_final`` lets the order fall again over the last steps.
-    Re-expressed over derivatives a data-prediction solver needs the whole history: K = N. The published 3M weighs the
-    second difference with half its Taylor coefficient, so it converges with order 2; it is kept as everyone runs it.
+    Over data predictions. The step into sigma = 0 is first order; ``lower_order_final`` lets the order fall again over
+    the last steps. The published 3M weighs the second difference with half its Taylor coefficient, so it converges with
+    order 2; it is kept as everyone runs it.
     """
 
     def combine(h: float, gaps: list[float]) -> list[float]:
@@ -95,7 +99,7 @@ def dpmpp(sigmas: Tensor, alphas: Tensor, order: int = 2, lower_order_final: boo
 
 
 def unipc(sigmas: Tensor, alphas: Tensor, order: int = 2, lower_order_final: bool = False) -> Tensor:
-    """UniPC's predictor (UniP, B(h) = e^h - 1, data prediction). Source: Zhao et al. 2023, algorithm 2. K = N."""
+    """UniPC's predictor (UniP, B(h) = e^h - 1), over data predictions. Source: Zhao et al. 2023, algorithm 2."""
 
     def combine(h: float, gaps: list[float]) -> list[float]:
         phi_1 = math.expm1(-h)
@@ -118,16 +122,111 @@ def unipc(sigmas: Tensor, alphas: Tensor, order: int = 2, lower_order_final: boo
     return _in_log_snr(sigmas, alphas, order, lower_order_final, combine)
 
 
-BASES: dict[str, Callable[..., Tensor]] = {
-    "euler": euler,
-    "uniform": uniform,
-    "ipndm": ipndm,
-    "adams": adams,
-    "deis": deis,
-    "dpmpp": dpmpp,
-    "unipc": unipc,
+def heun(sigmas: Tensor) -> tuple[list[float], list[list[float]]]:
+    """Heun's method, two evaluations a step: x^ = x + h d_1, then x' = x^ + h/2 (d_2 - d_1); Euler into sigma = 0.
+
+    Source: EDM algorithm 1.
+    """
+    levels, rows = [], []
+    for sigma, end in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
+        h = end - sigma
+        levels += [sigma, end] if end > 0 else [sigma]
+        rows += [[h, 0.0], [h / 2, -h / 2]] if end > 0 else [[h, 0.0]]
+    return levels, rows
+
+
+def dpm2(sigmas: Tensor) -> tuple[list[float], list[list[float]]]:
+    """DPM-Solver-2: midpoint in log sigma, u = x + (m - sigma) d_1, x' = x + h d_2; Euler into sigma = 0.
+
+    Source: DPM-Solver (Lu et al. 2022), algorithm 1, in the VE frame.
+    """
+    levels, rows = [], []
+    for sigma, end in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
+        h, middle = end - sigma, math.sqrt(sigma * end)
+        levels += [sigma, middle] if end > 0 else [sigma]
+        rows += [[middle - sigma, 0.0], [h, sigma - middle]] if end > 0 else [[h, 0.0]]
+    return levels, rows
+
+
+def _derivatives(rows: Tensor, sigmas: Tensor) -> Schedule:
+    return Schedule.from_weights(sigmas, rows)
+
+
+def _data(rows: Tensor, sigmas: Tensor) -> Schedule:
+    carries = sigmas[1:] / sigmas[:-1]
+    return Schedule(sigmas, sigmas[:-1], (1 - carries)[:, None] * rows, sigmas.diff(), carries=carries)
+
+
+def _stages(evaluations: tuple[list[float], list[list[float]]], sigmas: Tensor) -> Schedule:
+    queries, increments = (torch.tensor(v, dtype=torch.float64) for v in evaluations)
+    # A stage's size is what it moves the state by where the derivative is constant. Heun's second, h/2 (d_2 - d_1),
+    # moves it by nothing there: its size is that of its newest derivative's part, h/2.
+    sizes = torch.where(increments.sum(1) != 0, increments.sum(1), increments[:, 0])
+    return Schedule(torch.cat([queries, sigmas[-1:].double()]), queries, increments, sizes)
+
+
+@dataclass(frozen=True)
+class Base:
+    """One classical solver.
+
+    Attributes:
+        function: (sigmas, alphas, order) -> (N, K) weights; of a solver with stages, sigmas -> levels and rows of them.
+        highest: its highest order; 1: there is no choice of it.
+        read: how the function's numbers become a schedule: as weights of derivatives, of data predictions, or stages.
+        lowers_below: shorter runs than this may end with lower orders, as diffusers' do (``lower_order_final``).
+        evaluations: of the network, a step.
+    """
+
+    function: Callable[..., Any]
+    highest: int
+    read: Callable[[Any, Tensor], Schedule] = _derivatives
+    lowers_below: float = 0
+    evaluations: int = 1
+
+    def __call__(self, sigmas: Tensor, alphas: Tensor, order: int, lower_order_final: bool = False) -> Tensor:
+        """(N, K) weights over derivatives; K = N where the function's are of data predictions.
+
+        Raises:
+            ValueError: its steps have stages, so that it is no table.
+        """
+        if self.evaluations > 1:
+            raise ValueError(f"A solver of {self.evaluations} evaluations a step is no table of past derivatives.")
+        rows = self._rows(sigmas, alphas, order, lower_order_final)
+        return from_data_prediction(sigmas, rows) if self.read is _data else rows
+
+    def schedule(self, sigmas: Tensor, alphas: Tensor, order: int, lower_order_final: bool = False) -> Schedule:
+        """The solver on a grid, in the form that remembers least.
+
+        Args:
+            order: of a multistep solver.
+            lower_order_final: end with lower orders, where the solver does.
+        """
+        if self.evaluations > 1:
+            return self.read(self.function(sigmas), sigmas)
+        return self.read(self._rows(sigmas, alphas, order, lower_order_final), sigmas)
+
+    def _rows(self, sigmas: Tensor, alphas: Tensor, order: int, lower_order_final: bool) -> Tensor:
+        options = {"lower_order_final": lower_order_final} if self.lowers_below else {}
+        return self.function(sigmas, alphas, order, **options)
+
+
+BASES: dict[str, Base] = {
+    "euler": Base(euler, 1),
+    "uniform": Base(uniform, 4),
+    "ipndm": Base(ipndm, 4),
+    "adams": Base(adams, 4),
+    "deis": Base(deis, 3, lowers_below=15),
+    "dpmpp": Base(dpmpp, 3, _data, lowers_below=15),
+    "unipc": Base(unipc, 3, _data, lowers_below=math.inf),
+    "heun": Base(heun, 1, _stages, evaluations=2),
+    "dpm2": Base(dpm2, 1, _stages, evaluations=2),
 }
-MAX_ORDER = {"euler": 1, "uniform": 4, "ipndm": 4, "adams": 4, "deis": 3, "dpmpp": 3, "unipc": 3}
+
+
+def multistep() -> list[str]:
+    """Names of the solvers that are tables of past derivatives: one evaluation a step."""
+    return [name for name, base in BASES.items() if base.evaluations == 1]
+
 
 _MONOMIALS = torch.tensor([1.0, 1 / 2, 1 / 3, 1 / 4], dtype=torch.float64)  # integrals of theta^m over [0, 1]
 
@@ -150,7 +249,7 @@ def _in_log_snr(
     lower_order_final: bool,
     combine: Callable[[float, list[float]], Sequence[float]],
 ) -> Tensor:
-    """Table of a data-prediction solver in lambda = log(alpha / sigma), half the log SNR.
+    """(N, K) weights of past data predictions, in lambda = log(alpha / sigma), half the log SNR.
 
     lambda is -inf at flow's sigma = 1 and +inf at sigma = 0, which is stepped into with order 1.
 
@@ -167,10 +266,11 @@ def _in_log_snr(
         h = lambdas[i + 1] - lambdas[i]
         return combine(h, [(lambdas[i - j] - lambdas[i - j - 1]) / h for j in range(k - 1)])
 
-    return from_data_prediction(sigmas, row)
+    rows = [torch.tensor(row(i), dtype=torch.float64) for i in range(n)]
+    return torch.stack([pad(values, (0, order - len(values))) for values in rows])
 
 
-def from_data_prediction(sigmas: Tensor, combine: Callable[[int], Sequence[float]]) -> Tensor:
+def from_data_prediction(sigmas: Tensor, rows: Tensor) -> Tensor:
     """Re-express x' = r x + (1 - r) sum_j c_j D_{i-j}, r = sigma'/sigma, over derivatives: D_k = x_k - sigma_k d_k.
 
     1 - r = alpha' (1 - e^-h) in both frames. Each x_k is x_0 plus a linear form in d_0..d_{k-1}; the table is the
@@ -184,7 +284,7 @@ def from_data_prediction(sigmas: Tensor, combine: Callable[[int], Sequence[float
         denoised[i] = forms[i]
         denoised[i, i] -= s[i]
         r = s[i + 1] / s[i]
-        mean = sum(c * denoised[i - j] for j, c in enumerate(combine(i)))
+        mean = sum(c * denoised[i - j] for j, c in enumerate(rows[i, : i + 1].tolist()))
         forms[i + 1] = r * forms[i] + (1 - r) * mean
         weights[i, : i + 1] = ((forms[i + 1] - forms[i]) / (s[i + 1] - s[i]))[: i + 1].flip(0)
     return weights

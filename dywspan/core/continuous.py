@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .bases import BASES
+from .bases import multistep
 from .check import as_float, identifier, shown, whole
 from .grid import make_grid
 from .operator import Lift
 from .prediction import Prediction
-from .table import SOME_NETWORK, InvalidSolverError, SolverTable, base_weights
+from .table import SOME_NETWORK, InvalidSolverError, SolverTable, base_weights, check_convention, check_name
 
 FEATURES = ("1", "u", "2u^2-1", "delta", "delta u", "first", "last", "last but one")
 HIGHEST_ORDER = 8
@@ -45,6 +45,7 @@ class ContinuousTable:
         horizon: number of steps at which f is 1/2.
         guidance_scale: g0, that it was learned around; None: the guidance scale is no input.
         provenance: where it comes from: free JSON.
+        convention: what its levels mean, see :class:`dywspan.core.table.SolverTable`.
 
     Raises:
         ValueError: wrong shape, non-finite numbers, no such base or grid, a horizon or g0 that is not positive.
@@ -56,12 +57,14 @@ class ContinuousTable:
     horizon: float = 8.0
     guidance_scale: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    convention: str | None = None
 
     def __post_init__(self) -> None:
         _check(self)
+        check_name(self.convention)
         whole("K = rows of coefficients - 1", self.order, 1, HIGHEST_ORDER)
-        if self.base not in [*BASES]:
-            raise ValueError(f"Unknown base solver {shown(self.base)}: use one of {sorted(BASES)}.")
+        if self.base not in multistep():
+            raise ValueError(f"Unknown base solver {shown(self.base)}: use one of {sorted(multistep())}.")
         if isinstance(self.grid, Mapping) and "sigmas" in self.grid:
             raise ValueError("A solver for every number of steps needs a named grid, not a list of sigmas.")
         make_grid(self.grid, 2, SOME_NETWORK)
@@ -91,6 +94,7 @@ class ContinuousTable:
         sigmas: Tensor | None = None,
         guidance_scale: float | None = None,
         whole: int | None = None,
+        begin: int = 0,
     ) -> SolverTable:
         """The table for one number of steps; differentiable in the coefficients.
 
@@ -99,25 +103,32 @@ class ContinuousTable:
             sigmas: (N+1,) another grid than the nominal one.
             guidance_scale: g; None: g0. Nothing depends on it where it is no input.
             whole: number of steps of the whole way of which ``sigmas`` are the end: corrections fade as there.
+            begin: the step that a run begins at. The table is of the steps from there on, whose levels and times are
+                those of all N steps; their weights are those of the derivatives that such a run has.
 
         Raises:
             ValueError: the corrections move the levels out of their order.
         """
         n, order = num_inference_steps, self.order
+        check_convention(self.convention, self.grid if sigmas is None else {}, prediction, "This solver")
         grid = dict(self.grid) if sigmas is None else {"sigmas": sigmas.tolist()}
         levels = make_grid(grid, n, prediction, mu)
         alphas = prediction.signal(levels)
         corrections = features(levels, alphas) @ _at(self, guidance_scale).T * self.fades(whole or n)
         moves, *bends, scales = corrections.unbind(1)
         moved = _moved(levels, alphas, moves)
-        lengths = torch.cat([moved.diff()[:-1] / (levels[1:-1] - moved[:-2]), moves[-1:].exp()])
+        if begin:  # on the levels moved to, which need not lie between those of the grid
+            grid = {"sigmas": moved[begin:].tolist()}
+            levels = moved
+        lengths = torch.cat([moved.diff()[:-1] / (levels[1:-1] - moved[:-2]), moves[-1:].exp()])[begin:]
         try:
-            weights = base_weights(self.base, moved, prediction, order)
+            weights = base_weights(self.base, moved[begin:], prediction, order)
         except (ZeroDivisionError, torch.linalg.LinAlgError) as error:  # deis: levels as near as rounding
             raise InvalidSolverError(f"The corrections move levels onto one another: {moved.tolist()}.") from error
         if bends:  # step i has i + 1 derivatives
-            weights = weights + torch.stack(bends, 1).tril(-1) @ differences(order)[1:]
-        return SolverTable(lengths[:, None] * weights, scales.exp(), grid, provenance=self.provenance)
+            weights = weights + torch.stack(bends, 1)[begin:].tril(-1) @ differences(order)[1:]
+        weights, own = lengths[:, None] * weights, {"provenance": self.provenance, "convention": prediction.convention}
+        return SolverTable(weights, scales[begin:].exp(), grid, **own)
 
 
 def _moved(sigmas: Tensor, alphas: Tensor, moves: Tensor) -> Tensor:
@@ -214,7 +225,7 @@ def check_guidance_scale(value: Any) -> None:
     """
     if value is not None and not 0 < as_float(value) <= LARGEST:
         raise ValueError(
-            f"guidance_scale={shown(value)} must be a positive number up to {LARGEST:g}, 1 without guidance, or None."
+            f"guidance_scale={shown(value)} must be a positive number, 1 without guidance, or None; up to {LARGEST:g}."
         )
 
 

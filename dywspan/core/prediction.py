@@ -12,7 +12,7 @@ Levels are Python floats or 0-dim tensors alike.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,15 @@ Level = Any  # float or Tensor
 
 
 class Prediction(ABC):
-    """One network convention. The network is fed ``input_scale(tau) * x`` and ``timestep(tau)``."""
+    """One network convention. The network is fed ``input_scale(tau) * x`` and ``timestep(tau)``.
+
+    Attributes:
+        convention: what levels and times mean, the output's form aside: learned numbers are of one convention.
+        steps: M, where the network's time ends; None: it has no end.
+    """
+
+    convention: ClassVar[str]
+    steps: int | None = None
 
     def signal(self, sigma: Level) -> Level:
         """alpha(sigma): how much of x0 the solver frame holds at level sigma (1 in the VE frame)."""
@@ -68,6 +76,8 @@ class VariancePreserving(Prediction):
         alphas_cumprod: (M,) cumulative products of 1 - beta, decreasing, in (0, 1).
     """
 
+    convention = "vp"
+
     def __init__(self, alphas_cumprod: Tensor) -> None:
         alphas_cumprod = alphas_cumprod.detach().double().cpu().clone()
         if alphas_cumprod[-1] <= 0:  # zero terminal SNR has no finite sigma; 2^-24 is what diffusers takes for it
@@ -75,6 +85,7 @@ class VariancePreserving(Prediction):
         if not bool((alphas_cumprod.diff() < 0).all()):
             raise ValueError("alphas_cumprod must decrease: every timestep needs a noise level of its own.")
         self.log_alphas = torch.cat([torch.zeros(1, dtype=torch.float64), alphas_cumprod.log() / 2])
+        self.steps = len(alphas_cumprod)
 
     def input_scale(self, tau: Level) -> Level:
         return (1 + tau**2) ** -0.5
@@ -124,6 +135,8 @@ class EDM(Prediction):
         velocity: F has the opposite sign (diffusers' ``prediction_type="v_prediction"`` of its EDM schedulers).
     """
 
+    convention = "edm"
+
     def __init__(self, sigma_data: float = 0.5, velocity: bool = False) -> None:
         self.sigma_data, self.sign = sigma_data, -1 if velocity else 1
 
@@ -150,8 +163,11 @@ class Flow(Prediction):
             output is x0 - eps.
     """
 
+    convention = "flow"
+
     def __init__(self, num_train_timesteps: int = 1000, inverted: bool = False) -> None:
         self.num_train_timesteps, self.inverted = num_train_timesteps, inverted
+        self.steps = num_train_timesteps
 
     def signal(self, sigma: Level) -> Level:
         return 1 - sigma

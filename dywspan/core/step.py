@@ -1,15 +1,16 @@
-"""The update every solver here is: a linear combination of past derivatives.
+"""The update every solver here is: a linear combination of past derivatives, or of past data predictions.
 
-    x_{i+1} = x_i + sum_{j < K} c_ij * d_{i-j},    c_ij = (sigma_{i+1} - sigma~_i) * w_ij
+    x_{i+1} = x_i + sum_{j < K} c_ij * d_{i-j},              c_ij = (sigma_{i+1} - sigma~_i) * w_ij
+    x_{i+1} = r_i x_i + (1 - r_i) sum_{j < K} w_ij D_{i-j},   r_i = sigma_{i+1} / sigma_i
 
-Source: DyWeight eqs. (5) and (9), with the step size multiplied in. State in, state out, differentiable in everything.
+Source: DyWeight eqs. (5) and (9), with the step size multiplied in; DPM-Solver++ (Lu et al. 2022b) eq. (9). State in,
+state out, differentiable in everything.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,9 +27,11 @@ class Schedule:
     Attributes:
         levels: (N+1,) noise level sigma~_i of the state at each step; the last one is the grid's end.
         queries: (N,) level tau_i the network is told.
-        increments: (N, K) coefficients c_ij; column j multiplies the j-th newest derivative.
+        increments: (N, K) coefficients; column j multiplies the j-th newest derivative, or data prediction.
         sizes: (N,) step sizes h_i = sigma_{i+1} - sigma~_i.
         afs: the first step takes d_0 = x_0 / sqrt(1 + sigma_0^2) instead of asking the network.
+        carries: (N,) r_i, what is left of x_i in a solver that remembers data predictions; None: it remembers
+            derivatives, and x_i stays whole.
     """
 
     levels: Tensor
@@ -36,6 +39,7 @@ class Schedule:
     increments: Tensor
     sizes: Tensor
     afs: bool = False
+    carries: Tensor | None = None
 
     @classmethod
     def from_weights(
@@ -71,6 +75,10 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.queries)
 
+    def detach(self) -> Schedule:
+        """The same numbers, without their graph."""
+        return replace(self, **{k: v.detach() for k, v in vars(self).items() if isinstance(v, Tensor)})
+
 
 def fold(coefficients: Sequence[Any] | Tensor, available: int) -> list[Any]:
     """Coefficients for ``available`` derivatives: the weight of missing ones goes to the oldest there is.
@@ -105,22 +113,24 @@ def step(
     history: History,
     scale: Any = 1.0,
     next_scale: Any = 1.0,
+    carry: Any = 1.0,
 ) -> tuple[Tensor, History]:
-    """One update, s' x_{i+1} = (s' / s) (s x_i) + sum_j (s' c_ij) d_{i-j}. Source: DyWeight eq. (5).
+    """One update, s' x_{i+1} = (s' r_i / s) (s x_i) + sum_j (s' c_ij) d_{i-j}. Source: DyWeight eq. (5).
 
     Args:
         coefficients: row i of ``Schedule.increments`` (K floats, or a differentiable 1-D tensor).
         x: the state s x_i, any shape.
-        derivative: d_i, same shape.
+        derivative: d_i, or D_i in a solver that remembers data predictions; same shape.
         history: d_{i-1}, d_{i-2}, ..., newest first.
         scale, next_scale: s and s', the frames of the state given and returned.
+        carry: r_i.
 
     Returns:
         s' x_{i+1} and the history for the next step (at most K derivatives).
     """
     history = (derivative, *history)[: len(coefficients)]
     terms = ((next_scale * c, d) for c, d in zip(fold(coefficients, len(history)), history))
-    return combine((next_scale / scale, x), *terms), history
+    return combine((next_scale / scale * carry, x), *terms), history
 
 
 def analytical_derivative(x: Tensor, sigma: Any) -> Tensor:
@@ -138,42 +148,8 @@ def rollout(schedule: Schedule, derivative: Callable[[Tensor, Any, Any], Tensor]
     for i in range(len(schedule)):
         sigma, tau = schedule.levels[i], schedule.queries[i]
         d = analytical_derivative(x, sigma) if schedule.afs and i == 0 else derivative(x, sigma, tau)
-        x, history = step(schedule.increments[i], x, d, history)
+        if schedule.carries is None:
+            x, history = step(schedule.increments[i], x, d, history)
+        else:
+            x, history = step(schedule.increments[i], x, x - sigma * d, history, carry=schedule.carries[i])
     return x
-
-
-def heun(sigmas: Tensor) -> Schedule:
-    """Heun's method, two evaluations a step: x^ = x + h d_1, then x' = x^ + h/2 (d_2 - d_1); Euler into sigma = 0.
-
-    Source: EDM algorithm 1.
-    """
-    levels, rows = [], []
-    for sigma, end in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
-        h = end - sigma
-        levels += [sigma, end] if end > 0 else [sigma]
-        rows += [[h, 0.0], [h / 2, -h / 2]] if end > 0 else [[h, 0.0]]
-    return _two_stage(levels, rows, sigmas)
-
-
-def dpm2(sigmas: Tensor) -> Schedule:
-    """DPM-Solver-2: midpoint in log sigma, u = x + (m - sigma) d_1, x' = x + h d_2; Euler into sigma = 0.
-
-    Source: DPM-Solver (Lu et al. 2022), algorithm 1, in the VE frame.
-    """
-    levels, rows = [], []
-    for sigma, end in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
-        h, middle = end - sigma, math.sqrt(sigma * end)
-        levels += [sigma, middle] if end > 0 else [sigma]
-        rows += [[middle - sigma, 0.0], [h, sigma - middle]] if end > 0 else [[h, 0.0]]
-    return _two_stage(levels, rows, sigmas)
-
-
-def _two_stage(levels: list[float], rows: list[list[float]], sigmas: Tensor) -> Schedule:
-    queries, increments = torch.tensor(levels, dtype=torch.float64), torch.tensor(rows, dtype=torch.float64)
-    # A stage's size is what it moves the state by where the derivative is constant. Heun's second, h/2 (d_2 - d_1),
-    # moves it by nothing there: its size is that of its newest derivative's part, h/2.
-    sizes = torch.where(increments.sum(1) != 0, increments.sum(1), increments[:, 0])
-    return Schedule(torch.cat([queries, sigmas[-1:].double()]), queries, increments, sizes)
-
-
-TWO_STAGE: dict[str, Callable[[Tensor], Schedule]] = {"heun": heun, "dpm2": dpm2}

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .bases import BASES, MAX_ORDER
+from .bases import BASES, multistep
+from .check import MAX_STEPS, shown, whole
 from .grid import make_grid
-from .prediction import Epsilon, Prediction
+from .prediction import PREDICTIONS, Epsilon, Prediction
 from .step import Schedule
 
 # Grid "discrete" needs a network: this one serves to check its name and parameters before the real one is known.
@@ -34,9 +35,11 @@ class SolverTable:
         afs: the first step needs no network call, so N steps cost N - 1 evaluations.
         provenance: where it comes from (base model, guidance scale, teacher, loss, errors, version): free JSON.
         time_shifting: levels follow the weights' sums, DyWeight eq. (9); without it they are the nominal grid's.
+        convention: what its levels mean ("vp", "edm" or "flow", see :class:`Prediction`); None: not written down, as in
+            files before 0.2.
 
     Raises:
-        ValueError: wrong shapes, weights on derivatives that do not exist, no such grid.
+        ValueError: wrong shapes, no such convention, weights on derivatives that do not exist, no such grid.
         InvalidSolverError: non-finite numbers, or s is not positive.
     """
 
@@ -46,18 +49,20 @@ class SolverTable:
     afs: bool = False
     provenance: Mapping[str, Any] = field(default_factory=dict)
     time_shifting: bool = True
+    convention: str | None = None
 
     def __post_init__(self) -> None:
+        check_name(self.convention)
         if self.weights.ndim != 2 or 0 in self.weights.shape:
             raise ValueError(f"weights must be an N x K table; got shape {tuple(self.weights.shape)}.")
-        n, _ = self.weights.shape
+        n = whole("number of steps N", len(self.weights), 1, MAX_STEPS)
         if self.time_scale.shape != (n,):
             raise ValueError(f"time_scale needs one entry per step ({n}); got shape {tuple(self.time_scale.shape)}.")
         for name, values in (("weights", self.weights), ("time_scale", self.time_scale)):
             if not bool(values.detach().isfinite().all()):
-                raise InvalidSolverError(f"{name} must be finite; got {values.tolist()}.")
+                raise InvalidSolverError(f"{name} must be finite; got {shown(values.tolist())}.")
         if not bool((self.time_scale.detach() > 0).all()):
-            raise InvalidSolverError(f"time_scale must be positive; got {self.time_scale.tolist()}.")
+            raise InvalidSolverError(f"time_scale must be positive; got {shown(self.time_scale.tolist())}.")
         if bool(self.weights.detach().triu(1)[: self.weights.shape[1]].any()):
             raise ValueError("weights on derivatives that do not exist yet (j > i) must be zero.")
         if self.afs and n < 2:
@@ -86,24 +91,85 @@ class SolverTable:
         n = num_inference_steps + afs
         sigmas = make_grid(grid, n, prediction, mu)
         weights = base_weights(base, sigmas, prediction, order)
-        return cls(weights, torch.ones(n, dtype=torch.float64), dict(grid), afs, time_shifting=time_shifting)
+        ones, kind = torch.ones(n, dtype=torch.float64), prediction.convention
+        return cls(weights, ones, dict(grid), afs, time_shifting=time_shifting, convention=kind)
+
+    def check_convention(self, prediction: Prediction) -> None:
+        """Learned numbers mean something to networks of one convention only.
+
+        Raises:
+            ValueError: this network is of another.
+        """
+        check_convention(self.convention, self.grid, prediction, f"The table for {self.num_inference_steps} steps")
 
     def schedule(self, prediction: Prediction, mu: float | None = None) -> Schedule:
         """The table on its grid.
 
         Raises:
+            ValueError: the network is of another convention than the table.
             InvalidSolverError: the learned numbers lead to a level at which a network cannot be asked.
         """
+        self.check_convention(prediction)
         sigmas = make_grid(self.grid, len(self.weights), prediction, mu)
+        check_range(sigmas, prediction, f"The table for {self.num_inference_steps} steps")
         numbers = self.weights.double(), self.time_scale.double()
         schedule = Schedule.from_weights(sigmas, *numbers, self.afs, self.time_shifting)
-        if not bool((schedule.queries.detach() > 0).all()):
+        queries = schedule.queries.detach()
+        if not bool((schedule.levels.detach().abs() <= _LARGEST).all() and (queries <= _LARGEST).all()):
+            raise InvalidSolverError(
+                f"The table for num_inference_steps={self.num_inference_steps} leads to noise levels above "
+                f"{_LARGEST:g}: {schedule.levels.tolist()}."
+            )
+        if not bool((queries > 0).all()):
             raise InvalidSolverError(
                 f"The table for num_inference_steps={self.num_inference_steps} asks the network at noise levels "
-                f"{schedule.queries.tolist()}; all must be positive. "
+                f"{queries.tolist()}; all must be positive. "
                 "Check that the weights belong to this grid."
             )
+        times = prediction.timestep(queries)
+        if prediction.steps is not None and not bool((times.abs() < _FAR * prediction.steps).all()):
+            raise InvalidSolverError(
+                f"The table for num_inference_steps={self.num_inference_steps} tells the network the times "
+                f"{times.tolist()}, and it knows those from 0 to {prediction.steps}. Is it of another network?"
+            )
         return schedule
+
+
+_LARGEST = 1e9  # of a level: far beyond any network's, and far below what float32 holds
+_FAR = 1.5  # a learned time may lie a little beyond the last that the network was trained on
+
+
+def check_name(convention: Any) -> None:
+    """Raises ValueError: it is no convention's name."""
+    known = sorted({p.convention for p in PREDICTIONS.values()})
+    if convention is not None and convention not in known:
+        raise ValueError(f"convention={shown(convention)} is not one of {known}.")
+
+
+def check_convention(convention: str | None, grid: Mapping[str, Any], prediction: Prediction, what: str) -> None:
+    """Learned numbers on a network; where their convention is not written down, their grid tells flow from the rest.
+
+    Raises:
+        ValueError: they are of another convention.
+    """
+    if convention is None:
+        sigmas = grid.get("sigmas")
+        flow = grid.get("name") == "flow" or (sigmas is not None and sigmas[0] == 1)
+        convention = "flow" if flow else None
+    if convention is not None and convention != prediction.convention:
+        raise ValueError(
+            f"{what} was learned for networks of convention {convention!r}, and this one is of "
+            f"{prediction.convention!r}: its levels and times mean something else there. Load a solver of this model."
+        )
+
+
+def check_range(levels: Tensor, prediction: Prediction, what: str) -> None:
+    """Raises ValueError: a flow network knows no such levels."""
+    if prediction.convention == "flow" and float(levels[0]) > 1 + 1e-6:
+        raise ValueError(
+            f"{what} starts at noise level {float(levels[0])}; those of flow networks lie in [0, 1]. "
+            "Load a solver of this model."
+        )
 
 
 def base_weights(base: str, sigmas: Tensor, prediction: Prediction, order: int) -> Tensor:
@@ -112,9 +178,9 @@ def base_weights(base: str, sigmas: Tensor, prediction: Prediction, order: int) 
     Raises:
         ValueError: no such base.
     """
-    if base not in BASES:
-        raise ValueError(f"Unknown base solver {base!r}: use one of {sorted(BASES)}.")
-    rows = BASES[base](sigmas, prediction.signal(sigmas), min(order, MAX_ORDER[base]))
+    if base not in multistep():
+        raise ValueError(f"Unknown base solver {base!r}: use one of {sorted(multistep())}.")
+    rows = BASES[base](sigmas, prediction.signal(sigmas), min(order, BASES[base].highest))
     columns = min(order, rows.shape[1])
     # A base that looks back further than K: the rest goes to the oldest derivative, so that rows keep their sum.
     oldest = rows[:, columns - 1 :].sum(1, keepdim=True)

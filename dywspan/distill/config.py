@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import torch
 
-from ..core.bases import BASES
+from ..core.bases import multistep
 from ..core.layout import LAYOUTS
 from .losses import FEATURES, LATENT
 
@@ -157,7 +157,7 @@ class DistillConfig(LearningConfig):
                 f"teacher_steps={self.teacher_steps} is fewer than the student's {max(self.steps)}: a teacher must be "
                 "more accurate than its students; use several times their steps."
             )
-        choices = {"init": BASES, "layout": LAYOUTS, "loss": LATENT}
+        choices = {"init": multistep(), "layout": LAYOUTS, "loss": LATENT}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}: use one of {sorted(known)}.")

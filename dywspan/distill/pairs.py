@@ -41,7 +41,7 @@ class Teacher:
 
     def summary(self) -> dict[str, Any]:
         """What a reader wants to know of it."""
-        known = {k: self.scheduler.config[k] for k in ("solver", "order", "grid") if k in self.scheduler.config}
+        known = {k: self.scheduler.config[k] for k in ("solver", "solver_order", "grid") if k in self.scheduler.config}
         return {"scheduler": type(self.scheduler).__name__, "steps": self.num_inference_steps, **known}
 
     def describe(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Teacher:
 
         def watch(i: int, prev_sample: Tensor) -> None:
             if self.substeps and (i + 1) % self.substeps == 0:
-                path.append(self.scheduler.state(i, prev_sample).float().cpu())
+                path.append(self.scheduler.plan.state_after(i, prev_sample).float().cpu())
 
         end, _ = sample(pipe, self.scheduler, self.num_inference_steps, inputs, seeds, call, watch=watch)
         return torch.stack([*path[:-1], end.float().cpu()], 1) if path else end.float().cpu()

@@ -83,7 +83,7 @@ def regress_continuous(
     Args:
         paths: by number of steps, see :func:`regress`.
     """
-    order, prediction = function.order, DyWeightScheduler.from_config(pipe.scheduler.config).host.prediction
+    order, prediction = function.order, DyWeightScheduler.from_config(pipe.scheduler).host.prediction
     free = torch.zeros(order, len(FEATURES), dtype=torch.bool)
     free[0, FEATURES.index("last")], free[1:] = True, True
     start = replace(function, coefficients=torch.zeros_like(function.coefficients))
@@ -121,7 +121,7 @@ def _fit(
     (n, order), states = table.weights.shape, paths.targets
     if not paths.is_path or states[[0]].shape[1] != n or table.afs:
         raise ValueError(f"Regression on {n} steps needs teacher paths of {n} states, and a table without afs.")
-    scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
+    scheduler = _Remembering.from_config(pipe.scheduler)
     weights, rows = torch.zeros_like(table.weights), []
     weights[:, 0] = 1  # steps to come are Euler's until it is their turn
     for i in range(n):
@@ -139,10 +139,15 @@ def _fit(
         older = found[is_last:]
         weights[i, 1 : 1 + len(older)] = older
         weights[i, 0] += found[:is_last].sum() - older.sum()
-        assert scheduler._schedule is not None
-        rows.append(Row(products, found, float(scheduler._schedule.sizes[i])))
-    assert scheduler._schedule is not None
-    return replace(table, weights=weights), scheduler._schedule.levels, rows
+        rows.append(Row(products, found, float(scheduler.plan.schedule.sizes[i])))
+    return replace(table, weights=weights), scheduler.plan.schedule.levels, rows
+
+
+class _Remembering(DyWeightScheduler):
+    """Its past derivatives can be looked at when a run has ended."""
+
+    def _ended(self) -> None:
+        pass
 
 
 def _lack_and_directions(
@@ -153,12 +158,13 @@ def _lack_and_directions(
 
     def watch(step: int, prev_sample: Tensor) -> None:
         if step == i:
-            seen.extend([scheduler.state(step, prev_sample), *scheduler._history])
+            assert scheduler.plan is not None
+            seen.extend([scheduler.plan.state_after(step, prev_sample), *scheduler.state.history])
 
     (steps,) = scheduler.tables
     sample(pipe, scheduler, steps, part.inputs, part.seeds, call, watch=watch, until=i + 1)
     after, newest, *older = (v.double() for v in seen)
-    assert isinstance(part.targets, Tensor) and scheduler._schedule is not None
-    lacks = (part.targets[:, i].to(after) - after) / float(scheduler._schedule.sizes[i])
+    assert isinstance(part.targets, Tensor) and scheduler.plan is not None
+    lacks = (part.targets[:, i].to(after) - after) / float(scheduler.plan.schedule.sizes[i])
     vectors = [lacks, *[newest] * is_last, *(d - newest for d in older)]
     return torch.stack([v.flatten() for v in vectors])

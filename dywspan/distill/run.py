@@ -14,13 +14,14 @@ from typing import Any
 import diffusers
 import torch
 
-from ..core.bases import BASES
+from ..core.bases import BASES, multistep
 from ..core.layout import LAYOUTS, Packed
-from ..core.operator import ResidualOperator
-from ..core.prediction import Flow, Prediction
-from ..core.step import TWO_STAGE
+from ..core.operator import make_operator
+from ..core.prediction import Flow
+from ..schedulers.apply import load
 from ..schedulers.bind import bind, guidance_argument, guidance_scale
 from ..schedulers.dyweight import DyWeightScheduler
+from ..schedulers.hosts import different_networks
 from ..schedulers.spanlift import BASE, SpanLiftScheduler, different_bases
 from .card import Images, draw_samples, provenances, sample_images, steps_of, write_card
 from .checkpoints import Checkpoints
@@ -91,7 +92,7 @@ class Task:
         """Where learning starts."""
         if self.base is not None:
             return self.base
-        scheduler = DyWeightScheduler.from_config(self.pipe.scheduler.config)
+        scheduler = DyWeightScheduler.from_config(self.pipe.scheduler)
         if self.config.continuous:
             return scheduler.with_continuous(initial_continuous(scheduler, self.config, self.config.grid))
         return scheduler.with_tables([initial_table(scheduler, steps, self.config, self.config.grid)])
@@ -216,7 +217,7 @@ def _learn(task: Task, group: list[int], log: Log | None) -> Any:
         options |= {"layout": config.layout, "operator": config.operator, "name": label}
         options["continuous"] = config.continuous
         return distill_lift(task.pipe, task.teacher, *_pairs(task, task.teacher), task.base, group, **options)
-    scheduler = DyWeightScheduler.from_config(task.pipe.scheduler.config)
+    scheduler = DyWeightScheduler.from_config(task.pipe.scheduler)
     if config.continuous:
         pairs, paths = _pairs(task, task.teacher), {n: _paths(task, n) for n in group if config.regression}
         options |= {"grid": config.grid, "paths": paths, "late": _ends(task)}
@@ -308,18 +309,19 @@ def _encoded(task: Task) -> Iterator[None]:
 
 def _base(config: DistillConfig, pipe: Any) -> Any:
     """SpanLift's base: a DyWeight or SpanLift artefact, or a classical solver for every number of steps."""
-    classical = config.base in BASES or config.base in TWO_STAGE
-    lifted = not classical and DyWeightScheduler.load_config(config.base).get("_class_name") == "SpanLiftScheduler"
+    classical = config.base in BASES
+    found: Any = None if classical else load(config.base)
+    lifted = isinstance(found, SpanLiftScheduler)
     if config.optimizer not in OPTIMIZERS and not lifted:
         raise ValueError(
             f"least_squares fits alpha and beta of an operator that is there: base={config.base!r} must be a SpanLift "
             "artefact. Learn one by adam or adamw first."
         )
     if classical:
-        return DyWeightScheduler.from_config(pipe.scheduler.config, solver=config.base)
-    base: Any = (SpanLiftScheduler if lifted else DyWeightScheduler).from_pretrained(config.base)
-    own, other = (s.host.prediction for s in (DyWeightScheduler.from_config(pipe.scheduler.config), base))
-    if wrong := _different_networks(own, other):
+        return DyWeightScheduler.from_config(pipe.scheduler, solver=config.base)
+    base = found
+    own, other = (s.host.prediction for s in (DyWeightScheduler.from_config(pipe.scheduler), base))
+    if wrong := different_networks(own, other):
         raise ValueError(
             f"base={config.base!r} was learned for {type(other).__name__} networks, and {config.model} is of kind "
             f"{type(own).__name__}, with other {wrong}: learn a base for this pipeline."
@@ -330,14 +332,6 @@ def _base(config: DistillConfig, pipe: Any) -> Any:
             "every number: one learned with continuous, or a base solver."
         )
     return gone_on_with(base, config.steps, config.continuous) if lifted else base
-
-
-def _different_networks(own: Prediction, other: Prediction) -> list[str]:
-    """What keeps two conventions apart: their noise levels, and what their networks say."""
-    if type(own) is not type(other):
-        return ["prediction_type"]
-    pairs = ((k, v, vars(other)[k]) for k, v in vars(own).items())
-    return [k for k, a, b in pairs if not (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b)]
 
 
 def _artefact(config: DistillConfig) -> Any:
@@ -360,7 +354,7 @@ def _check_operator(config: DistillConfig) -> None:
     """The operator can be built, for any number of channels."""
     try:
         with torch.device("meta"):
-            ResidualOperator(**{"channels": 1, "order": config.order, **config.operator})
+            make_operator({"channels": 1, "order": config.order, **config.operator})
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"operator={config.operator} does not describe a SpanLift operator: {error}.") from None
 
@@ -378,7 +372,7 @@ def _check_sample(task: Task) -> None:
     x, _ = sample(task.pipe, scheduler, steps, task.inputs[:1], [0], task.call)
     try:
         if isinstance(scheduler, SpanLiftScheduler):
-            layout.to_grid(x, scheduler.latent_size)
+            layout.to_grid(x, scheduler.request and scheduler.request.latent_size)
         elif task.base is not None and (x.ndim != 3 or not isinstance(layout, Packed)):
             layout.to_grid(x)  # no other solver is told the size of packed tokens
         if config.features is not None:
@@ -413,25 +407,28 @@ def _check_model(existing: DyWeightScheduler, new: DyWeightScheduler, config: Di
 def find_teacher(config: DistillConfig, pipe: Any) -> Teacher:
     """A base solver or any diffusers scheduler; a grid that ends above zero gets a last evaluation that denoises."""
     name, steps = config.teacher, config.teacher_steps
-    if name not in BASES and name not in TWO_STAGE:
+    if name not in BASES:
         kind = getattr(diffusers, name, None)
         if kind is None or not name.endswith("Scheduler"):
-            known = sorted([*BASES, *TWO_STAGE])
-            raise ValueError(f"Unknown teacher {name!r}: use one of {known}, or the name of a diffusers scheduler.")
+            raise ValueError(
+                f"Unknown teacher {name!r}: use one of {sorted(BASES)}, or the name of a diffusers scheduler."
+            )
         return Teacher(kind.from_config(pipe.scheduler.config), steps)
-    solver = {"solver": name, "order": config.teacher_order}
-    scheduler = DyWeightScheduler.from_config(pipe.scheduler.config, grid=config.teacher_grid, **solver)
+    solver = {"solver": name, "solver_order": config.teacher_order}
+    scheduler = DyWeightScheduler.from_config(pipe.scheduler, grid=config.teacher_grid, **solver)
     set_timesteps(scheduler, steps)
-    if scheduler._grid is None or float(scheduler._grid[-1]) == 0:
+    assert scheduler.plan is not None and scheduler.request is not None
+    if float(scheduler.plan.schedule.levels[-1]) == 0:
         return Teacher(scheduler, steps)
-    grid = {"sigmas": [*scheduler._grid.tolist(), 0.0]}
-    return Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, grid=grid, **solver), steps + 1)
+    grid = {"sigmas": [*scheduler.request.levels(config.teacher_grid).tolist(), 0.0]}
+    return Teacher(DyWeightScheduler.from_config(pipe.scheduler, grid=grid, **solver), steps + 1)
 
 
 def _path_teacher(task: Task, steps: int, substeps: int) -> Teacher:
     """The student's own grid with several steps for each of its own. Source: DyWeight appendix C."""
-    config, own = task.config, DyWeightScheduler.from_config(task.pipe.scheduler.config)
-    solver = {"solver": config.teacher if config.teacher in BASES else "ipndm", "order": config.teacher_order}
+    config, own = task.config, DyWeightScheduler.from_config(task.pipe.scheduler)
+    base = config.teacher if config.teacher in multistep() else "ipndm"
+    solver = {"solver": base, "solver_order": config.teacher_order}
     scheduler = DyWeightScheduler.from_config(own.config, grid=config.grid or default_grid(own), **solver)
     return Teacher(scheduler, (steps + config.afs) * substeps, substeps)
 

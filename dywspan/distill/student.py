@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.bases import MAX_ORDER
+from ..core.bases import BASES, multistep
 from ..core.continuous import ContinuousLift, ContinuousTable, guided
 from ..core.layout import LAYOUTS
 from ..core.operator import Lift
 from ..core.table import SolverTable
 from ..schedulers.dyweight import DyWeightScheduler
+from ..schedulers.sources import ContinuousSource, Request
 from ..schedulers.spanlift import SpanLiftScheduler
 
 
@@ -184,20 +185,21 @@ class ContinuousStudent(Student):
         """The table's own numbers: most change only the end of a sampling, and each moves it more than a coefficient's
         many small changes, so that differences stand out of the network's rounding.
         """
-        prediction, sigmas = self.scheduler.host.prediction, self.scheduler.nominal
+        asked, guidance, whole = self.scheduler.request, self.scheduler.guidance_scale, self.scheduler.whole
         # Many pipelines choose the grid in their call: it is known once they have sampled, as the guidance scale is.
-        sigmas = sigmas if sigmas is not None and len(sigmas) == steps + 1 else None
-        call: dict[str, Any] = {"sigmas": sigmas, "guidance_scale": self.scheduler.guidance_scale}
-        call["whole"] = self.scheduler.whole
+        if asked is not None and (asked.steps, asked.whole) == (steps, whole):
+            request = asked
+        else:
+            request = Request(steps, self.scheduler.host, guidance_scale=guidance, whole=whole)
 
         def numbers(coefficients: Tensor) -> Tensor:
-            table = replace(self.initial, coefficients=coefficients).table(steps, prediction, **call)
+            table = ContinuousSource(replace(self.initial, coefficients=coefficients)).table(request)
             return torch.cat([table.weights[table.weights.new_ones(table.weights.shape).tril() > 0], table.time_scale])
 
         with torch.enable_grad():
             chain = torch.autograd.functional.jacobian(numbers, self.coefficients.detach()).flatten(1)
         with torch.no_grad():
-            return TableStudent(self.scheduler, self.table().table(steps, prediction, **call)), chain
+            return TableStudent(self.scheduler, ContinuousSource(self.table()).table(request)), chain
 
 
 class LiftStudent(Student):
@@ -298,4 +300,5 @@ def _order(base: DyWeightScheduler) -> int:
     """K, of the base's convergence: what a continuous lift keeps."""
     if base.continuous is not None:
         return base.continuous.order
-    return min(base.config["order"], MAX_ORDER.get(base._solver or "", 2))
+    solver = base._solver
+    return min(base.config["solver_order"], BASES[solver].highest if solver in multistep() else 2)

@@ -230,7 +230,7 @@ def distill(
         grid: nominal grid, :func:`default_grid` by default.
         paths: a teacher's, to start from weights that follow them, see :func:`regress`.
     """
-    scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
+    scheduler = DyWeightScheduler.from_config(pipe.scheduler)
     initial = initial_table(scheduler, steps, config, grid)
     if paths is not None:
         initial = regress(
@@ -262,7 +262,8 @@ def initial_continuous(
 ) -> ContinuousTable:
     """Where the learning of a function that writes tables starts."""
     grid = dict(grid) if grid is not None else default_grid(scheduler)
-    return ContinuousTable.initial(config.order, grid, base=config.init, horizon=config.horizon)
+    function = ContinuousTable.initial(config.order, grid, base=config.init, horizon=config.horizon)
+    return replace(function, convention=scheduler.host.prediction.convention)
 
 
 def distill_continuous(
@@ -292,7 +293,7 @@ def distill_continuous(
         late: training and held-out pairs that start in the middle of the way.
         others: as of :func:`distill`.
     """
-    scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
+    scheduler = DyWeightScheduler.from_config(pipe.scheduler)
     terms, options = make_terms(pipe, steps, train, held_out, call, late), {"config": config, "loss": loss}
     initial, size = initial_continuous(scheduler, config, grid), config.batch_size
     if paths:
@@ -412,7 +413,12 @@ def _plain(call: Call) -> dict[str, Any]:
 def batch_loss(pipe: Any, student: Student, n: int, part: Pairs, call: Mapping[str, Any], loss: Loss) -> Tensor:
     """The endpoint's loss, and for a path the squared errors of the states before it (DyWeight eq. (A.15))."""
     states: list[Tensor] = []
-    watch = (lambda i, x: states.append(student.scheduler.state(i, x).float())) if part.is_path else None
+
+    def keep(i: int, prev_sample: Tensor) -> None:
+        assert student.scheduler.plan is not None
+        states.append(student.scheduler.plan.state_after(i, prev_sample).float())
+
+    watch = keep if part.is_path else None
     endpoint, _ = sample(pipe, student.scheduler, n, part.inputs, part.seeds, call, watch=watch)
     value = loss(pipe, endpoint.float(), part.endpoints.to(endpoint.device))
     if part.is_path:

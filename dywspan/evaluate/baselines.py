@@ -26,6 +26,7 @@ from ..core.prediction import EDM, Flow, Prediction
 from ..distill.pairs import Teacher, digest
 from ..distill.rollout import denoisers, sample
 from ..published import neuralsolver_tables
+from ..schedulers.apply import load
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import SpanLiftScheduler
 
@@ -50,12 +51,12 @@ def of_diffusers(name: str, **options: Any) -> Maker:
 
 
 def of_ours(solver: str, order: int = 2) -> Maker:
-    """A classical solver of ``BASES`` or ``TWO_STAGE`` on the pipeline's own grid, from all noise."""
+    """A classical solver of ``BASES`` on the pipeline's own grid, from all noise."""
 
     def make(pipe: Any, steps: int) -> DyWeightScheduler:
-        config = pipe.scheduler.config
-        spacing: dict[str, Any] = _TRAILING if config.get("timestep_spacing") == "leading" else {}
-        return DyWeightScheduler.from_config(config, solver=solver, order=order, **spacing)
+        own = pipe.scheduler
+        spacing: dict[str, Any] = _TRAILING if own.config.get("timestep_spacing") == "leading" else {}
+        return DyWeightScheduler.from_config(own, solver=solver, solver_order=order, **spacing)
 
     return make
 
@@ -76,12 +77,12 @@ def align_your_steps(pipe: Any, steps: int) -> Any:
     low = place.long()
     sigmas = torch.lerp(known[low], known[low + 1], place - low).exp()
     grid = {"sigmas": [*sigmas.tolist(), 0.0]}
-    return DyWeightScheduler.from_config(pipe.scheduler.config, solver="dpmpp", order=2, grid=grid)
+    return DyWeightScheduler.from_config(pipe.scheduler, solver="dpmpp", solver_order=2, grid=grid)
 
 
 def neuralsolver(pipe: Any, steps: int) -> Any:
     """The published solver whose noise starts where this network's does."""
-    own = DyWeightScheduler.from_config(pipe.scheduler.config)
+    own = DyWeightScheduler.from_config(pipe.scheduler)
     last = torch.tensor([own.config["num_train_timesteps"] - 1.0])
     start = 1.0 if isinstance(own.host.prediction, Flow) else float(own.host.prediction.sigma(last))
     for family in ("flow_matching", "ddpm"):
@@ -192,9 +193,7 @@ def find_solvers(names: Sequence[str]) -> list[Solver]:
         elif name in BASELINES:
             found[name] = Solver(name, BASELINES[name])
         elif "/" in name or Path(name).exists():
-            config = DyWeightScheduler.load_config(name)
-            lifted = config.get("_class_name") == SpanLiftScheduler.__name__
-            artefacts[name] = (SpanLiftScheduler if lifted else DyWeightScheduler).from_pretrained(name)
+            artefacts[name] = load(name)
         else:
             near = difflib.get_close_matches(name, ["all", *BASELINES], 1, 0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"use one of {['all', *BASELINES]}, or an artefact's path."
@@ -226,7 +225,7 @@ def _learned(scheduler: Any) -> Maker:
 
 def prediction(pipe: Any) -> Prediction:
     """The convention of the pipeline's network."""
-    return DyWeightScheduler.from_config(pipe.scheduler.config).host.prediction
+    return DyWeightScheduler.from_config(pipe.scheduler).host.prediction
 
 
 def make_cell(pipe: Any, solver: Solver, nfe: int, own: Mapping[str, Any], call: Mapping[str, Any]) -> Cell:

@@ -31,13 +31,13 @@ CALL = {"guidance_scale": 7.5}
 
 def table_student(pipe: Any, steps: int) -> Student:
     """DyWeight, K = 2."""
-    scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
+    scheduler = DyWeightScheduler.from_config(pipe.scheduler)
     return TableStudent(scheduler, SolverTable.initial(steps, 2, default_grid(scheduler), scheduler.host.prediction))
 
 
 def lift_student(pipe: Any, steps: int) -> Student:
     """SpanLift, K = 2, on iPNDM(2M)."""
-    base = DyWeightScheduler.from_config(pipe.scheduler.config, solver="ipndm", order=2)
+    base = DyWeightScheduler.from_config(pipe.scheduler, solver="ipndm", solver_order=2)
     size = pipe.unet.config.sample_size
     return LiftStudent(base, [steps], (pipe.unet.config.in_channels, size, size))
 

@@ -4,51 +4,77 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ..core.layout import LAYOUTS, Packed
 from .dyweight import DyWeightScheduler
 from .spanlift import SpanLiftScheduler
 
+_UNBOUND = "_unbound"  # in the class of a bound pipeline: the class it had
+
 
 def bind(pipe: Any) -> Any:
-    """Make a pipeline tell its scheduler at every call the guidance scale, and SpanLift the latent's height and width.
+    """Make a pipeline tell its scheduler in every call the guidance scale, and SpanLift the latent's height and width.
 
-    The guidance scale is read from the call, height and width from ``prepare_latents``, which every pipeline with
-    packed tokens has. Without it a solver is for the guidance scale that it was learned around, and packed tokens are
-    taken for a square.
+    The guidance scale is read from the call, or from the guider of a modular pipeline; height and width from
+    ``prepare_latents``, which every pipeline with packed tokens has, or from a modular pipeline's inputs. Both are for
+    that call only: another pipeline that has the same scheduler is told nothing. Without it a solver is for the
+    guidance scale that it was learned around, and packed tokens are taken for a square.
 
         pipe = dywspan.bind(pipe)
 
     Raises:
         TypeError: the pipeline knows neither.
     """
-    kind, prepare = type(pipe), getattr(type(pipe), "prepare_latents", None)
-    if hasattr(kind, "_tells"):
+    kind = type(pipe)
+    if hasattr(kind, _UNBOUND):
         return pipe
-    # Python looks calls up in the class: it gets one of its own, of the same name.
-    own: dict[str, Any] = {"_tells": True, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    if prepare is not None and {"height", "width"} <= inspect.signature(prepare).parameters.keys():
-        own["prepare_latents"] = _telling(prepare, _tell_size)
-    if guidance_argument(pipe) is not None:
-        call: Any = kind.__call__
-        own["__call__"] = told = _telling(call, _tell_guidance)
-        # A rollout takes the undecorated call, through which gradients flow.
-        told.__wrapped__ = _telling(getattr(call, "__wrapped__", call), _tell_guidance)
-    if not own.keys() & {"prepare_latents", "__call__"}:
+    prepare = getattr(kind, "prepare_latents", None)
+    sized = prepare is not None and {"height", "width"} <= inspect.signature(prepare).parameters.keys()
+    if is_modular(pipe):
+        sized = "height" in _defaults(pipe)
+    if not sized and guidance_argument(pipe) is None and not hasattr(pipe, "guider"):
         raise TypeError(
             f"{kind.__name__} has no prepare_latents that takes height and width, and is not called with a "
             "guidance_scale: use scheduler.set_latent_size(height, width) if its tokens are packed, and "
             "scheduler.set_guidance_scale(g)."
         )
+    # Python looks calls up in the class: it gets one of its own, of the same name.
+    call: Any = kind.__call__
+    own: dict[str, Any] = {_UNBOUND: kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    own["__call__"] = told = _told(call)
+    # A rollout takes the undecorated call, through which gradients flow.
+    told.__wrapped__ = _told(getattr(call, "__wrapped__", call))
+    if prepare is not None and sized and not is_modular(pipe):
+        own["prepare_latents"] = _telling_size(prepare)
     pipe.__class__ = type(kind.__name__, (kind,), own)
     return pipe
 
 
+def unbind(pipe: Any) -> Any:
+    """Undo :func:`bind`."""
+    pipe.__class__ = getattr(type(pipe), _UNBOUND, type(pipe))
+    return pipe
+
+
+def is_modular(pipe: Any) -> bool:
+    """Whether it is a pipeline of blocks, whose components are swapped by ``update_components``."""
+    return hasattr(pipe, "update_components")
+
+
+def _defaults(pipe: Any) -> dict[str, Any]:
+    """The arguments of its call, with their defaults (None: there is none)."""
+    if is_modular(pipe):
+        return {p.name: p.default for p in pipe.blocks.inputs if p.name is not None}
+    parameters = inspect.signature(type(pipe).__call__).parameters.values()
+    return {p.name: None if p.default is p.empty else p.default for p in parameters}
+
+
 def guidance_argument(pipe: Any) -> str | None:
     """The argument of the call that is the guidance scale: true_cfg_scale where guidance_scale has no effect."""
-    known = inspect.signature(type(pipe).__call__).parameters
+    known = _defaults(pipe)
     order = ("guidance_scale", "true_cfg_scale") if _embeds_guidance(pipe) else ("true_cfg_scale", "guidance_scale")
     return next((name for name in order if name in known), None)
 
@@ -57,12 +83,14 @@ def guidance_scale(pipe: Any, given: Mapping[str, Any]) -> float:
     """g of a call with these arguments, 1 without guidance.
 
     Where the network is told a guidance scale, this times that of classifier-free guidance on top. Classifier-free
-    guidance is none at 1 and below, nor, by a true_cfg_scale, without a negative prompt.
+    guidance is none at 1 and below, nor, by a true_cfg_scale, without a negative prompt. A guider's is its own.
     """
-    defaults = {k: p.default for k, p in inspect.signature(type(pipe).__call__).parameters.items()}
-    given = {k: v for k, v in {**defaults, **given}.items() if v is not inspect.Parameter.empty}
+    given = {k: v for k, v in {**_defaults(pipe), **given}.items() if v is not None}
     own, true = given.get("guidance_scale"), given.get("true_cfg_scale")
-    negative = any(v is not None for k, v in given.items() if k.startswith("negative_prompt"))
+    if (guider := getattr(pipe, "guider", None)) is not None:
+        scale = getattr(guider, "guidance_scale", None) if getattr(guider, "_enabled", True) else None
+        own, true = (own if _embeds_guidance(pipe) else scale), None
+    negative = any(k.startswith("negative_prompt") for k in given)
     if _embeds_guidance(pipe):
         told = float(own) if own and own > 0 else 1.0
     else:
@@ -75,23 +103,45 @@ def _embeds_guidance(pipe: Any) -> bool:
     return any(getattr(getattr(m, "config", None), "guidance_embeds", False) for m in pipe.components.values())
 
 
-def _telling(run: Callable[..., Any], tell: Callable[[Any, Mapping[str, Any]], None]) -> Any:
-    """``run`` after ``tell``, which gets the pipeline and the arguments, defaults included."""
-    signature = inspect.signature(run)
+def _told(call: Callable[..., Any]) -> Any:
+    """A pipeline's call, that tells the scheduler what it is called with, and takes it back."""
+    signature = inspect.signature(call)
 
-    @functools.wraps(run)
+    @functools.wraps(call)
     def told(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(self, *args, **kwargs)
-        given.apply_defaults()
-        tell(self, given.arguments)
-        return run(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs).arguments
+        given = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
+        with _for_a_call(self.scheduler):
+            if isinstance(self.scheduler, DyWeightScheduler):
+                self.scheduler.set_guidance_scale(guidance_scale(self, given))
+                if is_modular(self):
+                    _tell_size(self, {**_defaults(self), **given})
+            return call(self, *args, **kwargs)
 
     return told
 
 
-def _tell_guidance(pipe: Any, given: Mapping[str, Any]) -> None:
-    if isinstance(pipe.scheduler, DyWeightScheduler):
-        pipe.scheduler.set_guidance_scale(guidance_scale(pipe, given))
+@contextmanager
+def _for_a_call(scheduler: Any) -> Iterator[None]:
+    facts = {k: v for k, v in vars(scheduler).items() if k in ("guidance_scale", "latent_size")}
+    try:
+        yield
+    finally:
+        vars(scheduler).update(facts)
+
+
+def _telling_size(prepare: Callable[..., Any]) -> Any:
+    """``prepare_latents`` after the scheduler was told the size."""
+    signature = inspect.signature(prepare)
+
+    @functools.wraps(prepare)
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        _tell_size(self, given.arguments)
+        return prepare(self, *args, **kwargs)
+
+    return told
 
 
 def _tell_size(pipe: Any, given: Mapping[str, Any]) -> None:
@@ -99,5 +149,6 @@ def _tell_size(pipe: Any, given: Mapping[str, Any]) -> None:
     layout = LAYOUTS[scheduler.config["layout"]] if isinstance(scheduler, SpanLiftScheduler) else None
     if isinstance(layout, Packed):
         multiple = layout.patch * (getattr(pipe, "vae_spatial_compression_ratio", None) or pipe.vae_scale_factor)
-        height, width = (int(given[side]) // multiple * layout.patch for side in ("height", "width"))
+        sides = [given.get(side) or getattr(pipe, f"default_{side}") for side in ("height", "width")]
+        height, width = (int(side) // multiple * layout.patch for side in sides)
         scheduler.set_latent_size(height, width)

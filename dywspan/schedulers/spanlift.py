@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import copy
-import hashlib
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import logging
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..artifact import continuous_to_json, lift_to_json, read_continuous, read_lifts, write_atomically
+from ..artifact import continuous_to_json, lift_to_json, read_continuous, read_lifts
+from ..core.check import shown
 from ..core.continuous import ContinuousLift
-from ..core.layout import LAYOUTS, Size
-from ..core.operator import Lift, Operator, conditioning, make_operator, residual
+from ..core.layout import LAYOUTS
+from ..core.operator import Lift, Operator, conditioning, make_operator
 from ..core.prediction import EDM
-from ..core.step import Schedule, step
-from ..version import __version__
-from .base import broken_downloads_named, scalars
+from ..core.step import Schedule
 from .dyweight import DyWeightScheduler
+from .files import find, read_weights, weights_of, write_weights
+from .plan import LiftPlan, Plan, numbers, place
 
 logger = logging.get_logger(__name__)
 
-_DOWNLOAD = ("cache_dir", "token", "revision", "local_files_only", "force_download")
-BASE = ("tables", "continuous", "solver", "order", "grid")  # settings that make the base solver what it is
-_NOT_THE_BASE = ("self", "__class__", "layout", "operator", "lifts", "continuous_lift", "weights_sha256")
+BASE = ("tables", "continuous", "solver", "solver_order", "grid")  # settings that make the base solver what it is
 
 
 def different_bases(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
@@ -41,6 +37,24 @@ def different_bases(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[
     tables, more = ours["tables"] or {}, theirs["tables"] or {}
     clash = any(tables[n] != more[n] for n in tables.keys() & more.keys())
     return ["tables"] * clash + [k for k in BASE if k != "tables" and ours[k] != theirs[k]]
+
+
+def _layout(name: Any) -> None:
+    if not isinstance(name, str) or name not in LAYOUTS:
+        raise ValueError(f"Unknown layout {shown(name)}: use one of {sorted(LAYOUTS)}.")
+
+
+def _and_those_of(base: type) -> Callable[[Any], Any]:
+    """Give an ``__init__`` the parameters of ``base`` in front of its own: diffusers reads them from the signature."""
+
+    def extend(init: Any) -> Any:
+        own = inspect.signature(init).parameters.values()
+        first, *rest = inspect.signature(base.__init__).parameters.values()
+        more = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in own if p.kind is p.KEYWORD_ONLY]
+        init.__signature__ = inspect.Signature([first, *rest, *more])
+        return init
+
+    return extend
 
 
 class SpanLiftScheduler(DyWeightScheduler):
@@ -56,7 +70,7 @@ class SpanLiftScheduler(DyWeightScheduler):
 
     Args:
         num_train_timesteps, ..., dywspan_version: as in :class:`DyWeightScheduler`; ``tables``, ``solver`` and
-            ``order`` make the base.
+            ``solver_order`` make the base.
         layout: how the latent is laid out, one of ``LAYOUTS``.
         operator: kind and size of R_phi, see :func:`dywspan.core.operator.make_operator`.
         lifts: ``{num_inference_steps: {"alpha": [...], "beta": [...], "operator": name}}``.
@@ -67,47 +81,33 @@ class SpanLiftScheduler(DyWeightScheduler):
         ValueError: as the base, an unknown layout, an operator that cannot be built, or a damaged entry.
     """
 
+    _READ: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
+        **DyWeightScheduler._READ,
+        "lifts": read_lifts,
+        "continuous_lift": partial(read_continuous, kind=ContinuousLift),
+    }
+    _CHECK: ClassVar[Mapping[str, Callable[[Any], Any]]] = {**DyWeightScheduler._CHECK, "layout": _layout}
+
     weights_name = "spanlift.safetensors"
+    lifts: dict[int, Lift]
+    continuous_lift: ContinuousLift | None
 
     @register_to_config
+    @_and_those_of(DyWeightScheduler)
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: Any = None,
-        prediction_type: str = "epsilon",
-        timestep_spacing: str = "linspace",
-        steps_offset: int = 1,
-        base_image_seq_len: int = 256,
-        max_image_seq_len: int = 4096,
-        base_shift: float = 0.5,
-        max_shift: float = 1.15,
-        host_scheduler: str | None = None,
-        solver: str | None = None,
-        order: int = 2,
-        lower_order_final: bool = True,
-        grid: dict[str, Any] | None = None,
-        tables: dict[str, Any] | None = None,
-        continuous: dict[str, Any] | None = None,
+        *args: Any,
         layout: str = "image",
         operator: dict[str, Any] | None = None,
         lifts: dict[str, Any] | None = None,
         continuous_lift: dict[str, Any] | None = None,
         weights_sha256: str | None = None,
-        dywspan_version: str = __version__,
+        **base: Any,
     ) -> None:
-        if layout not in LAYOUTS:
-            raise ValueError(f"Unknown layout {layout!r}: use one of {sorted(LAYOUTS)}.")
-        base = {k: v for k, v in locals().items() if k not in _NOT_THE_BASE}
-        DyWeightScheduler.__init__.__wrapped__(self, **base)  # type: ignore[attr-defined]
-        self.lifts: dict[int, Lift] = read_lifts(lifts)
-        self.continuous_lift: ContinuousLift | None = read_continuous(continuous_lift, ContinuousLift)
+        DyWeightScheduler.__init__.__wrapped__(self, *args, **base)  # type: ignore[attr-defined]
         if self._learned and not operator:
             raise ValueError("A SpanLift configuration with lifts needs its operator's size: operator={...}.")
         self.operators: dict[str, Operator] = {}
-        self.latent_size: Size | None = None
 
     # ------------------------------------------------------------------ operators
 
@@ -117,13 +117,12 @@ class SpanLiftScheduler(DyWeightScheduler):
 
     def initialize(self) -> SpanLiftScheduler:
         """Make untrained operators: their heads are zero, so the solver is its base until they learn."""
-        names = {lift.operator for lift in self._learned}
+        names, size = {lift.operator for lift in self._learned}, self.config["operator"]
         try:
-            self.operators = {name: make_operator(self.config["operator"]) for name in sorted(names)}
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"operator={self.config['operator']} does not describe a ResidualOperator: {error}."
-            ) from None
+            self.operators = {name: make_operator(size) for name in sorted(names)}
+        except ValueError as error:
+            text = f"operator={shown(size)} does not describe a ResidualOperator: {error}"
+            raise ValueError(text) from None
         return self
 
     def load_operator(self, file: str | os.PathLike[str]) -> SpanLiftScheduler:
@@ -133,41 +132,20 @@ class SpanLiftScheduler(DyWeightScheduler):
             ValueError: damaged, or made for other channels, another size or other step counts.
         """
         with torch.device("meta"):  # a damaged size costs no memory
-            expected = self.initialize()._state()
-        try:
-            # Copied: what is read from a file is a view of it, and would change with it.
-            state = {name: value.clone() for name, value in load_file(file).items()}
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}): download it again.") from error
-        if state.keys() != expected.keys():
-            missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-            raise ValueError(
-                f"{file} does not hold the operator this configuration describes: missing {missing[:3]}, unexpected "
-                f"{extra[:3]}. Configuration and weights must come from the same save."
-            )
-        for name, value in state.items():
-            if value.shape != expected[name].shape or value.dtype != torch.float32:
-                raise ValueError(
-                    f"{file}: {name} is {value.dtype} {tuple(value.shape)}; operator={dict(self.config['operator'])} "
-                    f"needs torch.float32 {tuple(expected[name].shape)}. Was it made for another model?"
-                )
-            if not bool(value.isfinite().all()):
-                raise ValueError(f"{file}: {name} holds numbers that are not finite. Download or distil it again.")
-        expected_digest = self.config["weights_sha256"]
-        if expected_digest is not None and expected_digest != _sha256(file):
-            raise ValueError(
-                f"{file} is not the file this configuration was saved with (weights_sha256 differs): it is damaged, or "
-                "from another save. Download or copy both again."
-            )
-        for name, operator in self.operators.items():
-            operator.load_state_dict(
-                {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}, assign=True
-            )
-            operator.requires_grad_(False)
+            self.initialize()
+        read_weights(file, self.operators, self.config["weights_sha256"])
         return self
 
-    def _state(self) -> dict[str, Tensor]:
-        return {f"{n}.{k}": v for n, operator in self.operators.items() for k, v in operator.state_dict().items()}
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights of all operators, as their file holds them."""
+        return weights_of(self.operators)
+
+    def _with(self, **settings: Any) -> Any:
+        """A copy with other settings, and all that an operator is."""
+        other = super()._with(**settings)
+        for name in ("operators", "lifts", "continuous_lift", "latent_size"):
+            setattr(other, name, copy.deepcopy(getattr(self, name)))
+        return other
 
     def with_lifts(self, other: SpanLiftScheduler) -> SpanLiftScheduler:
         """A copy that holds the lifts and operators of ``other`` besides its own (same step count: replaced).
@@ -232,60 +210,11 @@ class SpanLiftScheduler(DyWeightScheduler):
 
     # ------------------------------------------------------------------ files
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Any = None,
-        subfolder: str | None = None,
-        return_unused_kwargs: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Load configuration and operator, the second from the very commit of the first.
-
-        Args:
-            pretrained_model_name_or_path: a directory or a Hub id.
-            kwargs: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``, and configuration
-                values to override.
-
-        Raises:
-            OSError: no such repository, revision or file, or no connection.
-            ValueError: a damaged configuration or operator.
-        """
-        download = {k: v for k, v in kwargs.items() if k in _DOWNLOAD}
-        config, overrides, commit = cls.load_config(
-            pretrained_model_name_or_path,
-            subfolder=subfolder,
-            return_unused_kwargs=True,
-            return_commit_hash=True,
-            **kwargs,
-        )
-        scheduler, unused = cls.from_config(config, return_unused_kwargs=True, **overrides)
-        if scheduler._learned:
-            scheduler.load_operator(cls._find_operator(pretrained_model_name_or_path, subfolder, commit, download))
-        return (scheduler, unused) if return_unused_kwargs else scheduler
-
-    @classmethod
-    def _find_operator(
-        cls, source: Any, subfolder: str | None, commit: str | None, download: dict[str, Any]
-    ) -> str | os.PathLike[str]:
-        if (folder := Path(source)).is_dir():
-            file = folder / (subfolder or "") / cls.weights_name
-            if not file.is_file():
-                raise OSError(f"{file} is not there: a SpanLift solver is a configuration and this file, copy both.")
-            return file
-        try:
-            with broken_downloads_named(source):
-                return hf_hub_download(
-                    str(source),
-                    cls.weights_name,
-                    subfolder=subfolder,
-                    **{**download, "revision": commit or download.get("revision")},
-                )
-        except EntryNotFoundError as error:
-            raise OSError(
-                f"{source} has a SpanLift configuration but no {cls.weights_name} beside it "
-                "(or it is not in the cache and the network may not be used)."
-            ) from error
+    def _load_weights(
+        self, source: Any, subfolder: str | None, commit: str | None, download: Mapping[str, Any]
+    ) -> None:
+        if self._learned:
+            self.load_operator(find(self.weights_name, source, subfolder, commit, download))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write the operator's weights, then the configuration (and upload both, with ``push_to_hub``)."""
@@ -303,14 +232,12 @@ class SpanLiftScheduler(DyWeightScheduler):
             )
         folder.mkdir(parents=True, exist_ok=True)
         if self.operators:
-            # Through bytes: safetensors' own save_file leaves a file that only its owner can read.
-            data = save({k: v.detach().float().cpu().contiguous() for k, v in self._state().items()})
-            write_atomically(folder / self.weights_name, data)
-            self.register_to_config(weights_sha256=hashlib.sha256(data).hexdigest())
+            digest = write_weights(folder / self.weights_name, self.operators)
+            self.register_to_config(weights_sha256=digest)
         # What was learned since this object was made belongs to its configuration.
         function = None if self.continuous_lift is None else continuous_to_json(self.continuous_lift)
         lifts = {str(n): lift_to_json(lift) for n, lift in sorted(self.lifts.items())} or None
-        self.register_to_config(lifts=lifts, continuous_lift=function)
+        super(DyWeightScheduler, self).register_to_config(lifts=lifts, continuous_lift=function)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def push_to_hub(self, repo_id: str, *args: Any, subfolder: str | None = None, **kwargs: Any) -> str:
@@ -328,15 +255,15 @@ class SpanLiftScheduler(DyWeightScheduler):
 
     # ------------------------------------------------------------------ sampling
 
-    def _publish(self, schedule: Schedule, device: str | torch.device | None, begin: int = 0) -> None:
-        """And all the operator needs.
+    def _plan(self, begin: int, device: str | torch.device | None) -> Plan:
+        """The base's plan, and all the operator needs.
 
         Raises:
             ValueError: no operator for this number of steps, or one whose weights were never loaded.
         """
-        super()._publish(schedule, device, begin)
-        n = self.num_inference_steps
-        assert n is not None
+        plan, request = super()._plan(begin, device), self.request
+        assert request is not None
+        n, schedule = request.steps, plan.schedule
         lift = self.lift(n, schedule, begin)
         if lift is None:
             raise ValueError(
@@ -350,54 +277,30 @@ class SpanLiftScheduler(DyWeightScheduler):
             )
         if len(lift.alpha) != len(schedule):
             raise ValueError(f"SpanLift for {n} steps has {len(lift.alpha)} entries; its base takes {len(schedule)}.")
-        prediction = self.host.prediction
+        prediction = request.host.prediction
         queries, levels = schedule.queries.detach(), schedule.levels[:-1].detach()
         times = prediction.timestep(queries)
         times = times if isinstance(prediction, EDM) else times / self.config["num_train_timesteps"]
         # A level that time shifting takes past flow's sigma = 1 holds no signal either.
         log_snr = prediction.signal(levels).clamp(min=0).log() - levels.log()
-        self._conditions = conditioning(times, log_snr, schedule.sizes.detach()).float()
-        self._sizes = schedule.sizes.detach().tolist()
-        self._lift, self._alpha, self._beta = lift, scalars(lift.alpha), scalars(lift.beta)
-        if device is not None:
-            self._move(lift.operator, torch.device(device))
-
-    def _move(self, name: str, device: torch.device) -> None:
-        self._conditions = self._conditions.to(device)
-        self.operators[name].to(device=device)
-
-    def _advance(self, row: int, x: Tensor, d: Tensor) -> Tensor:
-        """Source: SpanLift eq. (15), with alpha_i on the base step."""
-        operator, layout = self.operators[self._lift.operator], LAYOUTS[self.config["layout"]]
-        if self._conditions.device != x.device:
-            self._move(self._lift.operator, x.device)
-        # The operator may look further back than the base: keep what it wants, at no weight.
-        coefficients = [self._alpha[row] * c for c in self._rows[row]]
-        coefficients += [0.0] * (operator.order - len(coefficients))
-        moved, self._history = step(coefficients, x, d, self._history, *self._scales[row : row + 2])
-        images = [layout.to_grid(v, self.latent_size) for v in (x, *self._history[: operator.order])]
-        if images[0].shape[1] != operator.channels:
-            raise ValueError(
-                f"The operator was made for {operator.channels} channels; layout {self.config['layout']!r} finds "
-                f"{images[0].shape[1]} in a sample of shape {tuple(x.shape)}."
-            )
-        lift = residual(operator, images[0], images[1:], self._conditions[row].to(operator.dtype))
-        size = self._beta[row] * self._sizes[row] * self._scales[row + 1]
-        return moved + size * layout.from_grid(lift, x, self.latent_size)
+        operator = self.operators[lift.operator]
+        lifted = LiftPlan(
+            operator=operator,
+            layout=self.config["layout"],
+            lift=lift,
+            alpha=numbers(lift.alpha),
+            beta=numbers(lift.beta),
+            sizes=schedule.sizes.detach().tolist(),
+            conditions=conditioning(times, log_snr, schedule.sizes.detach()).float(),
+        )
+        return replace(plan, lift=lifted.to(place(operator) if device is None else device))
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state["lifts"] = {n: lift.detach() for n, lift in self.lifts.items()}
         if (function := self.continuous_lift) is not None:
             state["continuous_lift"] = replace(function, coefficients=function.coefficients.detach())
-        if "_lift" in state:
-            lift = self._lift.detach()
-            state.update(_lift=lift, _alpha=lift.alpha.tolist(), _beta=lift.beta.tolist())
         return state
-
-
-def _sha256(file: str | os.PathLike[str]) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 SpanLiftScheduler.__module__ = "dywspan"  # see DyWeightScheduler
