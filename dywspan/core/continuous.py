@@ -94,7 +94,6 @@ class ContinuousTable:
         sigmas: Tensor | None = None,
         guidance_scale: float | None = None,
         whole: int | None = None,
-        begin: int = 0,
     ) -> SolverTable:
         """The table for one number of steps; differentiable in the coefficients.
 
@@ -103,8 +102,6 @@ class ContinuousTable:
             sigmas: (N+1,) another grid than the nominal one.
             guidance_scale: g; None: g0. Nothing depends on it where it is no input.
             whole: number of steps of the whole way of which ``sigmas`` are the end: corrections fade as there.
-            begin: the step that a run begins at. The table is of the steps from there on, whose levels and times are
-                those of all N steps; their weights are those of the derivatives that such a run has.
 
         Raises:
             ValueError: the corrections move the levels out of their order.
@@ -117,18 +114,15 @@ class ContinuousTable:
         corrections = features(levels, alphas) @ _at(self, guidance_scale).T * self.fades(whole or n)
         moves, *bends, scales = corrections.unbind(1)
         moved = _moved(levels, alphas, moves)
-        if begin:  # on the levels moved to, which need not lie between those of the grid
-            grid = {"sigmas": moved[begin:].tolist()}
-            levels = moved
-        lengths = torch.cat([moved.diff()[:-1] / (levels[1:-1] - moved[:-2]), moves[-1:].exp()])[begin:]
+        lengths = torch.cat([moved.diff()[:-1] / (levels[1:-1] - moved[:-2]), moves[-1:].exp()])
         try:
-            weights = base_weights(self.base, moved[begin:], prediction, order)
+            weights = base_weights(self.base, moved, prediction, order)
         except (ZeroDivisionError, torch.linalg.LinAlgError) as error:  # deis: levels as near as rounding
             raise InvalidSolverError(f"The corrections move levels onto one another: {moved.tolist()}.") from error
         if bends:  # step i has i + 1 derivatives
-            weights = weights + torch.stack(bends, 1)[begin:].tril(-1) @ differences(order)[1:]
+            weights = weights + torch.stack(bends, 1).tril(-1) @ differences(order)[1:]
         weights, own = lengths[:, None] * weights, {"provenance": self.provenance, "convention": prediction.convention}
-        return SolverTable(weights, scales[begin:].exp(), grid, **own)
+        return SolverTable(weights, scales.exp(), grid, **own)
 
 
 def _moved(sigmas: Tensor, alphas: Tensor, moves: Tensor) -> Tensor:

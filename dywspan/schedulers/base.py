@@ -143,8 +143,19 @@ class SolverScheduler(Configured):
     begin_index = property(lambda self: self.state.begin)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Say which step the run will begin at."""
-        self.state = replace(self.state, begin=begin_index)
+        """Say which step the run will begin at.
+
+        A continuous solver is written anew, for the levels that are left. The pipeline has its part of ``timesteps`` by
+        then, so they change in place: any other time would be that of another level.
+        """
+        plan, source, self.state = self.plan, self.source, replace(self.state, begin=begin_index)
+        if plan is None or source is None or not source.written_for:
+            return
+        if begin_index != plan.begin and 0 <= begin_index < len(plan.times):
+            late = self._plan(begin_index, plan.timesteps.device)
+            with torch.no_grad():
+                plan.timesteps.copy_(late.timesteps)
+            self.plan = replace(late, timesteps=plan.timesteps)
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
         """Index of a timestep in ``timesteps``, see :meth:`Plan.index`.
@@ -215,7 +226,7 @@ class SolverScheduler(Configured):
         """The plan for a run that begins at step ``i``, with the same levels and times."""
         plan = self.plan
         assert plan is not None and self.source is not None
-        if i == plan.begin or self.source.begins_anywhere:
+        if i == plan.begin or not self.source.builds_up:
             return plan
         self.plan = replace(self._plan(i, plan.timesteps.device), timesteps=plan.timesteps)
         return self.plan

@@ -89,15 +89,17 @@ class Source(ABC):
 
     Attributes:
         as_diffusers: its runs start and end as diffusers' do, see :func:`dywspan.schedulers.plan.make_plan`.
-        begins_anywhere: its rows are the same wherever a run begins.
+        builds_up: its rows are others where a run begins later, at the same levels and times.
+        written_for: it is another solver where a run begins later, with levels and times of its own.
     """
 
     as_diffusers = False
-    begins_anywhere = False
+    builds_up = False
+    written_for = False
 
     @abstractmethod
     def schedule(self, request: Request, begin: int = 0) -> Schedule:
-        """All N steps, for a run that begins at step ``begin``: levels and times are the same for all ``begin``."""
+        """All N steps, for a run that begins at step ``begin``."""
 
     def detach(self) -> Source:
         """The same numbers, without their graph."""
@@ -109,7 +111,6 @@ class TableSource(Source):
     """A learned table. In a run that begins later, missing history gives its weight to the oldest derivative."""
 
     table: SolverTable
-    begins_anywhere = True
 
     def schedule(self, request: Request, begin: int = 0) -> Schedule:
         return self.table.schedule(request.host.prediction, request.host.shift(request.mu))
@@ -124,22 +125,37 @@ class ContinuousSource(Source):
     """A function that writes the table of every number of steps."""
 
     function: ContinuousTable
+    written_for = True
 
     def schedule(self, request: Request, begin: int = 0) -> Schedule:
-        prediction = request.host.prediction
-        whole = self.table(request).schedule(prediction)
-        return whole if begin == 0 else starting_at(begin, whole, self.table(request, begin).schedule(prediction))
+        """Of a late start: what it writes for the levels that are left; steps before it take nobody anywhere."""
+        if begin == 0:
+            return self.table(request).schedule(request.host.prediction)
+        levels = self._levels(request)
+        rest = self._on(request, levels[begin:], request.whole or request.steps).schedule(request.host.prediction)
+        rows, before = rest.increments, levels[:begin]
+        none = rows.new_zeros(begin, rows.shape[1])
+        return Schedule(
+            levels=torch.cat([before, rest.levels]),
+            queries=torch.cat([before, rest.queries]),
+            increments=torch.cat([none, rows]),
+            sizes=torch.cat([none[:, 0], rest.sizes]),
+        )
 
     def detach(self) -> Source:
         return ContinuousSource(replace(self.function, coefficients=self.function.coefficients.detach()))
 
-    def table(self, request: Request, begin: int = 0) -> SolverTable:
-        """What it writes for a run that begins at step ``begin``."""
-        function, prediction = self.function, request.host.prediction
-        check_convention(function.convention, function.grid, prediction, "This solver")
-        levels = request.levels(function.grid)[-request.steps - 1 :]
-        call: dict[str, Any] = {"guidance_scale": request.guidance_scale, "whole": request.whole, "begin": begin}
-        return function.table(request.steps, prediction, sigmas=levels, **call)
+    def table(self, request: Request) -> SolverTable:
+        """What it writes for a whole run."""
+        return self._on(request, self._levels(request), request.whole)
+
+    def _levels(self, request: Request) -> Tensor:
+        check_convention(self.function.convention, self.function.grid, request.host.prediction, "This solver")
+        return request.levels(self.function.grid)[-request.steps - 1 :]
+
+    def _on(self, request: Request, levels: Tensor, whole: int | None) -> SolverTable:
+        call: dict[str, Any] = {"guidance_scale": request.guidance_scale, "whole": whole}
+        return self.function.table(len(levels) - 1, request.host.prediction, sigmas=levels, **call)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +174,7 @@ class ClassicalSource(Source):
     lower_order_final: bool = True
     grid: Mapping[str, Any] | None = None
     as_diffusers = True
+    builds_up = True
 
     def schedule(self, request: Request, begin: int = 0) -> Schedule:
         levels, base = request.levels(self.grid), BASES[self.solver]
@@ -170,7 +187,8 @@ class ClassicalSource(Source):
             return whole
         if begin == 0:
             return whole
-        return starting_at(begin, whole, self._on(request, levels[begin:]))
+        rows = self._on(request, levels[begin:]).increments
+        return replace(whole, increments=torch.cat([rows.new_zeros(begin, rows.shape[1]), rows]))
 
     def _on(self, request: Request, levels: Tensor) -> Schedule:
         base, alphas = BASES[self.solver], request.host.prediction.signal(levels)
@@ -185,9 +203,3 @@ class ClassicalSource(Source):
                 "pass another one, grid={'name': ..., ...}."
             )
         return schedule
-
-
-def starting_at(begin: int, whole: Schedule, rest: Schedule) -> Schedule:
-    """The schedule ``whole`` with the rows of ``rest`` from step ``begin`` on; those before take nobody anywhere."""
-    rows = rest.increments
-    return replace(whole, increments=torch.cat([rows.new_zeros(begin, rows.shape[1]), rows]))
