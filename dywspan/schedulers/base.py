@@ -105,10 +105,14 @@ class SolverScheduler(Configured):
         source = next(iter(self._sources(request.steps)))
         self.request = replace(request, guidance_scale=self.guidance_scale, whole=self.whole)
         self.source, self.num_inference_steps = source, request.steps
-        self.plan, self.state = self._plan(0, device), State()
-        published = self.plan.schedule.levels[self.plan.skipped :].detach().float()
-        self.timesteps = self.plan.timesteps
-        self.sigmas = 1 - published if getattr(self.host.prediction, "inverted", False) else published
+        self.state = State()
+        self._publish(self._plan(0, device))
+
+    def _publish(self, plan: Plan) -> None:
+        """What pipelines read of a plan."""
+        levels = plan.schedule.levels[plan.skipped :].detach().float()
+        self.plan, self.timesteps = plan, plan.timesteps
+        self.sigmas = 1 - levels if getattr(self.host.prediction, "inverted", False) else levels
 
     @property
     def init_noise_sigma(self) -> float:
@@ -155,7 +159,7 @@ class SolverScheduler(Configured):
             late = self._plan(begin_index, plan.timesteps.device)
             with torch.no_grad():
                 plan.timesteps.copy_(late.timesteps)
-            self.plan = replace(late, timesteps=plan.timesteps)
+            self._publish(replace(late, timesteps=plan.timesteps))
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
         """Index of a timestep in ``timesteps``, see :meth:`Plan.index`.
