@@ -111,7 +111,6 @@ class SolverTable:
         """
         self.check_convention(prediction)
         sigmas = make_grid(self.grid, len(self.weights), prediction, mu)
-        check_range(sigmas, prediction, f"The table for {self.num_inference_steps} steps")
         numbers = self.weights.double(), self.time_scale.double()
         schedule = Schedule.from_weights(sigmas, *numbers, self.afs, self.time_shifting)
         queries = schedule.queries.detach()
@@ -160,15 +159,6 @@ def check_convention(convention: str | None, grid: Mapping[str, Any], prediction
         raise ValueError(
             f"{what} was learned for networks of convention {convention!r}, and this one is of "
             f"{prediction.convention!r}: its levels and times mean something else there. Load a solver of this model."
-        )
-
-
-def check_range(levels: Tensor, prediction: Prediction, what: str) -> None:
-    """Raises ValueError: a flow network knows no such levels."""
-    if prediction.convention == "flow" and float(levels[0]) > 1 + 1e-6:
-        raise ValueError(
-            f"{what} starts at noise level {float(levels[0])}; those of flow networks lie in [0, 1]. "
-            "Load a solver of this model."
         )
 
 

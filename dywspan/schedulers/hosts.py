@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -69,7 +69,7 @@ class Kind:
 
     prediction: Callable[[Config, Any], Prediction]
     grid: str | None = None
-    refuses: Mapping[str, str] = ()  # type: ignore[assignment]
+    refuses: Mapping[str, str] = field(default_factory=dict)
 
 
 _EULER = "EulerDiscreteScheduler"
@@ -121,7 +121,7 @@ class Host:
         kind = config["prediction_type"]
         name = config["host_scheduler"] or (_FLOW_EULER if kind == "flow_prediction" else _EULER)
         known = _known(name)
-        for key, meaning in dict(known.refuses).items():
+        for key, meaning in known.refuses.items():
             if config.get(key):
                 raise ValueError(
                     f"{key}={shown(config[key])}: {name} {meaning}, and no solver here does. Set it to False."
