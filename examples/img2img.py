@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from tqdm.auto import tqdm
 
+from dywspan import bind
 from dywspan.evaluate.baselines import Solver, find_solvers
 from dywspan.evaluate.metrics import METRICS, Sample
 from dywspan.evaluate.report import table, write_results
@@ -57,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
 
     text = DiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
-    pipe = StableDiffusionImg2ImgPipeline(**text.components, requires_safety_checker=False)
+    pipe = bind(StableDiffusionImg2ImgPipeline(**text.components, requires_safety_checker=False))
     for each in (text, pipe):
         each.set_progress_bar_config(disable=True)
     with open(args.prompts, encoding="utf-8") as file:

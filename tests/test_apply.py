@@ -135,7 +135,8 @@ def test_a_sibling_of_a_bound_pipeline_is_told_nothing(fresh: Any) -> None:
     assert scheduler.request.guidance_scale == 9 and scheduler.guidance_scale is None
     sibling = diffusers.FluxImg2ImgPipeline.from_pipe(tiny.pipe)
     assert sibling.scheduler is scheduler
-    tp.run(other, scheduler, [0], guidance_scale=1.0)
+    with pytest.raises(ValueError, match="bind the pipeline"):  # not bound, it cannot begin late
+        tp.run(other, scheduler, [0], guidance_scale=1.0)
     assert scheduler.request.guidance_scale is None
     tp.run(tiny, lifted, [0], height=24, width=40)
     assert lifted.request.latent_size == (12, 20) and lifted.latent_size is None

@@ -24,7 +24,7 @@ from test_trainable import Subject, fresh
 from test_trainable import float64 as float64
 from torch import Tensor
 
-from dywspan import DyWeightScheduler, SpanLiftScheduler
+from dywspan import DyWeightScheduler, SpanLiftScheduler, bind
 from dywspan.artifact import continuous_to_json, read_continuous, shown_tables
 from dywspan.core.bases import BASES, multistep
 from dywspan.core.continuous import FEATURES, GUIDED, ContinuousLift, ContinuousTable, features
@@ -362,7 +362,8 @@ def test_values_given_in_the_call_are_the_grid(name: str, given: Any, levels: Ca
 
 @pytest.mark.parametrize("name", ["StableDiffusionImg2ImgPipeline", "StableDiffusion3Img2ImgPipeline"])
 def test_img2img_is_written_a_table_for_the_levels_that_are_left(name: str) -> None:
-    """As long as the whole way's: corrections are no larger where it is begun late."""
+    """As long as the whole way's: corrections are no larger where it is begun late. A pipeline that is not bound has
+    taken the times of the whole run by then, and is refused."""
     tiny = tp.build(name)
     own = DyWeightScheduler.from_config(tiny.pipe.scheduler.config)
     function, prediction = learned(3, default_grid(own)), own.host.prediction
@@ -373,6 +374,9 @@ def test_img2img_is_written_a_table_for_the_levels_that_are_left(name: str) -> N
     numbers = [torch.cat([getattr(t, v) for t in (euler, rest)]) for v in ("weights", "time_scale")]
     known = own.with_tables([SolverTable(*numbers, {"sigmas": nominal.tolist()})])
     scheduler = own.with_continuous(function)
+    with pytest.raises(ValueError, match=r"begins at step 2.* pipe = dywspan\.bind\(pipe\)"):
+        tp.run(tiny, scheduler, [0])
+    bind(tiny.pipe)
     trace, expected = (tp.run(tiny, s, [0]) for s in (scheduler, known))
     assert len(trace.steps) == 2
     torch.testing.assert_close(trace.output, expected.output, rtol=1e-5, atol=1e-5)
@@ -384,7 +388,7 @@ def test_img2img_is_written_a_table_for_the_levels_that_are_left(name: str) -> N
 
 @pytest.mark.parametrize("lifted", [False, True])
 def test_a_begin_index_can_be_set_again(lifted: bool) -> None:
-    """Every start is what it is when set first, in ``timesteps`` that a pipeline took part of before."""
+    """Every start is what it is when set first, and ``timesteps`` that a pipeline took before stay what they were."""
     base = DyWeightScheduler(prediction_type="flow_prediction").with_continuous(learned())
 
     def fresh() -> DyWeightScheduler:
@@ -411,14 +415,22 @@ def test_a_begin_index_can_be_set_again(lifted: bool) -> None:
     again = fresh()
     again.set_timesteps(5)
     taken, whole = again.timesteps[1:], numbers(again, 0)
+    told = taken.tolist()
     for begin in (2, 0, 3, 3, 1):
         once = fresh()
         once.set_timesteps(5)
-        once.set_begin_index(begin)
+        once.begin_at(begin)
+        if begin != again.plan.begin:
+            with pytest.raises(ValueError, match=f"begins at step {begin}"):
+                again.set_begin_index(begin)
+            x = torch.ones(1, 1, 4, 4)
+            with pytest.raises(ValueError, match=f"begins at step {begin}"):
+                copy.deepcopy(again).step(x, again.timesteps[begin].item(), x)
+        again.begin_at(begin)
         again.set_begin_index(begin)
         assert numbers(again, begin) == numbers(once, begin) and again.begin_index == begin
         assert (numbers(again, 0) == whole) == (begin == 0)
-        assert taken.tolist() == again.timesteps[1:].tolist()
+        assert taken.tolist() == told and (again.timesteps[1:].tolist() == told) == (begin == 0)
         if lifted and begin:
             levels, prediction = once.plan.schedule.levels[begin:], Flow()
             lift = once.continuous_lift.lift(levels, prediction, whole=5)

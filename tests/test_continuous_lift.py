@@ -29,7 +29,7 @@ from test_trainer import nothing_computed as nothing_computed
 from test_trainer import pixels as pixels
 from torch import Tensor
 
-from dywspan import DyWeightScheduler, SpanLiftScheduler
+from dywspan import DyWeightScheduler, SpanLiftScheduler, bind
 from dywspan.artifact import continuous_to_json, lift_to_json, read_continuous, shown_tables
 from dywspan.cli import main
 from dywspan.core.continuous import FEATURES, ContinuousLift, ContinuousTable, features
@@ -201,6 +201,8 @@ def in_a_pipeline(name: str) -> tuple[tp.Tiny, SpanLiftScheduler]:
 def test_grids_of_the_call_shifts_and_later_starts_are_the_bases(name: str, call: dict[str, Any]) -> None:
     """What the base is asked for in a call, its lift is for too."""
     tiny, scheduler = in_a_pipeline(name)
+    if "Img2Img" in name:
+        bind(tiny.pipe)
     outputs, levels = [tp.run(tiny, scheduler, [0], **call).output], scheduler.plan.schedule.levels
     begin, steps = 2 if "Img2Img" in name else 0, len(levels) - 1
     rest = lifts().lift(levels[begin:], scheduler.host.prediction, whole=steps)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..core.layout import Size
 from .configuration import Configured
-from .hosts import HOSTS, Host
-from .outputs import Factor, SolverOutput, SolverTuple
-from .plan import Plan, State, advance, make_plan, noising, without_variance
-from .sources import Request, Source, asked
+from .hosts import HOSTS
+from .outputs import Factor, answer
+from .plan import Plan, State, advance, make_plan, noised, noising, without_variance
+from .sources import LateStart, Request, Source, asked
 
 
 class SolverScheduler(Configured):
@@ -46,23 +46,6 @@ class SolverScheduler(Configured):
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(self.config["num_train_timesteps"] - 1, -1, -1, dtype=torch.float32)
         self.sigmas = torch.zeros(0)
-        self._host: tuple[Any, Host] | None = None
-
-    # ------------------------------------------------------------------ configuration
-
-    @property
-    def host(self) -> Host:
-        """The pipeline's own scheduler class, built of the present configuration when needed."""
-        if self._host is None or self._host[0] is not self.config:
-            self._host = self.config, Host(self.config)
-        return self._host[1]
-
-    # Of the host's noise schedule, which training scripts read; no attributes where it has none, as on flow models.
-    betas = property(lambda self: self.host.scheduler.betas)
-    alphas_cumprod = property(lambda self: self.host.scheduler.alphas_cumprod)
-
-    def __len__(self) -> int:
-        return self.config["num_train_timesteps"]
 
     # ------------------------------------------------------------------ the plan
 
@@ -104,8 +87,7 @@ class SolverScheduler(Configured):
         request = asked(self.host, num_inference_steps, timesteps, sigmas, mu)
         source = next(iter(self._sources(request.steps)))
         self.request = replace(request, guidance_scale=self.guidance_scale, whole=self.whole)
-        self.source, self.num_inference_steps = source, request.steps
-        self.state = State()
+        self.source, self.state, self.num_inference_steps = source, State(), request.steps
         self._publish(self._plan(0, device))
 
     def _publish(self, plan: Plan) -> None:
@@ -116,10 +98,7 @@ class SolverScheduler(Configured):
 
     @property
     def init_noise_sigma(self) -> float:
-        """What unit noise is multiplied by to become the first sample: start level, input scale and AFS in one.
-
-        The product carries a gradient where the first step's time scale and, with AFS, weight have one.
-        """
+        """What unit noise is multiplied by to become the first sample; a tensor's product carries its gradient."""
         if self.plan is None or self.state.index is not None:
             return 1.0  # to pipelines that ask before set_timesteps, the last run is nothing
         return Factor.of(self.plan.start, self._scaled)
@@ -149,17 +128,29 @@ class SolverScheduler(Configured):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Say which step the run will begin at.
 
-        A continuous solver is written anew, for the levels that are left. The pipeline has its part of ``timesteps`` by
-        then, so they change in place: any other time would be that of another level.
+        Raises:
+            LateStart: a continuous solver is another one there, with other ``timesteps``: see :meth:`begin_at`.
         """
-        plan, source, self.state = self.plan, self.source, replace(self.state, begin=begin_index)
-        if plan is None or source is None or not source.written_for:
-            return
-        if begin_index != plan.begin and 0 <= begin_index < len(plan.times):
-            late = self._plan(begin_index, plan.timesteps.device)
-            with torch.no_grad():
-                plan.timesteps.copy_(late.timesteps)
-            self._publish(replace(late, timesteps=plan.timesteps))
+        self.state = replace(self.state, begin=begin_index)
+        if self._is_another(begin_index):
+            raise LateStart(begin_index)
+
+    def begin_at(self, begin_index: int) -> None:
+        """Plan the run anew, to begin at this step. ``timesteps`` is another tensor then: take it again."""
+        if self.plan is not None:
+            self.state = replace(self.state, begin=begin_index)
+            self._publish(self._plan(begin_index, self.plan.timesteps.device))
+
+    def _is_another(self, begin: int) -> bool:
+        """Whether a run that begins at this step is of a solver that the present plan is not made of."""
+        plan, source = self.plan, self.source
+        return (
+            plan is not None
+            and source is not None
+            and source.written_for
+            and begin != plan.begin
+            and 0 <= begin < len(plan.times)
+        )
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
         """Index of a timestep in ``timesteps``, see :meth:`Plan.index`.
@@ -210,17 +201,14 @@ class SolverScheduler(Configured):
         if i != self.state.index:  # a first step, or a jump: the past derivatives are not this state's past
             plan, self.state = self._starting(i), replace(self.state, history=(), derivatives=())
             self.request = replace(self.request, latent_size=self.latent_size)
-        if plan.lift is not None and plan.lift.conditions.device != sample.device:
-            self.plan = plan = replace(plan, lift=plan.lift.to(sample.device))
+        self.plan = plan = plan.on(sample.device)
         if per_token_timesteps is not None:
             model_output = -model_output  # their velocity has the other sign
         output = without_variance(model_output, sample)
         prev_sample, self.state, estimate = advance(plan, self.state, i, output, sample, self.request.latent_size)
         if i + 1 == len(plan.times):
             self._ended()
-        if torch.compiler.is_compiling():  # a graph cannot hold what is made when asked for
-            return SchedulerOutput(prev_sample) if return_dict else (prev_sample, estimate())
-        return SolverOutput(prev_sample, estimate) if return_dict else SolverTuple(prev_sample, estimate)
+        return answer(prev_sample, estimate, return_dict)
 
     def _ended(self) -> None:
         """What a run remembers ends with it: nothing stays on a device that the pipeline leaves."""
@@ -228,12 +216,13 @@ class SolverScheduler(Configured):
 
     def _starting(self, i: int) -> Plan:
         """The plan for a run that begins at step ``i``, with the same levels and times."""
-        plan = self.plan
-        assert plan is not None and self.source is not None
-        if i == plan.begin or not self.source.builds_up:
+        plan, source = self.plan, self.source
+        assert plan is not None and source is not None
+        if self._is_another(i):
+            raise LateStart(i)
+        if i == plan.begin or not source.builds_up:
             return plan
-        self.plan = replace(self._plan(i, plan.timesteps.device), timesteps=plan.timesteps)
-        return self.plan
+        return replace(self._plan(i, plan.timesteps.device), timesteps=plan.timesteps)
 
     # ------------------------------------------------------------------ noising
 
@@ -244,11 +233,8 @@ class SolverScheduler(Configured):
         own noise schedule.
         """
         self._scaled()
-        factors = noising(self.host.prediction, self.plan, self.state.expected, timesteps)
-        dtype = torch.promote_types(original_samples.dtype, torch.float32)
-        shape = (-1,) + (1,) * (original_samples.ndim - 1)
-        clean, rough = (f.to(original_samples.device, dtype).reshape(shape) for f in factors)
-        return (clean * original_samples.to(dtype) + rough * noise.to(dtype)).to(original_samples.dtype)
+        at = noising(self.host.prediction, self.plan, self.state.expected, timesteps)
+        return noised(original_samples, noise, *at)
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor | None = None) -> Tensor:
         """:meth:`add_noise` with the argument order of flow-matching pipelines."""

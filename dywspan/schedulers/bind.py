@@ -1,4 +1,4 @@
-"""Tell a scheduler what a pipeline knows and ``step`` is never told: the guidance scale, and packed latents' size."""
+"""Tell a scheduler what pipelines know and ``step`` is not told: guidance scale, packed latents' size, late starts."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from typing import Any
 
 from ..core.layout import LAYOUTS, Packed
 from .dyweight import DyWeightScheduler
+from .sources import LateStart
 from .spanlift import SpanLiftScheduler
 
 _UNBOUND = "_unbound"  # in the class of a bound pipeline: the class it had
 
 
 def bind(pipe: Any) -> Any:
-    """Make a pipeline tell its scheduler in every call the guidance scale, and SpanLift the latent's height and width.
+    """Make a pipeline tell its scheduler, in every call, what it is called with.
+
+    That is the guidance scale, SpanLift's height and width, and the step that an image-to-image call begins at.
 
     The guidance scale is read from the call, or from the guider of a modular pipeline; height and width from
     ``prepare_latents``, which every pipeline with packed tokens has, or from a modular pipeline's inputs. Both are for
     that call only: another pipeline that has the same scheduler is told nothing. Without it a solver is for the
-    guidance scale that it was learned around, and packed tokens are taken for a square.
+    guidance scale that it was learned around, packed tokens are taken for a square, and a continuous solver refuses
+    to begin late.
 
         pipe = dywspan.bind(pipe)
 
     Raises:
-        TypeError: the pipeline knows neither.
+        TypeError: the pipeline knows none of them.
     """
     kind = type(pipe)
     if hasattr(kind, _UNBOUND):
@@ -35,7 +39,8 @@ def bind(pipe: Any) -> Any:
     sized = prepare is not None and {"height", "width"} <= inspect.signature(prepare).parameters.keys()
     if is_modular(pipe):
         sized = "height" in _defaults(pipe)
-    if not sized and guidance_argument(pipe) is None and not hasattr(pipe, "guider"):
+    late = getattr(kind, "get_timesteps", None)
+    if not sized and late is None and guidance_argument(pipe) is None and not hasattr(pipe, "guider"):
         raise TypeError(
             f"{kind.__name__} has no prepare_latents that takes height and width, and is not called with a "
             "guidance_scale: use scheduler.set_latent_size(height, width) if its tokens are packed, and "
@@ -49,6 +54,8 @@ def bind(pipe: Any) -> Any:
     told.__wrapped__ = _told(getattr(call, "__wrapped__", call))
     if prepare is not None and sized and not is_modular(pipe):
         own["prepare_latents"] = _telling_size(prepare)
+    if late is not None:
+        own["get_timesteps"] = _beginning(late)
     pipe.__class__ = type(kind.__name__, (kind,), own)
     return pipe
 
@@ -140,6 +147,20 @@ def _telling_size(prepare: Callable[..., Any]) -> Any:
         given.apply_defaults()
         _tell_size(self, given.arguments)
         return prepare(self, *args, **kwargs)
+
+    return told
+
+
+def _beginning(get_timesteps: Callable[..., Any]) -> Any:
+    """``get_timesteps``, by which a pipeline takes the end of a run, of a solver that was told where that begins."""
+
+    @functools.wraps(get_timesteps)
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return get_timesteps(self, *args, **kwargs)
+        except LateStart as late:
+            self.scheduler.begin_at(late.begin)
+        return get_timesteps(self, *args, **kwargs)
 
     return told
 

@@ -12,13 +12,29 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..artifact import compact, write_atomically
 from ..core.check import shown
 from .files import broken_downloads_named
-from .hosts import parameters, taken_over
+from .hosts import Host, parameters, taken_over
 
 _OF_LOADING = {"dtype", "torch_dtype", "device_map", "low_cpu_mem_usage", "use_safetensors", "variant"}
 
 
 class Configured(SchedulerMixin, ConfigMixin):
     """Abstract. A configuration that keeps its host's class and defaults, in files that are never half written."""
+
+    _host: tuple[Any, Host] | None = None
+
+    @property
+    def host(self) -> Host:
+        """The pipeline's own scheduler class, built of the present configuration when needed."""
+        if self._host is None or self._host[0] is not self.config:
+            self._host = self.config, Host(self.config)
+        return self._host[1]
+
+    # Of the host's noise schedule, which training scripts read; no attributes where it has none, as on flow models.
+    betas = property(lambda self: self.host.scheduler.betas)
+    alphas_cumprod = property(lambda self: self.host.scheduler.alphas_cumprod)
+
+    def __len__(self) -> int:
+        return self.config["num_train_timesteps"]
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
@@ -84,3 +85,12 @@ class SolverTuple(tuple):
     def __iter__(self) -> Iterator[Tensor]:
         yield super().__getitem__(0)
         yield self.estimate()  # type: ignore[attr-defined]
+
+
+def answer(
+    prev_sample: Tensor, estimate: Callable[[], Tensor], return_dict: bool
+) -> SchedulerOutput | tuple[Tensor, Tensor]:
+    """What ``step`` returns."""
+    if torch.compiler.is_compiling():  # a graph cannot hold what is made when asked for
+        return SchedulerOutput(prev_sample) if return_dict else (prev_sample, estimate())
+    return SolverOutput(prev_sample, estimate) if return_dict else SolverTuple(prev_sample, estimate)

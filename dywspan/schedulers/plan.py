@@ -108,6 +108,12 @@ class Plan:
         """x_{i+1} in the solver's frame, of what step ``i`` returned."""
         return prev_sample / self.scales[i + self.skipped + 1]
 
+    def on(self, device: torch.device) -> Plan:
+        """The same with SpanLift's part on another device."""
+        if self.lift is None or self.lift.conditions.device == device:
+            return self
+        return replace(self, lift=self.lift.to(device))
+
     def detach(self) -> Plan:
         """The same numbers, without their graph."""
         return replace(
@@ -371,3 +377,10 @@ def noising(
         tau[timesteps == t] = plan.schedule.queries[row].detach()
     scale = prediction.input_scale(tau)
     return prediction.signal(sigma) * scale, sigma * scale
+
+
+def noised(clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """alpha * clean + sigma * noise, of each sample, in the dtype of ``clean``; arithmetic is float32 or wider."""
+    dtype = torch.promote_types(clean.dtype, torch.float32)
+    alpha, sigma = (f.to(clean.device, dtype).reshape(-1, *(1,) * (clean.ndim - 1)) for f in (alpha, sigma))
+    return (alpha * clean.to(dtype) + sigma * noise.to(dtype)).to(clean.dtype)

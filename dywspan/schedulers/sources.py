@@ -84,6 +84,22 @@ def asked(host: Host, steps: int | None, timesteps: Any, sigmas: Any, mu: float 
     return Request(count, host, mu, custom)
 
 
+class LateStart(ValueError):
+    """A run would begin at a step that its plan was not made for.
+
+    Attributes:
+        begin: that step.
+    """
+
+    def __init__(self, begin: int) -> None:
+        self.begin = begin
+        super().__init__(
+            f"This run begins at step {begin}, and a continuous solver is written for the levels that are left: bind "
+            "the pipeline, pipe = dywspan.bind(pipe). In a loop of your own, call scheduler.begin_at(step) after "
+            "set_timesteps, and take scheduler.timesteps from there on. Modular pipelines cannot: use tables there."
+        )
+
+
 class Source(ABC):
     """One way to a schedule.
 
