@@ -48,9 +48,9 @@ def demo(args: argparse.Namespace) -> None:
     import torch
 
     from .distill.pairs import Teacher, make_pairs
-    from .distill.rollout import load_pipeline, sample
     from .evaluate.baselines import BASELINES, find_solvers, make_cell
     from .evaluate.compare import compare, summary
+    from .pipelines.rollout import load_pipeline, sample
     from .plot import picture
 
     learned, lifted = args.solvers or f"{args.model}-solvers", args.spanlift or f"{args.model}-spanlift"
@@ -182,9 +182,9 @@ def memory(args: argparse.Namespace) -> None:
 
 def learning(args: argparse.Namespace) -> None:
     """What learning a solver costs, by optimizer: evaluations and error of runs, which go on or are found finished."""
-    from .distill.processes import is_main
     from .evaluate.cost import learning_cost, plot
     from .evaluate.report import table
+    from .pipelines.processes import is_main
 
     own = ("run", "config", "output", "plot")
     rows = learning_cost(args.config, **{k: v for k, v in vars(args).items() if k not in own})

@@ -38,10 +38,10 @@ from dywspan.distill.least_squares import Problem
 from dywspan.distill.losses import latent_mse
 from dywspan.distill.pairs import Teacher, ends, make_pairs
 from dywspan.distill.progress import Term, endpoint_error
-from dywspan.distill.replay import Meter
-from dywspan.distill.rollout import rollout
 from dywspan.distill.student import ContinuousStudent, Student
 from dywspan.distill.train import default_grid, distill_continuous
+from dywspan.pipelines.replay import Meter
+from dywspan.pipelines.rollout import rollout
 
 EPSILON = INSTANCES["epsilon"][0]
 FLOW_GRID = {"name": "flow", "shift": 3.0}

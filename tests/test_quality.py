@@ -29,8 +29,6 @@ from dywspan.cli import main
 from dywspan.core.continuous import ContinuousTable
 from dywspan.distill.config import make_config
 from dywspan.distill.pairs import Teacher, make_pairs
-from dywspan.distill.replay import Meter
-from dywspan.distill.rollout import load_pipeline, sample
 from dywspan.evaluate.baselines import (
     BASELINES,
     Cell,
@@ -45,6 +43,8 @@ from dywspan.evaluate.images import find_images
 from dywspan.evaluate.metrics import METRICS, Metric, Sample, interval
 from dywspan.evaluate.quality import QualityConfig, evaluate, run, to_images, with_gaps
 from dywspan.evaluate.report import by_variant, number, plots, read_results, table
+from dywspan.pipelines.replay import Meter
+from dywspan.pipelines.rollout import load_pipeline, sample
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "emoji-sd"

@@ -18,8 +18,8 @@ from dywspan.distill.config import LearningConfig
 from dywspan.distill.pairs import Pairs, Teacher, make_pairs
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.regression import regress, regress_continuous
-from dywspan.distill.replay import Meter
 from dywspan.distill.train import default_grid, initial_table
+from dywspan.pipelines.replay import Meter
 
 N = 4
 

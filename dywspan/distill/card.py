@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..artifact import for_every_count, markdown, write_atomically
-from .processes import is_main
-from .rollout import Inputs, sample
+from ..pipelines.processes import is_main
+from ..pipelines.rollout import Inputs, sample
 
 Images = Sequence[Any]  # PIL
 

@@ -11,8 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..pipelines.rollout import Inputs
 from .config import DistillConfig
-from .rollout import Inputs
 
 
 def read_inputs(

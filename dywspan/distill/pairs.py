@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..artifact import write_atomically
-from .processes import in_turn, is_main, wait
-from .rollout import Inputs, sample
+from ..pipelines.processes import in_turn, is_main, wait
+from ..pipelines.rollout import Inputs, sample
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 

@@ -18,6 +18,9 @@ from ..core.bases import BASES, multistep
 from ..core.layout import LAYOUTS, Packed
 from ..core.operator import make_operator
 from ..core.prediction import Flow
+from ..pipelines.embeddings import remembered_prompts
+from ..pipelines.processes import is_main, share, wait
+from ..pipelines.rollout import Inputs, blocks, denoisers, load_pipeline, sample
 from ..schedulers.apply import load
 from ..schedulers.bind import bind, guidance_argument, guidance_scale
 from ..schedulers.dyweight import DyWeightScheduler
@@ -26,13 +29,10 @@ from ..schedulers.spanlift import BASE, SpanLiftScheduler, different_bases
 from .card import Images, draw_samples, provenances, sample_images, steps_of, write_card
 from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, DistillConfig
-from .embeddings import remembered_prompts
 from .inputs import check_call, split_inputs
 from .losses import Loss, make_loss, residuals_of
 from .pairs import UNWRITABLE, Pairs, Source, Teacher, common_path, digest, ends, fingerprint, fresh, make_pairs
 from .plan import print_plan
-from .processes import is_main, share, wait
-from .rollout import Inputs, blocks, denoisers, load_pipeline, sample
 from .student import gone_on_with, set_timesteps
 from .train import Log, default_grid, distill, distill_continuous, distill_lift, initial_continuous, initial_table
 

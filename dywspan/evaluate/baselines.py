@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from ..artifact import for_every_count
 from ..core.prediction import EDM, Flow, Prediction
 from ..distill.pairs import Teacher, digest
-from ..distill.rollout import denoisers, sample
+from ..pipelines.rollout import denoisers, sample
 from ..published import neuralsolver_tables
 from ..schedulers.apply import load
 from ..schedulers.dyweight import DyWeightScheduler

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..distill.losses import decode, encoder, feature_distance
 from ..distill.pairs import Pairs
-from ..distill.rollout import sample
+from ..pipelines.rollout import sample
 
 
 @dataclass(frozen=True)

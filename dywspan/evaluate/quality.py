@@ -23,14 +23,14 @@ from ..artifact import for_every_count, write_atomically
 from ..core.layout import LAYOUTS, Packed, Size
 from ..distill.card import steps_of
 from ..distill.config import check_types, option
-from ..distill.embeddings import remembered_prompts
 from ..distill.inputs import check_call, read_inputs
 from ..distill.losses import decode
 from ..distill.pairs import Pairs, Teacher, digest, fingerprint, make_pairs
-from ..distill.processes import device, is_main
 from ..distill.progress import autocast
-from ..distill.rollout import Inputs, load_pipeline, sample
 from ..distill.run import find_teacher
+from ..pipelines.embeddings import remembered_prompts
+from ..pipelines.processes import device, is_main
+from ..pipelines.rollout import Inputs, load_pipeline, sample
 from ..schedulers.bind import bind, guidance_argument
 from .baselines import BASELINES, Cell, begin, find_solvers, make_cells
 from .images import find_images, read_image

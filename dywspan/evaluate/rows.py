@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..artifact import write_atomically
 from ..distill.pairs import digest
-from ..distill.processes import in_turn, is_main, wait
+from ..pipelines.processes import in_turn, is_main, wait
 from .metrics import Metric, Sample
 
 
