@@ -47,10 +47,11 @@ def demo(args: argparse.Namespace) -> None:
     """Learned and classical solvers beside a 50-step reference: a picture and a table."""
     import torch
 
-    from .distill.pairs import Teacher, make_pairs
     from .evaluate.baselines import BASELINES, find_solvers, make_cell
     from .evaluate.compare import compare, summary
+    from .pipelines.pairs import make_pairs
     from .pipelines.rollout import load_pipeline, sample
+    from .pipelines.teacher import Teacher
     from .plot import picture
 
     learned, lifted = args.solvers or f"{args.model}-solvers", args.spanlift or f"{args.model}-spanlift"

@@ -17,10 +17,10 @@ from dywspan.cli import main
 from dywspan.distill import run
 from dywspan.distill.config import make_config
 from dywspan.distill.inputs import split_inputs
-from dywspan.distill.pairs import Teacher
 from dywspan.evaluate.cost import learning_cost, plot
 from dywspan.evaluate.report import read_results, table
 from dywspan.pipelines.rollout import load_pipeline
+from dywspan.pipelines.teacher import Teacher
 
 ROOT = Path(__file__).parent.parent
 SQUARES = {"optimizer": "least_squares", "updates": 3, "checkpoint_every": 1, "keep_checkpoints": 99}

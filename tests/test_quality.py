@@ -28,7 +28,6 @@ from dywspan.artifact import table_to_json
 from dywspan.cli import main
 from dywspan.core.continuous import ContinuousTable
 from dywspan.distill.config import make_config
-from dywspan.distill.pairs import Teacher, make_pairs
 from dywspan.evaluate.baselines import (
     BASELINES,
     Cell,
@@ -43,8 +42,10 @@ from dywspan.evaluate.images import find_images
 from dywspan.evaluate.metrics import METRICS, Metric, Sample, interval
 from dywspan.evaluate.quality import QualityConfig, evaluate, run, to_images, with_gaps
 from dywspan.evaluate.report import by_variant, number, plots, read_results, table
+from dywspan.pipelines.pairs import make_pairs
 from dywspan.pipelines.replay import Meter
 from dywspan.pipelines.rollout import load_pipeline, sample
+from dywspan.pipelines.teacher import Teacher
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "emoji-sd"

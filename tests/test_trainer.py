@@ -32,12 +32,13 @@ from dywspan.artifact import lift_to_json, table_to_json
 from dywspan.cli import main
 from dywspan.distill import run, train
 from dywspan.distill.config import DistillConfig, add_arguments, make_config, read_config
-from dywspan.distill.pairs import Pairs, Teacher
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.student import TableStudent
 from dywspan.distill.train import batch_loss
 from dywspan.pipelines import processes
+from dywspan.pipelines.pairs import Pairs
 from dywspan.pipelines.rollout import load_pipeline, sample
+from dywspan.pipelines.teacher import Teacher
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = {"model": "some/model", "output": "somewhere"}

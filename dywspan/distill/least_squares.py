@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 
 from ..core.table import InvalidSolverError
+from ..pipelines.pairs import Pairs
 from ..pipelines.processes import is_main, share, total
 from ..pipelines.replay import Replay, Tape
 from ..pipelines.rollout import denoisers, sample
 from .config import LearningConfig
 from .losses import Loss, residuals_of
-from .pairs import Pairs
 from .progress import PRECISIONS, Progress, Term, autocast
 from .student import Student
 

@@ -12,10 +12,10 @@ import yaml
 
 from ..artifact import markdown
 from ..pipelines.memory import peak_bytes
+from ..pipelines.pairs import Pairs
 from ..pipelines.processes import is_main, share
 from ..pipelines.rollout import frozen, sample
 from .config import OPTIMIZERS
-from .pairs import Pairs
 from .student import ContinuousStudent, LiftStudent, Student, TableStudent
 from .train import autocast, batch_loss, initial_continuous
 

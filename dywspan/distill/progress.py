@@ -13,13 +13,13 @@ import torch
 from tqdm.auto import tqdm
 
 from ..core.table import InvalidSolverError
+from ..pipelines.pairs import Pairs, Source, shuffled
 from ..pipelines.processes import in_turn, is_main, total
 from ..pipelines.replay import Meter
 from ..pipelines.rollout import sample
 from .checkpoints import Checkpoints
 from .config import LearningConfig
 from .losses import Loss, latent_mse
-from .pairs import Pairs, Source, shuffled
 from .student import Student
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..core.continuous import FEATURES, ContinuousTable, differences, features
 from ..core.table import SolverTable
+from ..pipelines.pairs import Pairs
 from ..pipelines.processes import in_turn, total
 from ..pipelines.rollout import sample
 from ..schedulers.dyweight import DyWeightScheduler
-from .pairs import Pairs
 from .progress import autocast
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..distill.losses import decode, encoder, feature_distance
-from ..distill.pairs import Pairs
+from ..pipelines.pairs import Pairs
 from ..pipelines.rollout import sample
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from ..distill.card import provenances
 from ..distill.config import DistillConfig, make_config
 from ..distill.inputs import split_inputs
-from ..distill.pairs import digest
 from ..distill.progress import WORTH
 from ..distill.run import run
+from ..pipelines.hashes import digest
 
 # What one is spent on, and the counts of a provenance that it is made of.
 PARTS = {

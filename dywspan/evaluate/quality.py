@@ -25,12 +25,13 @@ from ..distill.card import steps_of
 from ..distill.config import check_types, option
 from ..distill.inputs import check_call, read_inputs
 from ..distill.losses import decode
-from ..distill.pairs import Pairs, Teacher, digest, fingerprint, make_pairs
 from ..distill.progress import autocast
-from ..distill.run import find_teacher
 from ..pipelines.embeddings import remembered_prompts
+from ..pipelines.hashes import digest, fingerprint
+from ..pipelines.pairs import Pairs, make_pairs
 from ..pipelines.processes import device, is_main
 from ..pipelines.rollout import Inputs, load_pipeline, sample
+from ..pipelines.teacher import Teacher, find_teacher
 from ..schedulers.bind import bind, guidance_argument
 from .baselines import BASELINES, Cell, begin, find_solvers, make_cells
 from .images import find_images, read_image
@@ -267,7 +268,8 @@ def prepare(config: QualityConfig, device: torch.device | str = "cpu") -> Task:
     for call in config.calls.values():
         check_call(pipe, inputs, call)
     metrics = make_metrics(config, pipe, {"latents", "reference_images", "reference_latents", *_fields(inputs)})
-    teacher, model = find_teacher(config, pipe), fingerprint(pipe)  # type: ignore[arg-type]
+    teacher = find_teacher(pipe, config.teacher, config.teacher_steps, config.teacher_order, config.teacher_grid)
+    model = fingerprint(pipe)
     first = next(iter(config.calls.values()))
     cells: list[Cell] = []
     notes: list[str] = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..artifact import write_atomically
-from ..distill.pairs import digest
+from ..pipelines.hashes import digest
 from ..pipelines.processes import in_turn, is_main, wait
 from .metrics import Metric, Sample
 
