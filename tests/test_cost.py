@@ -16,7 +16,7 @@ from dywspan import DyWeightScheduler
 from dywspan.cli import main
 from dywspan.distill import run
 from dywspan.distill.config import make_config
-from dywspan.distill.inputs import split_inputs
+from dywspan.distill.split import split_inputs
 from dywspan.evaluate.cost import learning_cost, plot
 from dywspan.evaluate.report import read_results, table
 from dywspan.pipelines.rollout import load_pipeline

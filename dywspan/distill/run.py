@@ -19,6 +19,7 @@ from ..core.operator import make_operator
 from ..core.prediction import Flow
 from ..pipelines.embeddings import remembered_prompts
 from ..pipelines.hashes import digest, fingerprint
+from ..pipelines.inputs import check_call
 from ..pipelines.pairs import UNWRITABLE, Pairs, Source, common_path, ends, fresh, make_pairs
 from ..pipelines.processes import is_main, share, wait
 from ..pipelines.rollout import Inputs, blocks, denoisers, load_pipeline, sample, set_timesteps
@@ -31,9 +32,9 @@ from ..schedulers.spanlift import BASE, SpanLiftScheduler, different_bases
 from .card import Images, draw_samples, provenances, sample_images, steps_of, write_card
 from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, DistillConfig
-from .inputs import check_call, split_inputs
 from .losses import Loss, make_loss, residuals_of
 from .plan import print_plan
+from .split import split_inputs
 from .student import gone_on_with
 from .train import Log, default_grid, distill, distill_continuous, distill_lift, initial_continuous, initial_table
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..distill.card import provenances
 from ..distill.config import DistillConfig, make_config
-from ..distill.inputs import split_inputs
 from ..distill.progress import WORTH
 from ..distill.run import run
+from ..distill.split import split_inputs
 from ..pipelines.hashes import digest
 
 # What one is spent on, and the counts of a provenance that it is made of.

@@ -23,11 +23,11 @@ from ..artifact import for_every_count, write_atomically
 from ..core.layout import LAYOUTS, Packed, Size
 from ..distill.card import steps_of
 from ..distill.config import check_types, option
-from ..distill.inputs import check_call, read_inputs
 from ..distill.losses import decode
 from ..distill.progress import autocast
 from ..pipelines.embeddings import remembered_prompts
 from ..pipelines.hashes import digest, fingerprint
+from ..pipelines.inputs import check_call, read_inputs
 from ..pipelines.pairs import Pairs, make_pairs
 from ..pipelines.processes import device, is_main
 from ..pipelines.rollout import Inputs, load_pipeline, sample
