@@ -27,7 +27,8 @@ from dywspan.core.grid import GRIDS
 from dywspan.core.layout import LAYOUTS
 from dywspan.distill import run
 from dywspan.distill.config import DistillConfig, LearningConfig, add_arguments, make_config
-from dywspan.distill.losses import FEATURES, LATENT, NETWORKS
+from dywspan.distill.losses import LATENT
+from dywspan.pipelines.features import FEATURES, NETWORKS
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "training" / "configs").glob("*.yaml"))}

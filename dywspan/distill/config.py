@@ -17,7 +17,8 @@ import torch
 
 from ..core.bases import multistep
 from ..core.layout import LAYOUTS
-from .losses import FEATURES, LATENT
+from ..pipelines.features import FEATURES
+from .losses import LATENT
 
 T = TypeVar("T")
 

@@ -13,11 +13,12 @@ import yaml
 from ..artifact import markdown
 from ..pipelines.memory import peak_bytes
 from ..pipelines.pairs import Pairs
+from ..pipelines.precision import autocast
 from ..pipelines.processes import is_main, share
 from ..pipelines.rollout import frozen, sample
 from .config import OPTIMIZERS
 from .student import ContinuousStudent, LiftStudent, Student, TableStudent
-from .train import autocast, batch_loss, initial_continuous
+from .train import batch_loss, initial_continuous
 
 if TYPE_CHECKING:
     from .run import Task

@@ -20,10 +20,10 @@ from torch import Tensor
 from ..core.continuous import FEATURES, ContinuousTable, differences, features
 from ..core.table import SolverTable
 from ..pipelines.pairs import Pairs
+from ..pipelines.precision import autocast
 from ..pipelines.processes import in_turn, total
 from ..pipelines.rollout import sample
 from ..schedulers.dyweight import DyWeightScheduler
-from .progress import autocast
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,10 @@ from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, DistillConfig
 from .losses import Loss, make_loss, residuals_of
 from .plan import print_plan
+from .progress import Log
 from .split import split_inputs
 from .student import gone_on_with
-from .train import Log, default_grid, distill, distill_continuous, distill_lift, initial_continuous, initial_table
+from .train import default_grid, distill, distill_continuous, distill_lift, initial_continuous, initial_table
 
 # Three ranges of seeds that never meet: a demo's or user's small ones, held-out pairs, training pairs.
 HELD_OUT_SEED, TRAIN_SEED = 10**6, 2 * 10**6

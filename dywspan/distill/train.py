@@ -18,6 +18,7 @@ from ..core.continuous import ContinuousTable, guided
 from ..core.prediction import EDM, Flow
 from ..core.table import SolverTable
 from ..pipelines.pairs import Pairs, Source, common_path
+from ..pipelines.precision import autocast
 from ..pipelines.processes import share, total
 from ..pipelines.rollout import frozen, sample
 from ..pipelines.teacher import Teacher
@@ -29,7 +30,7 @@ from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, LearningConfig
 from .least_squares import fit_least_squares
 from .losses import Loss, latent_mse
-from .progress import Log, Progress, Term, autocast
+from .progress import Log, Progress, Term
 from .regression import regress, regress_continuous
 from .student import ContinuousStudent, LiftStudent, Student, TableStudent
 

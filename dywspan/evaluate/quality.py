@@ -23,12 +23,12 @@ from ..artifact import for_every_count, write_atomically
 from ..core.layout import LAYOUTS, Packed, Size
 from ..distill.card import steps_of
 from ..distill.config import check_types, option
-from ..distill.losses import decode
-from ..distill.progress import autocast
+from ..pipelines.decode import decode
 from ..pipelines.embeddings import remembered_prompts
 from ..pipelines.hashes import digest, fingerprint
 from ..pipelines.inputs import check_call, read_inputs
 from ..pipelines.pairs import Pairs, make_pairs
+from ..pipelines.precision import autocast
 from ..pipelines.processes import device, is_main
 from ..pipelines.rollout import Inputs, load_pipeline, sample
 from ..pipelines.teacher import Teacher, find_teacher
@@ -163,7 +163,7 @@ def evaluate(
     Args:
         scheduler: what samples; None measures the reference itself.
         reference: the reference solver's endpoints for these inputs and seeds, where a metric needs them.
-        layout, size: of the latents, see :func:`dywspan.distill.losses.decode`.
+        layout, size: of the latents, see :func:`dywspan.pipelines.decode.decode`.
         precision: "no", "bf16" or "fp16": autocast of the solver's evaluations.
         solver: all that determines the solver's endpoints; the scheduler's configuration by default.
         model: what stands for the pipeline in the hash; a fingerprint of its weights by default.
