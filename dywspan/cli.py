@@ -97,10 +97,11 @@ def demo(args: argparse.Namespace) -> None:
 
 def distill(args: argparse.Namespace) -> None:
     """Learn a solver: a DyWeight table for each number of steps, or a SpanLift operator on top of a base."""
-    from .distill.config import make_config
+    from .distill.config import DistillConfig
     from .distill.run import run
+    from .settings import make_config
 
-    run(make_config({k: v for k, v in vars(args).items() if k != "run"}))
+    run(make_config({k: v for k, v in vars(args).items() if k != "run"}, DistillConfig))
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -157,8 +158,8 @@ def inspect(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measure solvers, or images already there, by any metrics: a table and a JSON file. Stopped, it goes on."""
-    from .distill.config import make_config
     from .evaluate.quality import QualityConfig, run
+    from .settings import make_config
 
     run(make_config({k: v for k, v in vars(args).items() if k != "run"}, QualityConfig))
 
@@ -203,9 +204,10 @@ def table(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .distill.config import add_arguments
+    from .distill.config import DistillConfig
     from .evaluate.overhead import SIZES
     from .evaluate.quality import QualityConfig
+    from .settings import add_arguments
 
     parser = argparse.ArgumentParser("dywspan", description="Learned few-step solvers for diffusers pipelines.")
     parser.add_argument("--version", action="version", version=f"dywspan {__version__}")
@@ -229,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", default="demo.png")
     sub.add_argument("--json", help="also write the table here")
 
-    add_arguments(command("distill", distill))
+    add_arguments(command("distill", distill), DistillConfig)
 
     sub = command("convert", convert)
     sub.add_argument("source", help="DyWeight .pt or .pkl file, or a directory of them")
@@ -257,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--full", action="store_true", help="also Stable Diffusion 1.5's UNet, up to an hour on a CPU")
     sub.add_argument("--json", help="also write the table here")
     sub = command("distill", learning, what, conflict_handler="resolve")
-    add_arguments(sub)
+    add_arguments(sub, DistillConfig)
     sub.add_argument("--config", action="append", required=True, help="YAML file of a distillation; repeat for each")
     sub.add_argument("--output", default="distill-cost.json", help="results; what is learned is where its file says")
     sub.add_argument("--plot", action="store_true", help="also draw error over evaluations, beside output as .png")

@@ -27,7 +27,6 @@ from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
 from dywspan.artifact import table_to_json
 from dywspan.cli import main
 from dywspan.core.continuous import ContinuousTable
-from dywspan.distill.config import make_config
 from dywspan.evaluate.baselines import (
     BASELINES,
     Cell,
@@ -46,6 +45,7 @@ from dywspan.pipelines.pairs import make_pairs
 from dywspan.pipelines.replay import Meter
 from dywspan.pipelines.rollout import load_pipeline, sample
 from dywspan.pipelines.teacher import Teacher
+from dywspan.settings import make_config
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "emoji-sd"

@@ -22,17 +22,17 @@ from torch import Tensor
 from ..artifact import for_every_count, write_atomically
 from ..core.layout import LAYOUTS, Packed, Size
 from ..distill.card import steps_of
-from ..distill.config import check_types, option
 from ..pipelines.decode import decode
 from ..pipelines.embeddings import remembered_prompts
 from ..pipelines.hashes import digest, fingerprint
-from ..pipelines.inputs import check_call, read_inputs
+from ..pipelines.inputs import check_call, check_sampling, read_inputs
 from ..pipelines.pairs import Pairs, make_pairs
 from ..pipelines.precision import autocast
 from ..pipelines.processes import device, is_main
 from ..pipelines.rollout import Inputs, load_pipeline, sample
 from ..pipelines.teacher import Teacher, find_teacher
 from ..schedulers.bind import bind, guidance_argument
+from ..settings import check_types, option
 from .baselines import BASELINES, Cell, begin, find_solvers, make_cells
 from .images import find_images, read_image
 from .metrics import METRICS, Metric, Sample
@@ -89,6 +89,7 @@ class QualityConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_sampling(self)
         if not self.model and self.images is None:
             raise ValueError("model is missing: name a pipeline (a directory or a Hub id), or give images to measure.")
         for name, least in {
