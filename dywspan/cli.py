@@ -168,14 +168,14 @@ def overhead(args: argparse.Namespace) -> None:
     """Time and memory of a solver's step beside diffusers' own, and its time beside the network's."""
     import torch
 
-    from .evaluate.overhead import overhead
+    from .bench.overhead import overhead
 
     _show(overhead(args.sizes, args.steps, args.repeats), args.json, threads=torch.get_num_threads())
 
 
 def memory(args: argparse.Namespace) -> None:
     """The memory that learning a solver takes."""
-    from .evaluate.memory import memory
+    from .bench.memory import memory
 
     if isinstance(args.model, Path):  # none was named
         _check_here(args.model)
@@ -184,7 +184,7 @@ def memory(args: argparse.Namespace) -> None:
 
 def learning(args: argparse.Namespace) -> None:
     """What learning a solver costs, by optimizer: evaluations and error of runs, which go on or are found finished."""
-    from .evaluate.cost import learning_cost, plot
+    from .bench.cost import learning_cost, plot
     from .evaluate.report import table
     from .pipelines.processes import is_main
 
@@ -204,8 +204,8 @@ def table(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .bench.overhead import SIZES
     from .distill.config import DistillConfig
-    from .evaluate.overhead import SIZES
     from .evaluate.quality import QualityConfig
     from .settings import add_arguments
 

@@ -13,11 +13,11 @@ from PIL import Image
 from test_trainer import TINY, pixels  # noqa: F401  (a fixture)
 
 from dywspan import DyWeightScheduler
+from dywspan.bench.cost import learning_cost, plot
 from dywspan.cli import main
 from dywspan.distill import run
 from dywspan.distill.config import DistillConfig
 from dywspan.distill.split import split_inputs
-from dywspan.evaluate.cost import learning_cost, plot
 from dywspan.evaluate.report import read_results, table
 from dywspan.pipelines.rollout import load_pipeline
 from dywspan.pipelines.teacher import Teacher
@@ -177,7 +177,7 @@ def test_what_cannot_be_compared_is_said_before_anything_is_computed(
     settings: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dywspan.evaluate.cost.run", lambda config: pytest.fail("it began to compute"))
+    monkeypatch.setattr("dywspan.bench.cost.run", lambda config: pytest.fail("it began to compute"))
     write(tmp_path, "adam", Path("model"), **ADAM, output="adam")
     write(tmp_path, "squares", Path("model"), **SQUARES | settings)
     assert main(["bench", "distill", "--config", "adam.yaml", "--config", "squares.yaml"]) == 2

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
-from dywspan.evaluate.memory import STUDENTS, memory
+from dywspan.bench.memory import STUDENTS, memory
 from dywspan.pipelines.memory import peak_bytes
 
 EMOJI = str(Path(__file__).parent.parent / "examples" / "emoji-sd")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..artifact import provenances, steps_of
 from ..core.bases import BASES, multistep
 from ..core.layout import LAYOUTS, Packed
 from ..core.operator import make_operator
@@ -29,7 +30,7 @@ from ..schedulers.bind import bind, guidance_argument, guidance_scale
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.hosts import different_networks
 from ..schedulers.spanlift import BASE, SpanLiftScheduler, different_bases
-from .card import Images, draw_samples, provenances, sample_images, steps_of, write_card
+from .card import Images, draw_samples, sample_images, write_card
 from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, DistillConfig
 from .losses import Loss, make_loss, residuals_of

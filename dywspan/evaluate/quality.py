@@ -19,9 +19,8 @@ import diffusers
 import torch
 from torch import Tensor
 
-from ..artifact import for_every_count, write_atomically
+from ..artifact import for_every_count, steps_of, write_atomically
 from ..core.layout import LAYOUTS, Packed, Size
-from ..distill.card import steps_of
 from ..pipelines.decode import decode
 from ..pipelines.embeddings import remembered_prompts
 from ..pipelines.hashes import digest, fingerprint

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..distill.card import provenances
+from ..artifact import provenances
 from ..distill.config import DistillConfig
 from ..distill.progress import WORTH
 from ..distill.run import run
