@@ -158,7 +158,8 @@ def inspect(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measure solvers, or images already there, by any metrics: a table and a JSON file. Stopped, it goes on."""
-    from .evaluate.quality import QualityConfig, run
+    from .evaluate.config import QualityConfig
+    from .evaluate.quality import run
     from .settings import make_config
 
     run(make_config({k: v for k, v in vars(args).items() if k != "run"}, QualityConfig))
@@ -206,7 +207,7 @@ def table(args: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     from .bench.overhead import SIZES
     from .distill.config import DistillConfig
-    from .evaluate.quality import QualityConfig
+    from .evaluate.config import QualityConfig
     from .settings import add_arguments
 
     parser = argparse.ArgumentParser("dywspan", description="Learned few-step solvers for diffusers pipelines.")

@@ -54,6 +54,12 @@ def decode(pipe: Any, latents: Tensor, layout: str = "image", size: Size | None 
         return vae.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()
 
 
+def to_images(pipe: Any, latents: Tensor, layout: str = "image", size: Size | None = None) -> Tensor:
+    """Decoded latents as a PNG would hold them: (B, 3, H, W) float32 in [0, 1], on 8-bit levels."""
+    pixels = decode(pipe, latents, layout, size)
+    return ((pixels + 1) * 127.5).round().clamp(0, 255) / 255
+
+
 def find_vae(pipe: Any) -> Any:
     """The pipeline's autoencoder; None in pixel space."""
     return getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
