@@ -15,7 +15,8 @@ from tiny import build
 from torch import Tensor
 
 from dywspan.evaluate.frechet import Moments, fid, frechet_distance, influence
-from dywspan.evaluate.metrics import METRICS, Metric, Sample, interval
+from dywspan.evaluate.metrics import METRICS
+from dywspan.evaluate.statistics import Metric, Sample, interval
 from dywspan.pipelines import features as networks
 
 

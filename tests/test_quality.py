@@ -39,9 +39,10 @@ from dywspan.evaluate.baselines import (
 )
 from dywspan.evaluate.config import QualityConfig
 from dywspan.evaluate.images import find_images
-from dywspan.evaluate.metrics import METRICS, Metric, Sample, interval
+from dywspan.evaluate.metrics import METRICS
 from dywspan.evaluate.quality import evaluate, run, with_gaps
 from dywspan.evaluate.report import by_variant, number, plots, read_results, table
+from dywspan.evaluate.statistics import Metric, Sample, interval
 from dywspan.pipelines.decode import to_images
 from dywspan.pipelines.pairs import make_pairs
 from dywspan.pipelines.replay import Meter

@@ -12,9 +12,7 @@ from ..pipelines.features import Features, feature_distance, find_features
 from ..pipelines.features import lpips as lpips_features
 from .frechet import fid
 from .rewards import clip_score, hps, image_reward
-from .statistics import Metric, Sample, interval
-
-__all__ = ["METRICS", "Metric", "Sample", "interval"]
+from .statistics import Metric, Sample
 
 
 def latent_mse(pipe: Any = None) -> Metric:

@@ -29,10 +29,9 @@ from ..pipelines.rollout import Inputs, load_pipeline, sample
 from ..pipelines.teacher import Teacher
 from .config import QualityConfig
 from .images import find_images, read_image
-from .metrics import Metric, Sample
 from .report import draw_samples, file_stem, plots, table, write_results
 from .rows import measure
-from .statistics import numbers
+from .statistics import Metric, Sample, numbers
 from .task import Task, make_metrics, prepare, sample_fields
 
 KEPT = 2**30  # bytes of decoded reference images

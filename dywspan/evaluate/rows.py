@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..artifact import write_atomically
 from ..pipelines.hashes import digest
 from ..pipelines.processes import in_turn, is_main, wait
-from .metrics import Metric, Sample
+from .statistics import Metric, Sample
 
 
 def measure(

@@ -21,7 +21,8 @@ from ..pipelines.teacher import Teacher, find_teacher
 from ..schedulers.bind import bind, guidance_argument
 from .baselines import Cell, begin, find_solvers, make_cells
 from .config import QualityConfig, nearest
-from .metrics import METRICS, Metric
+from .metrics import METRICS
+from .statistics import Metric
 
 
 @dataclass(frozen=True)
