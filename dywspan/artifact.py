@@ -143,6 +143,23 @@ def for_every_count(scheduler: Any) -> ContinuousTable | ContinuousLift | None:
     return getattr(scheduler, "continuous_lift" if hasattr(scheduler, "lifts") else "continuous", None)
 
 
+def provenances(scheduler: Any) -> dict[int | str, Mapping[str, Any]]:
+    """Where the solver of each number of steps comes from that was learned or, for a continuous one, learned from.
+
+    By number of steps, or where there are several guidance scales by "5 @ 7.5", and late starts by "3/5".
+    """
+    own, function = getattr(scheduler, "lifts", scheduler.tables), for_every_count(scheduler)
+    shared = function.provenance if function is not None else {}
+    errors = {int(name) if name.isdigit() else name: e for name, e in shared.get("held_out_error", {}).items()}
+    made = {name: {**shared, "held_out_error": error} for name, error in errors.items()}
+    return dict(sorted((made | {n: part.provenance for n, part in own.items()}).items(), key=lambda m: steps_of(m[0])))
+
+
+def steps_of(name: int | str) -> int:
+    """The number of steps in 5 or "5 @ 7.5", and of the whole way in "3/5"."""
+    return int(str(name).partition(" @ ")[0].rpartition("/")[2])
+
+
 def lift_to_json(lift: Lift) -> dict[str, Any]:
     """The JSON form of SpanLift's scalars."""
     values = {name: getattr(lift, name).detach().double().tolist() for name in ("alpha", "beta")}

@@ -47,10 +47,11 @@ def demo(args: argparse.Namespace) -> None:
     """Learned and classical solvers beside a 50-step reference: a picture and a table."""
     import torch
 
-    from .distill.pairs import Teacher, make_pairs
-    from .distill.rollout import load_pipeline, sample
     from .evaluate.baselines import BASELINES, find_solvers, make_cell
     from .evaluate.compare import compare, summary
+    from .pipelines.pairs import make_pairs
+    from .pipelines.rollout import load_pipeline, sample
+    from .pipelines.teacher import Teacher
     from .plot import picture
 
     learned, lifted = args.solvers or f"{args.model}-solvers", args.spanlift or f"{args.model}-spanlift"
@@ -96,10 +97,11 @@ def demo(args: argparse.Namespace) -> None:
 
 def distill(args: argparse.Namespace) -> None:
     """Learn a solver: a DyWeight table for each number of steps, or a SpanLift operator on top of a base."""
-    from .distill.config import make_config
+    from .distill.config import DistillConfig
     from .distill.run import run
+    from .settings import make_config
 
-    run(make_config({k: v for k, v in vars(args).items() if k != "run"}))
+    run(make_config({k: v for k, v in vars(args).items() if k != "run"}, DistillConfig))
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -156,8 +158,9 @@ def inspect(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measure solvers, or images already there, by any metrics: a table and a JSON file. Stopped, it goes on."""
-    from .distill.config import make_config
-    from .evaluate.quality import QualityConfig, run
+    from .evaluate.config import QualityConfig
+    from .evaluate.quality import run
+    from .settings import make_config
 
     run(make_config({k: v for k, v in vars(args).items() if k != "run"}, QualityConfig))
 
@@ -166,14 +169,14 @@ def overhead(args: argparse.Namespace) -> None:
     """Time and memory of a solver's step beside diffusers' own, and its time beside the network's."""
     import torch
 
-    from .evaluate.overhead import overhead
+    from .bench.overhead import overhead
 
     _show(overhead(args.sizes, args.steps, args.repeats), args.json, threads=torch.get_num_threads())
 
 
 def memory(args: argparse.Namespace) -> None:
     """The memory that learning a solver takes."""
-    from .evaluate.memory import memory
+    from .bench.memory import memory
 
     if isinstance(args.model, Path):  # none was named
         _check_here(args.model)
@@ -182,9 +185,9 @@ def memory(args: argparse.Namespace) -> None:
 
 def learning(args: argparse.Namespace) -> None:
     """What learning a solver costs, by optimizer: evaluations and error of runs, which go on or are found finished."""
-    from .distill.processes import is_main
-    from .evaluate.cost import learning_cost, plot
+    from .bench.cost import learning_cost, plot
     from .evaluate.report import table
+    from .pipelines.processes import is_main
 
     own = ("run", "config", "output", "plot")
     rows = learning_cost(args.config, **{k: v for k, v in vars(args).items() if k not in own})
@@ -202,9 +205,10 @@ def table(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .distill.config import add_arguments
-    from .evaluate.overhead import SIZES
-    from .evaluate.quality import QualityConfig
+    from .bench.overhead import SIZES
+    from .distill.config import DistillConfig
+    from .evaluate.config import QualityConfig
+    from .settings import add_arguments
 
     parser = argparse.ArgumentParser("dywspan", description="Learned few-step solvers for diffusers pipelines.")
     parser.add_argument("--version", action="version", version=f"dywspan {__version__}")
@@ -228,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", default="demo.png")
     sub.add_argument("--json", help="also write the table here")
 
-    add_arguments(command("distill", distill))
+    add_arguments(command("distill", distill), DistillConfig)
 
     sub = command("convert", convert)
     sub.add_argument("source", help="DyWeight .pt or .pkl file, or a directory of them")
@@ -256,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--full", action="store_true", help="also Stable Diffusion 1.5's UNet, up to an hour on a CPU")
     sub.add_argument("--json", help="also write the table here")
     sub = command("distill", learning, what, conflict_handler="resolve")
-    add_arguments(sub)
+    add_arguments(sub, DistillConfig)
     sub.add_argument("--config", action="append", required=True, help="YAML file of a distillation; repeat for each")
     sub.add_argument("--output", default="distill-cost.json", help="results; what is learned is where its file says")
     sub.add_argument("--plot", action="store_true", help="also draw error over evaluations, beside output as .png")

@@ -26,9 +26,10 @@ from digits import ExactDenoiser
 from dywspan import DyWeightScheduler
 from dywspan.artifact import markdown
 from dywspan.distill.config import LearningConfig
-from dywspan.distill.pairs import Teacher, make_pairs
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.train import default_grid, distill, distill_continuous
+from dywspan.pipelines.pairs import make_pairs
+from dywspan.pipelines.teacher import Teacher
 
 CLASSICAL = {
     "Euler": ("euler", 1),

@@ -25,9 +25,10 @@ from torch import Tensor
 from dywspan import DyWeightScheduler
 from dywspan.artifact import markdown
 from dywspan.distill.config import LearningConfig
-from dywspan.distill.pairs import Teacher, make_pairs
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.train import distill
+from dywspan.pipelines.pairs import make_pairs
+from dywspan.pipelines.teacher import Teacher
 
 
 class ExactDenoiser(ModelMixin, ConfigMixin):

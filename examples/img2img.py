@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from dywspan import bind
 from dywspan.evaluate.baselines import Solver, find_solvers
-from dywspan.evaluate.metrics import METRICS, Sample
+from dywspan.evaluate.metrics import METRICS
 from dywspan.evaluate.report import table, write_results
-from dywspan.evaluate.statistics import numbers
+from dywspan.evaluate.statistics import Sample, numbers
 
 REFERENCE = "iPNDM(2M)"
 CLASSICAL = ("DDIM", "Euler", "DPM-Solver++(2M)", "UniPC", REFERENCE)

@@ -26,8 +26,10 @@ from dywspan.core.bases import BASES
 from dywspan.core.grid import GRIDS
 from dywspan.core.layout import LAYOUTS
 from dywspan.distill import run
-from dywspan.distill.config import DistillConfig, LearningConfig, add_arguments, make_config
-from dywspan.distill.losses import FEATURES, LATENT, NETWORKS
+from dywspan.distill.config import DistillConfig, LearningConfig
+from dywspan.distill.losses import LATENT
+from dywspan.pipelines.features import FEATURES, NETWORKS
+from dywspan.settings import add_arguments, make_config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "training" / "configs").glob("*.yaml"))}
@@ -78,7 +80,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 @functools.cache
 def read(name: str) -> DistillConfig:
     """An unknown key or a value of the wrong kind is an error."""
-    return make_config({"config": str(CONFIGS[name])})
+    return make_config({"config": str(CONFIGS[name])}, DistillConfig)
 
 
 # ------------------------------------------------------------------------------------------------------ configurations
@@ -267,14 +269,14 @@ def _commands() -> list[list[str]]:
 def test_every_command_of_the_document_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    add_arguments(parser)
+    add_arguments(parser, DistillConfig)
     commands = _commands()
     assert len(commands) > 15
     for options in commands:
         given = vars(parser.parse_args(options))
         if "config" in given and not Path(given["config"]).exists():
             given["config"] = "training/configs/emoji_sd_dyweight.yaml"  # stands for the user's own
-        make_config({"model": "org/model", "output": "my-solvers", **given})
+        make_config({"model": "org/model", "output": "my-solvers", **given}, DistillConfig)
 
 
 def test_every_yaml_of_the_document_is_understood() -> None:

@@ -36,12 +36,13 @@ from dywspan.distill import run
 from dywspan.distill.config import DistillConfig, LearningConfig
 from dywspan.distill.least_squares import Problem
 from dywspan.distill.losses import latent_mse
-from dywspan.distill.pairs import Teacher, ends, make_pairs
 from dywspan.distill.progress import Term, endpoint_error
-from dywspan.distill.replay import Meter
-from dywspan.distill.rollout import rollout
 from dywspan.distill.student import ContinuousStudent, Student
 from dywspan.distill.train import default_grid, distill_continuous
+from dywspan.pipelines.pairs import ends, make_pairs
+from dywspan.pipelines.replay import Meter
+from dywspan.pipelines.rollout import rollout
+from dywspan.pipelines.teacher import Teacher
 
 EPSILON = INSTANCES["epsilon"][0]
 FLOW_GRID = {"name": "flow", "shift": 3.0}

@@ -13,14 +13,15 @@ from PIL import Image
 from test_trainer import TINY, pixels  # noqa: F401  (a fixture)
 
 from dywspan import DyWeightScheduler
+from dywspan.bench.cost import learning_cost, plot
 from dywspan.cli import main
 from dywspan.distill import run
-from dywspan.distill.config import make_config
-from dywspan.distill.inputs import split_inputs
-from dywspan.distill.pairs import Teacher
-from dywspan.distill.rollout import load_pipeline
-from dywspan.evaluate.cost import learning_cost, plot
+from dywspan.distill.config import DistillConfig
+from dywspan.distill.split import split_inputs
 from dywspan.evaluate.report import read_results, table
+from dywspan.pipelines.rollout import load_pipeline
+from dywspan.pipelines.teacher import Teacher
+from dywspan.settings import make_config
 
 ROOT = Path(__file__).parent.parent
 SQUARES = {"optimizer": "least_squares", "updates": 3, "checkpoint_every": 1, "keep_checkpoints": 99}
@@ -176,7 +177,7 @@ def test_what_cannot_be_compared_is_said_before_anything_is_computed(
     settings: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dywspan.evaluate.cost.run", lambda config: pytest.fail("it began to compute"))
+    monkeypatch.setattr("dywspan.bench.cost.run", lambda config: pytest.fail("it began to compute"))
     write(tmp_path, "adam", Path("model"), **ADAM, output="adam")
     write(tmp_path, "squares", Path("model"), **SQUARES | settings)
     assert main(["bench", "distill", "--config", "adam.yaml", "--config", "squares.yaml"]) == 2
@@ -186,7 +187,7 @@ def test_what_cannot_be_compared_is_said_before_anything_is_computed(
 def test_the_embedded_pipelines_files_share_teacher_and_held_out_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     files = [f"training/configs/emoji_sd_{name}.yaml" for name in ("adam", "least_squares")]
-    gradients, squares = (make_config({"config": file}) for file in files)
+    gradients, squares = (make_config({"config": file}, DistillConfig) for file in files)
     (training, held_out), (few, same) = split_inputs(gradients), split_inputs(squares)
     assert same == held_out and few == training[: len(few)] and len(few) == 64
     shared = ("model", "call", "cache", "teacher", "teacher_steps", "teacher_order", "teacher_batch_size", "loss")

@@ -16,12 +16,14 @@ from tiny import build
 from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
 from dywspan.core.prediction import Flow
 from dywspan.distill.config import LearningConfig
-from dywspan.distill.losses import dinov2, encoder, feature_distance, make_loss
-from dywspan.distill.pairs import Pairs, Teacher, make_pairs
+from dywspan.distill.losses import make_loss
 from dywspan.distill.progress import endpoint_error
-from dywspan.distill.rollout import frozen, generators, load_pipeline, rollout
 from dywspan.distill.student import LiftStudent, TableStudent
 from dywspan.distill.train import default_grid, distill, distill_lift, learning_rate
+from dywspan.pipelines.features import dinov2, encoder, feature_distance
+from dywspan.pipelines.pairs import Pairs, make_pairs
+from dywspan.pipelines.rollout import frozen, generators, load_pipeline, rollout
+from dywspan.pipelines.teacher import Teacher
 
 EMOJI = Path(__file__).parent.parent / "examples" / "emoji-sd"
 CALL = {"guidance_scale": 4.0}

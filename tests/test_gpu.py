@@ -29,13 +29,14 @@ from dywspan import DyWeightScheduler, SpanLiftScheduler
 from dywspan.cli import main
 from dywspan.distill.least_squares import Problem
 from dywspan.distill.losses import latent_mse
-from dywspan.distill.memory import peak_bytes
-from dywspan.distill.pairs import Teacher, make_pairs
 from dywspan.distill.progress import Term
-from dywspan.distill.rollout import frozen, generators, load_pipeline, rollout, sample
 from dywspan.distill.student import TableStudent
 from dywspan.distill.train import initial_table
 from dywspan.evaluate.report import read_results
+from dywspan.pipelines.memory import peak_bytes
+from dywspan.pipelines.pairs import make_pairs
+from dywspan.pipelines.rollout import frozen, generators, load_pipeline, rollout, sample
+from dywspan.pipelines.teacher import Teacher
 
 gpu = pytest.mark.gpu
 ROOT = Path(__file__).parent.parent

@@ -35,12 +35,12 @@ from dywspan.core.prediction import Flow
 from dywspan.distill.config import DistillConfig, LearningConfig
 from dywspan.distill.least_squares import Problem
 from dywspan.distill.losses import latent_mse
-from dywspan.distill.pairs import make_pairs
 from dywspan.distill.progress import endpoint_error
-from dywspan.distill.rollout import frozen, rollout
 from dywspan.distill.run import prepare, run
 from dywspan.distill.student import ContinuousStudent
 from dywspan.distill.train import around, batch_loss, default_grid, distill_continuous, distill_lift, make_terms
+from dywspan.pipelines.pairs import make_pairs
+from dywspan.pipelines.rollout import frozen, rollout
 from dywspan.schedulers.bind import guidance_argument, guidance_scale
 
 G0, COUNT = 4.0, len(FEATURES)

@@ -18,9 +18,10 @@ from tiny import available, build
 from torch import Tensor, nn
 
 from dywspan.distill.config import DistillConfig
-from dywspan.distill.embeddings import PromptMemory, remembered_prompts
-from dywspan.distill.inputs import check_call, read_inputs, split_inputs
-from dywspan.distill.rollout import sample
+from dywspan.distill.split import split_inputs
+from dywspan.pipelines.embeddings import PromptMemory, remembered_prompts
+from dywspan.pipelines.inputs import check_call, read_inputs
+from dywspan.pipelines.rollout import sample
 
 
 def texts(*prompts: str) -> list[dict[str, str]]:

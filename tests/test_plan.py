@@ -16,10 +16,10 @@ from test_scheduler import SD, by_hand, classical, learned, run, sample_of, with
 from torch import Tensor
 
 from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
+from dywspan.bench.overhead import state_bytes
 from dywspan.core import bases
 from dywspan.core.bases import BASES, Base
 from dywspan.core.operator import Lift
-from dywspan.evaluate.overhead import state_bytes
 
 COPIES = pytest.mark.parametrize(
     "how", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["deepcopy", "pickle"]

@@ -22,15 +22,11 @@ import torch
 from PIL import Image
 from tiny import build, pixel_unet
 
-import dywspan.evaluate.quality as quality
 from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
 from dywspan.artifact import table_to_json
 from dywspan.cli import main
 from dywspan.core.continuous import ContinuousTable
-from dywspan.distill.config import make_config
-from dywspan.distill.pairs import Teacher, make_pairs
-from dywspan.distill.replay import Meter
-from dywspan.distill.rollout import load_pipeline, sample
+from dywspan.evaluate import quality, task
 from dywspan.evaluate.baselines import (
     BASELINES,
     Cell,
@@ -41,10 +37,18 @@ from dywspan.evaluate.baselines import (
     of_diffusers,
     of_ours,
 )
+from dywspan.evaluate.config import QualityConfig
 from dywspan.evaluate.images import find_images
-from dywspan.evaluate.metrics import METRICS, Metric, Sample, interval
-from dywspan.evaluate.quality import QualityConfig, evaluate, run, to_images, with_gaps
+from dywspan.evaluate.metrics import METRICS
+from dywspan.evaluate.quality import evaluate, run, with_gaps
 from dywspan.evaluate.report import by_variant, number, plots, read_results, table
+from dywspan.evaluate.statistics import Metric, Sample, interval
+from dywspan.pipelines.decode import to_images
+from dywspan.pipelines.pairs import make_pairs
+from dywspan.pipelines.replay import Meter
+from dywspan.pipelines.rollout import load_pipeline, sample
+from dywspan.pipelines.teacher import Teacher
+from dywspan.settings import make_config
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "emoji-sd"
@@ -185,7 +189,7 @@ def test_what_is_added_computes_only_itself(whole: Path, monkeypatch: pytest.Mon
         return sample(pipe, scheduler, steps, *args, **kwargs)
 
     monkeypatch.setattr(quality, "sample", watched)
-    monkeypatch.setattr(quality, "_check_decoding", lambda *_: None)  # takes one sample beforehand
+    monkeypatch.setattr(task, "_check_decoding", lambda *_: None)  # takes one sample beforehand
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     more = run(config(tmp_path, solvers=["DDIM", "Euler", LEARNED], steps=[2, 3, 6]))
     made = {("EulerDiscreteScheduler", 2), ("EulerDiscreteScheduler", 3), ("EulerDiscreteScheduler", 6)}
@@ -565,8 +569,8 @@ def test_mistakes_are_found_before_anything_is_sampled(
 def test_prompts_are_repeated_with_new_noise_if_asked(tmp_path: Path) -> None:
     (tmp_path / "two.txt").write_text("lime, noto\nred heart, noto\n")
     changes: dict[str, Any] = {"prompts": str(tmp_path / "two.txt"), "samples": 4, "repeat_prompts": True}
-    task = quality.prepare(config(tmp_path, **changes, solvers=["DDIM"], steps=[2], base=None))
-    assert [own["prompt"] for own in task.inputs] == ["lime, noto", "red heart, noto"] * 2 and len({*task.seeds}) == 4
+    ready = task.prepare(config(tmp_path, **changes, solvers=["DDIM"], steps=[2], base=None))
+    assert [own["prompt"] for own in ready.inputs] == ["lime, noto", "red heart, noto"] * 2 and len({*ready.seeds}) == 4
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "examples" / "quality").glob("*.yaml")), ids=lambda f: f.stem)

@@ -15,11 +15,12 @@ from test_trainer import learn, pixels  # noqa: F401  (a fixture)
 from dywspan import DyWeightScheduler, SolverTable
 from dywspan.core.continuous import FEATURES, ContinuousTable
 from dywspan.distill.config import LearningConfig
-from dywspan.distill.pairs import Pairs, Teacher, make_pairs
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.regression import regress, regress_continuous
-from dywspan.distill.replay import Meter
 from dywspan.distill.train import default_grid, initial_table
+from dywspan.pipelines.pairs import Pairs, make_pairs
+from dywspan.pipelines.replay import Meter
+from dywspan.pipelines.teacher import Teacher
 
 N = 4
 

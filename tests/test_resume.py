@@ -27,8 +27,8 @@ from dywspan import DyWeightScheduler
 from dywspan.cli import main
 from dywspan.distill.checkpoints import Checkpoints
 from dywspan.distill.config import LearningConfig
-from dywspan.distill.pairs import Teacher
 from dywspan.distill.train import initial_table
+from dywspan.pipelines.teacher import Teacher
 from dywspan.schedulers import configuration
 
 REPO = Path(__file__).parent.parent

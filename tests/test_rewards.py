@@ -15,7 +15,8 @@ from test_metrics import _part, _sample
 from torch import Tensor
 
 from dywspan.evaluate import rewards
-from dywspan.evaluate.metrics import METRICS, Metric, Sample
+from dywspan.evaluate.metrics import METRICS
+from dywspan.evaluate.statistics import Metric, Sample
 
 PROMPTS = ["A réd cat on a chair!", "the dog runs over a green house, " * 8, "[ENC] unknown"]
 

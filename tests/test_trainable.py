@@ -19,11 +19,13 @@ import dywspan
 from dywspan import DyWeightScheduler, SpanLiftScheduler
 from dywspan.distill.config import LearningConfig
 from dywspan.distill.losses import latent_mse
-from dywspan.distill.pairs import Pairs, Teacher, make_pairs
-from dywspan.distill.progress import autocast, endpoint_error
-from dywspan.distill.rollout import frozen, generators, sample
+from dywspan.distill.progress import endpoint_error
 from dywspan.distill.student import LiftStudent, Student, TableStudent
 from dywspan.distill.train import batch_loss, distill, distill_lift, initial_table
+from dywspan.pipelines.pairs import Pairs, make_pairs
+from dywspan.pipelines.precision import autocast
+from dywspan.pipelines.rollout import frozen, generators, sample
+from dywspan.pipelines.teacher import Teacher
 
 PIPELINES = [
     "StableDiffusionPipeline",

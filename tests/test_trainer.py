@@ -30,13 +30,16 @@ from torch import Tensor
 from dywspan import DyWeightScheduler, SpanLiftScheduler
 from dywspan.artifact import lift_to_json, table_to_json
 from dywspan.cli import main
-from dywspan.distill import processes, run, train
-from dywspan.distill.config import DistillConfig, add_arguments, make_config, read_config
-from dywspan.distill.pairs import Pairs, Teacher
+from dywspan.distill import run, train
+from dywspan.distill.config import DistillConfig
 from dywspan.distill.progress import endpoint_error
-from dywspan.distill.rollout import load_pipeline, sample
 from dywspan.distill.student import TableStudent
 from dywspan.distill.train import batch_loss
+from dywspan.pipelines import processes
+from dywspan.pipelines.pairs import Pairs
+from dywspan.pipelines.rollout import load_pipeline, sample
+from dywspan.pipelines.teacher import Teacher
+from dywspan.settings import add_arguments, make_config, read_config
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = {"model": "some/model", "output": "somewhere"}
@@ -44,12 +47,12 @@ MINIMAL = {"model": "some/model", "output": "somewhere"}
 
 def parse(*arguments: str) -> dict[str, Any]:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_arguments(parser, DistillConfig)
     return vars(parser.parse_args(arguments))
 
 
 def configure(*arguments: str, **settings: Any) -> DistillConfig:
-    return make_config({**MINIMAL, **settings, **parse(*arguments)})
+    return make_config({**MINIMAL, **settings, **parse(*arguments)}, DistillConfig)
 
 
 @pytest.fixture
@@ -85,11 +88,11 @@ def test_an_option_not_given_is_the_default() -> None:
 
 def test_options_override_the_file_which_overrides_the_defaults(yaml_file: Callable[[str], Path]) -> None:
     path = yaml_file("model: a\noutput: b\nupdates: 7\nlr: 2\nrecompute: false\nsteps: [3]\nloss: l1\n")
-    config = make_config(parse("--config", str(path), "--lr", "0.5", "--recompute", "--steps", "4", "5"))
+    config = make_config(parse("--config", str(path), "--lr", "0.5", "--recompute", "--steps", "4", "5"), DistillConfig)
     assert (config.updates, config.loss) == (7, "l1")  # of the file
     assert (config.lr, config.recompute, config.steps) == (0.5, True, [4, 5])  # of the command line
     assert (config.batch_size, config.init) == (8, "ipndm")  # of neither
-    assert make_config(parse("--config", str(path))).recompute is False
+    assert make_config(parse("--config", str(path)), DistillConfig).recompute is False
 
 
 def test_lists_and_mappings_on_the_command_line() -> None:
@@ -135,7 +138,7 @@ def test_options_that_cannot_be_read(arguments: list[str], said: str, capsys: py
     ],
 )
 def test_yaml_means_what_it_looks_like(text: str, setting: str, value: Any, yaml_file: Callable[[str], Path]) -> None:
-    read = getattr(make_config({**MINIMAL, "config": yaml_file(text)}), setting)
+    read = getattr(make_config({**MINIMAL, "config": yaml_file(text)}, DistillConfig), setting)
     assert read == value and type(read) is type(value)
 
 
@@ -143,7 +146,7 @@ def test_the_shipped_files_are_read() -> None:
     files = sorted((ROOT / "training" / "configs").glob("*.yaml"))
     assert files
     for file in files:
-        assert make_config({"config": file}).model
+        assert make_config({"config": file}, DistillConfig).model
 
 
 @pytest.mark.parametrize(
@@ -161,7 +164,7 @@ def test_the_shipped_files_are_read() -> None:
 def test_files_that_hold_no_settings(text: str, said: str, yaml_file: Callable[[str], Path]) -> None:
     path = yaml_file(text)
     with pytest.raises(ValueError, match="(?s)" + str(path)) as error:
-        read_config(path)
+        read_config(path, DistillConfig)
     assert said in str(error.value)
 
 
@@ -266,7 +269,7 @@ def learn(model: Path, output: Path, **settings: Any) -> int:
 
 def held_out_error(model: Path, output: Path, n: int, **settings: Any) -> float:
     """Of what lies in ``output``, on the held-out pairs of the run that made it."""
-    config = make_config({**TINY, "model": str(model), "output": str(output), "steps": [n], **settings})
+    config = make_config({**TINY, "model": str(model), "output": str(output), "steps": [n], **settings}, DistillConfig)
     task = run.prepare(config)
     kind = SpanLiftScheduler if config.solver == "spanlift" else DyWeightScheduler
     _, held_out = run._pairs(
@@ -424,7 +427,7 @@ def test_a_path_ends_at_the_endpoint_and_starts_where_the_student_does(pixels: P
     """With one substep, the teacher of an iPNDM start on the same grid is this start itself: every state agrees."""
     settings = {**TINY, "model": str(pixels), "output": str(tmp_path), "steps": [3], "afs": False}
     for substeps in (1, 4):
-        task = run.prepare(make_config({**settings, "path_substeps": substeps}))
+        task = run.prepare(make_config({**settings, "path_substeps": substeps}, DistillConfig))
         teacher = run._path_teacher(task, 3, substeps)
         pairs, _ = run._pairs(task, teacher)
         assert isinstance(pairs, Pairs)
@@ -1007,7 +1010,7 @@ def published(
         shutil.copytree(lifted, folder / name)
         settings = {**TINY, **LIFTED, "model": str(pixels), "base": str(learned), "output": str(folder / name)}
         settings |= {"push_to_hub": repository, "pictures": 1}
-        calls[name] = f"str(__import__('{run.__name__}', fromlist=['run']).run({CONFIGURE}({settings!r})))"
+        calls[name] = f"str(__import__('{run.__name__}', fromlist=['run']).run({CONFIGURE}(**{settings!r})))"
     calls["pulled"] = load("'me/lifted'")
     with Hub() as hub:
         hub.repos["me/full"] = Repo(full=True)
@@ -1015,7 +1018,7 @@ def published(
         yield hub, client(hub, folder / "home", calls, HF_TOKEN=TOKEN), folder
 
 
-CONFIGURE = "__import__('dywspan.distill.config', fromlist=['make_config']).make_config"
+CONFIGURE = "__import__('dywspan.distill.config', fromlist=['DistillConfig']).DistillConfig"
 UPLOADED = {
     "scheduler_config.json",
     "spanlift.safetensors",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -56,6 +57,16 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
         raise ValueError(f"{name}={shown(value)} must be a whole number{_range(low, high)}.")
     return value
+
+
+def one_of(what: str, name: str, names: Iterable[str]) -> None:
+    """The name is one of these.
+
+    Raises:
+        ValueError: it is not; says what there is.
+    """
+    if name not in names:
+        raise ValueError(f"{what}={name!r} is none of {', '.join(names)}.")
 
 
 def identifier(name: str, value: Any) -> str:

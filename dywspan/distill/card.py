@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..artifact import for_every_count, markdown, write_atomically
-from .processes import is_main
-from .rollout import Inputs, sample
+from ..artifact import for_every_count, markdown, provenances, steps_of, write_atomically
+from ..pipelines.processes import is_main
+from ..pipelines.rollout import Inputs, sample
 
 Images = Sequence[Any]  # PIL
 
@@ -36,23 +36,6 @@ def draw_samples(rows: Mapping[str, Images | None], inputs: Inputs, path: Path) 
     shown = [(label, images) for label, images in rows.items() if images is not None]
     if shown and is_main():
         picture(shown, [str(own.get("prompt", "")) for own in inputs]).save(path)
-
-
-def provenances(scheduler: Any) -> dict[int | str, Mapping[str, Any]]:
-    """Where the solver of each number of steps comes from that was learned or, for a continuous one, learned from.
-
-    By number of steps, or where there are several guidance scales by "5 @ 7.5", and late starts by "3/5".
-    """
-    own, function = getattr(scheduler, "lifts", scheduler.tables), for_every_count(scheduler)
-    shared = function.provenance if function is not None else {}
-    errors = {int(name) if name.isdigit() else name: e for name, e in shared.get("held_out_error", {}).items()}
-    made = {name: {**shared, "held_out_error": error} for name, error in errors.items()}
-    return dict(sorted((made | {n: part.provenance for n, part in own.items()}).items(), key=lambda m: steps_of(m[0])))
-
-
-def steps_of(name: int | str) -> int:
-    """The number of steps in 5 or "5 @ 7.5", and of the whole way in "3/5"."""
-    return int(str(name).partition(" @ ")[0].rpartition("/")[2])
 
 
 _USE = """```python

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..artifact import write_atomically
-from .processes import is_main, wait
+from ..pipelines.processes import is_main, wait
 
 
 @dataclass(frozen=True)

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import difflib
-import json
 import re
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import torch
 
 from ..core.bases import multistep
 from ..core.layout import LAYOUTS
-from .losses import FEATURES, LATENT
-
-T = TypeVar("T")
-
-
-def option(default: Any, help: str) -> Any:
-    """A field with its line of help; lists and mappings get a copy each."""
-    if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
-
+from ..pipelines.features import FEATURES
+from ..pipelines.inputs import check_sampling
+from ..settings import check_types, help_of, option
+from .losses import LATENT
 
 # By gradients and by least squares, whose updates take more and tell more.
 DEFAULTS = {"updates": (300, 30), "evaluate_every": (25, 5), "checkpoint_every": (25, 1)}
@@ -139,17 +126,18 @@ class DistillConfig(LearningConfig):
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_sampling(self)
         for name in ("model", "output"):
             if not getattr(self, name):
-                raise ValueError(f"{name} is missing: {_help(name)}.")
+                raise ValueError(f"{name} is missing: {help_of(self, name)}.")
         for name, least in _LEAST.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}: {_help(name)}.")
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}: {help_of(self, name)}.")
         for name in ("lr", "clip", "horizon", "difference"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0: {_help(name)}.")
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0: {help_of(self, name)}.")
         if not 0 <= self.bounded < 1:
-            raise ValueError(f"bounded={self.bounded} must lie between 0 and 1: {_help('bounded')}.")
+            raise ValueError(f"bounded={self.bounded} must lie between 0 and 1: {help_of(self, 'bounded')}.")
         if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
             raise ValueError(f"steps={self.steps} must name numbers of steps, each at least 1 and once.")
         if self.teacher_steps < max(self.steps):
@@ -217,137 +205,3 @@ _DO_NOT_MATTER = {
     *("steps", "micro_batch_size", "recompute", "fsdp", "release_text_encoders", "guidance_scale"),
     *("model", "revision", "base", "prompts", "held_out_prompts", "prompt_column", "prompt_split"),  # by their contents
 }
-
-
-def check_types(config: Any) -> None:
-    """Settings are what their annotations say; ``guidance_scale`` becomes the argument of the call it is short for.
-
-    Raises:
-        ValueError: one is not.
-    """
-    hints = get_type_hints(type(config))
-    for f in fields(config):
-        value: Any = getattr(config, f.name)
-        hint = hints[f.name]
-        if not _fits(value, hint):
-            raise ValueError(f"{f.name}={value!r} must be {_name(hint)}: {f.metadata['help']}.")
-        if isinstance(value, int) and float in _options(hint):  # 4 and 4.0 make the same run
-            object.__setattr__(config, f.name, float(value))
-    if config.latent_size is not None and len(config.latent_size) != 2:
-        raise ValueError(f"latent_size={config.latent_size} must be height and width of the latent, in this order.")
-    if config.guidance_scale is not None:
-        object.__setattr__(config, "call", {**config.call, "guidance_scale": config.guidance_scale})
-        object.__setattr__(config, "guidance_scale", None)
-
-
-def read_config(path: str | Path, kind: type = DistillConfig) -> dict[str, Any]:
-    """The settings in a YAML file, of the class ``kind``.
-
-    Raises:
-        ValueError: not a mapping, or a key that does not exist; names the nearest one that does.
-    """
-    import yaml
-
-    try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), _loader())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}.") from error
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{path} must hold settings, one 'name: value' a line; it holds {data!r}.")
-    known = [f.name for f in fields(kind)]
-    for key in data:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1, 0.5)
-            raise ValueError(f"{path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
-    return dict(data)
-
-
-def _loader() -> Any:
-    """Safe, with YAML 1.2's numbers and truth values: 1e-3 is a number and "no" a text, unlike in PyYAML's 1.1."""
-    import yaml
-
-    loader, number, truth = type("Loader", (yaml.SafeLoader,), {}), "tag:yaml.org,2002:float", "tag:yaml.org,2002:bool"
-    loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in known if tag not in (number, truth)]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    decimal = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
-    loader.add_implicit_resolver(number, decimal, list("-+.0123456789"))
-    loader.add_implicit_resolver(truth, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-    return loader
-
-
-def make_config(settings: Mapping[str, Any], kind: type[T] = DistillConfig) -> T:
-    """A configuration from a YAML file named by ``config``, overridden by the other settings."""
-    given = dict(settings)
-    path = given.pop("config", None)
-    base = read_config(path, kind) if path else {}
-    if isinstance(call := given.get("call"), Mapping) and "guidance_scale" in call:
-        base.pop("guidance_scale", None)  # short for the same
-    return kind(**{**base, **given})
-
-
-def add_arguments(parser: argparse.ArgumentParser, kind: type = DistillConfig) -> None:
-    """One option for each setting; those not given leave the file's value, or the default."""
-    parser.add_argument("--config", default=argparse.SUPPRESS, help="YAML file of settings; options override it")
-    hints = get_type_hints(kind)
-    for f in fields(kind):
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
-        shown = "" if default in (None, "", [], {}) else f" (default: {default})"
-        text = (f.metadata["help"] + shown).replace("%", "%%")
-        parser.add_argument(
-            "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **_argument(hints[f.name])
-        )
-
-
-def _argument(hint: Any) -> dict[str, Any]:
-    """What argparse needs for a type."""
-    options = [a for a in _options(hint) if a is not type(None)]
-    first = options[0]
-    if first is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if get_origin(first) is list:
-        return {"nargs": "+", "type": get_args(first)[0]}
-    if get_origin(first) is dict:
-        return {"type": _json, "metavar": "JSON"}
-    if get_origin(first) is Literal:
-        return {"choices": get_args(first)}
-    return {} if first is Any else {"type": first}
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); e.g. '{{\"height\": 64}}'") from None
-
-
-def _options(hint: Any) -> Sequence[Any]:
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    for kind in _options(hint):
-        origin = get_origin(kind)
-        if (
-            kind is Any
-            or (origin is Literal and value in get_args(kind))
-            or (origin is list and isinstance(value, list) and all(_fits(v, get_args(kind)[0]) for v in value))
-            or (origin is dict and isinstance(value, dict))
-            or (kind is float and isinstance(value, (int, float)) and not isinstance(value, bool))
-            or (origin is None and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)))
-        ):
-            return True
-    return False
-
-
-def _name(hint: Any) -> str:
-    return " or ".join(
-        " or ".join(map(repr, get_args(k))) if get_origin(k) is Literal else "null" if k is type(None) else
-        getattr(k, "__name__", str(k)) if get_origin(k) is None else str(k)
-        for k in _options(hint)
-    )  # fmt: skip
-
-
-def _help(name: str) -> str:
-    return next(f.metadata["help"] for f in fields(DistillConfig) if f.name == name)

@@ -30,13 +30,14 @@ import torch
 from torch import Tensor
 
 from ..core.table import InvalidSolverError
+from ..pipelines.pairs import Pairs
+from ..pipelines.precision import PRECISIONS, autocast
+from ..pipelines.processes import is_main, share, total
+from ..pipelines.replay import Replay, Tape
+from ..pipelines.rollout import denoisers, sample
 from .config import LearningConfig
 from .losses import Loss, residuals_of
-from .pairs import Pairs
-from .processes import is_main, share, total
-from .progress import PRECISIONS, Progress, Term, autocast
-from .replay import Replay, Tape
-from .rollout import denoisers, sample
+from .progress import Progress, Term
 from .student import Student
 
 # Step of the differences: wide enough to stand out of the rounding of the network's outputs, and to average over the

@@ -11,13 +11,14 @@ import torch
 import yaml
 
 from ..artifact import markdown
+from ..pipelines.memory import peak_bytes
+from ..pipelines.pairs import Pairs
+from ..pipelines.precision import autocast
+from ..pipelines.processes import is_main, share
+from ..pipelines.rollout import frozen, sample
 from .config import OPTIMIZERS
-from .memory import peak_bytes
-from .pairs import Pairs
-from .processes import is_main, share
-from .rollout import frozen, sample
 from .student import ContinuousStudent, LiftStudent, Student, TableStudent
-from .train import autocast, batch_loss, initial_continuous
+from .train import batch_loss, initial_continuous
 
 if TYPE_CHECKING:
     from .run import Task

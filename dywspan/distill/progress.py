@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,16 +12,16 @@ import torch
 from tqdm.auto import tqdm
 
 from ..core.table import InvalidSolverError
+from ..pipelines.pairs import Pairs, Source, shuffled
+from ..pipelines.precision import autocast
+from ..pipelines.processes import in_turn, is_main, total
+from ..pipelines.replay import Meter
+from ..pipelines.rollout import sample
 from .checkpoints import Checkpoints
 from .config import LearningConfig
 from .losses import Loss, latent_mse
-from .pairs import Pairs, Source, shuffled
-from .processes import in_turn, is_main, total
-from .replay import Meter
-from .rollout import sample
 from .student import Student
 
-PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Log = Callable[[Mapping[str, float], int], None]
 # What is counted, in denoiser evaluations: a backward pass takes two. Teacher pairs made while learning are "fresh".
 WORTH = {"fresh": 1, "student": 1, "jacobian": 1, "backward": 2, "held_out": 1}
@@ -60,12 +59,6 @@ class Term:
     def source(self, seed: int) -> Source:
         """Its pairs without end: shuffled anew each time through, or made when they are asked for."""
         return shuffled(self.train, seed) if isinstance(self.train, Pairs) else self.train
-
-
-def autocast(pipe: Any, precision: str | None) -> AbstractContextManager[Any]:
-    """The pipeline computes in this precision within: "no", "bf16" or "fp16"."""
-    dtype = PRECISIONS[precision or "no"]
-    return torch.autocast(pipe.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 @torch.no_grad()

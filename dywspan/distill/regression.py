@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ..core.continuous import FEATURES, ContinuousTable, differences, features
 from ..core.table import SolverTable
+from ..pipelines.pairs import Pairs
+from ..pipelines.precision import autocast
+from ..pipelines.processes import in_turn, total
+from ..pipelines.rollout import sample
 from ..schedulers.dyweight import DyWeightScheduler
-from .pairs import Pairs
-from .processes import in_turn, total
-from .progress import autocast
-from .rollout import sample
 
 
 @dataclass(frozen=True)

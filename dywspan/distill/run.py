@@ -11,30 +11,34 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
+from ..artifact import provenances, steps_of
 from ..core.bases import BASES, multistep
 from ..core.layout import LAYOUTS, Packed
 from ..core.operator import make_operator
 from ..core.prediction import Flow
+from ..pipelines.embeddings import remembered_prompts
+from ..pipelines.hashes import digest, fingerprint
+from ..pipelines.inputs import check_call
+from ..pipelines.pairs import UNWRITABLE, Pairs, Source, common_path, ends, fresh, make_pairs
+from ..pipelines.processes import is_main, share, wait
+from ..pipelines.rollout import Inputs, blocks, denoisers, load_pipeline, sample, set_timesteps
+from ..pipelines.teacher import Teacher, find_teacher
 from ..schedulers.apply import load
 from ..schedulers.bind import bind, guidance_argument, guidance_scale
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.hosts import different_networks
 from ..schedulers.spanlift import BASE, SpanLiftScheduler, different_bases
-from .card import Images, draw_samples, provenances, sample_images, steps_of, write_card
+from .card import Images, draw_samples, sample_images, write_card
 from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, DistillConfig
-from .embeddings import remembered_prompts
-from .inputs import check_call, split_inputs
 from .losses import Loss, make_loss, residuals_of
-from .pairs import UNWRITABLE, Pairs, Source, Teacher, common_path, digest, ends, fingerprint, fresh, make_pairs
 from .plan import print_plan
-from .processes import is_main, share, wait
-from .rollout import Inputs, blocks, denoisers, load_pipeline, sample
-from .student import gone_on_with, set_timesteps
-from .train import Log, default_grid, distill, distill_continuous, distill_lift, initial_continuous, initial_table
+from .progress import Log
+from .split import split_inputs
+from .student import gone_on_with
+from .train import default_grid, distill, distill_continuous, distill_lift, initial_continuous, initial_table
 
 # Three ranges of seeds that never meet: a demo's or user's small ones, held-out pairs, training pairs.
 HELD_OUT_SEED, TRAIN_SEED = 10**6, 2 * 10**6
@@ -123,7 +127,8 @@ def prepare(config: DistillConfig, device: torch.device | str = "cpu") -> Task:
             raise ValueError(f"base and output are both {config.output}: a killed run could not go on from its base.")
         size = base.config["operator"]
         config = replace(config, layout=base.config["layout"], order=size["order"], operator=dict(size))
-    teacher, model = find_teacher(config, pipe), fingerprint(pipe)
+    teacher = find_teacher(pipe, config.teacher, config.teacher_steps, config.teacher_order, config.teacher_grid)
+    model = fingerprint(pipe)
     size: Any = config.latent_size and tuple(config.latent_size)
     loss = make_loss(pipe, config.loss, config.features, config.latent_weight, config.layout, size)
     if config.optimizer not in OPTIMIZERS:
@@ -402,26 +407,6 @@ def _check_model(existing: DyWeightScheduler, new: DyWeightScheduler, config: Di
             f"{config.output} holds solvers of another pipeline, or of its former scheduler: {wrong}. Choose another "
             "output."
         )
-
-
-def find_teacher(config: DistillConfig, pipe: Any) -> Teacher:
-    """A base solver or any diffusers scheduler; a grid that ends above zero gets a last evaluation that denoises."""
-    name, steps = config.teacher, config.teacher_steps
-    if name not in BASES:
-        kind = getattr(diffusers, name, None)
-        if kind is None or not name.endswith("Scheduler"):
-            raise ValueError(
-                f"Unknown teacher {name!r}: use one of {sorted(BASES)}, or the name of a diffusers scheduler."
-            )
-        return Teacher(kind.from_config(pipe.scheduler.config), steps)
-    solver = {"solver": name, "solver_order": config.teacher_order}
-    scheduler = DyWeightScheduler.from_config(pipe.scheduler, grid=config.teacher_grid, **solver)
-    set_timesteps(scheduler, steps)
-    assert scheduler.plan is not None and scheduler.request is not None
-    if float(scheduler.plan.schedule.levels[-1]) == 0:
-        return Teacher(scheduler, steps)
-    grid = {"sigmas": [*scheduler.request.levels(config.teacher_grid).tolist(), 0.0]}
-    return Teacher(DyWeightScheduler.from_config(pipe.scheduler, grid=grid, **solver), steps + 1)
 
 
 def _path_teacher(task: Task, steps: int, substeps: int) -> Teacher:

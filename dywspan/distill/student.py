@@ -16,14 +16,10 @@ from ..core.continuous import ContinuousLift, ContinuousTable, guided
 from ..core.layout import LAYOUTS
 from ..core.operator import Lift
 from ..core.table import SolverTable
+from ..pipelines.rollout import set_timesteps
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.sources import ContinuousSource, Request
 from ..schedulers.spanlift import SpanLiftScheduler
-
-
-def set_timesteps(scheduler: DyWeightScheduler, steps: int) -> None:
-    """Outside a pipeline's call, where only the number of steps matters: any resolution's shift will do."""
-    scheduler.set_timesteps(steps, mu=1.0 if scheduler.config.get("use_dynamic_shifting") else None)
 
 
 class Student(ABC):

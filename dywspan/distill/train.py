@@ -17,6 +17,11 @@ from torch.nn.functional import mse_loss
 from ..core.continuous import ContinuousTable, guided
 from ..core.prediction import EDM, Flow
 from ..core.table import SolverTable
+from ..pipelines.pairs import Pairs, Source, common_path
+from ..pipelines.precision import autocast
+from ..pipelines.processes import share, total
+from ..pipelines.rollout import frozen, sample
+from ..pipelines.teacher import Teacher
 from ..schedulers.bind import bind, guidance_scale
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import SpanLiftScheduler
@@ -25,11 +30,8 @@ from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, LearningConfig
 from .least_squares import fit_least_squares
 from .losses import Loss, latent_mse
-from .pairs import Pairs, Source, Teacher, common_path
-from .processes import share, total
-from .progress import Log, Progress, Term, autocast
+from .progress import Log, Progress, Term
 from .regression import regress, regress_continuous
-from .rollout import frozen, sample
 from .student import ContinuousStudent, LiftStudent, Student, TableStudent
 
 

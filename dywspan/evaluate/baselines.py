@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..artifact import for_every_count
 from ..core.prediction import EDM, Flow, Prediction
-from ..distill.pairs import Teacher, digest
-from ..distill.rollout import denoisers, sample
+from ..pipelines.hashes import digest
+from ..pipelines.rollout import denoisers, sample
+from ..pipelines.teacher import Teacher
 from ..published import neuralsolver_tables
 from ..schedulers.apply import load
 from ..schedulers.dyweight import DyWeightScheduler

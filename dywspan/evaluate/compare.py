@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..distill.losses import decode, encoder, feature_distance
-from ..distill.pairs import Pairs
-from ..distill.rollout import sample
+from ..pipelines.decode import decode
+from ..pipelines.features import encoder, feature_distance
+from ..pipelines.pairs import Pairs
+from ..pipelines.rollout import sample
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Result:
     Attributes:
         nfe: network evaluations (calls of the guided denoiser).
         latent_mse: mean squared error of the endpoints to the reference's, over all samples.
-        feature_distance: of the decoded images to the reference's, see :func:`dywspan.distill.losses.encoder`.
+        feature_distance: of the decoded images to the reference's, see :func:`dywspan.pipelines.features.encoder`.
         seconds_per_image: wall time of the whole pipeline call, decoding included.
         errors: squared error of each sample's endpoint.
         images: decoded images, PIL.

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..distill.losses import Features, find_features
+from ..pipelines.features import Features, find_features
 from .statistics import Metric, Sample
 
 Images = Callable[[], Iterator[tuple[str, Image.Image]]]  # names and images, as often as called
@@ -145,8 +145,8 @@ def fid(
         reference: a directory of images; an .npz file, see :meth:`Moments.load`; a dataset, as
             ``datasets.load_dataset`` takes it; moments, or features (N, D), of this network; None for the reference
             solver's images from the same noise, whose features are kept beside.
-        features: by name, see :func:`dywspan.distill.losses.find_features`, or itself. Of several maps the last counts,
-            averaged over positions.
+        features: by name, see :func:`dywspan.pipelines.features.find_features`, or itself. Of several maps the last
+            counts, averaged over positions.
         size: pixels to which the reference's images are resized and cropped, bicubic; None to take them as they are.
         split, column: of the dataset.
         batch_size: for the reference's features.

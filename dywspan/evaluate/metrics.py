@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distill.losses import Features, feature_distance, find_features
-from ..distill.losses import lpips as lpips_features
+from ..pipelines.features import Features, feature_distance, find_features
+from ..pipelines.features import lpips as lpips_features
 from .frechet import fid
 from .rewards import clip_score, hps, image_reward
-from .statistics import Metric, Sample, interval
-
-__all__ = ["METRICS", "Metric", "Sample", "interval"]
+from .statistics import Metric, Sample
 
 
 def latent_mse(pipe: Any = None) -> Metric:
@@ -41,10 +39,10 @@ def psnr(pipe: Any = None) -> Metric:
 
 
 def image_distance(pipe: Any, features: str | Features = "encoder") -> Metric:
-    """Distance of each image's features to the reference's, see :func:`dywspan.distill.losses.feature_distance`.
+    """Distance of each image's features to the reference's, see :func:`dywspan.pipelines.features.feature_distance`.
 
     Args:
-        features: by name, see :func:`dywspan.distill.losses.find_features`, or itself.
+        features: by name, see :func:`dywspan.pipelines.features.find_features`, or itself.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: the network is unknown, its weights or its package are missing.

@@ -5,132 +5,39 @@ noise(seed_i), prompt_i -> solver at N evaluations -> image_i -> rows of each me
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor
 
-from ..artifact import for_every_count, write_atomically
-from ..core.layout import LAYOUTS, Packed, Size
-from ..distill.card import steps_of
-from ..distill.config import check_types, option
-from ..distill.embeddings import remembered_prompts
-from ..distill.inputs import check_call, read_inputs
-from ..distill.losses import decode
-from ..distill.pairs import Pairs, Teacher, digest, fingerprint, make_pairs
-from ..distill.processes import device, is_main
-from ..distill.progress import autocast
-from ..distill.rollout import Inputs, load_pipeline, sample
-from ..distill.run import find_teacher
-from ..schedulers.bind import bind, guidance_argument
-from .baselines import BASELINES, Cell, begin, find_solvers, make_cells
+from ..artifact import for_every_count, steps_of, write_atomically
+from ..core.layout import Size
+from ..pipelines.decode import to_images
+from ..pipelines.embeddings import remembered_prompts
+from ..pipelines.hashes import digest, fingerprint
+from ..pipelines.inputs import read_inputs
+from ..pipelines.pairs import Pairs, make_pairs
+from ..pipelines.precision import autocast
+from ..pipelines.processes import device, is_main
+from ..pipelines.rollout import Inputs, load_pipeline, sample
+from ..pipelines.teacher import Teacher
+from .config import QualityConfig
 from .images import find_images, read_image
-from .metrics import METRICS, Metric, Sample
 from .report import draw_samples, file_stem, plots, table, write_results
 from .rows import measure
-from .statistics import numbers
+from .statistics import Metric, Sample, numbers
+from .task import Task, make_metrics, prepare, sample_fields
 
 KEPT = 2**30  # bytes of decoded reference images
 
 
-@dataclass(frozen=True)
-class QualityConfig:
-    """A whole evaluation; every field is explained by ``dywspan eval --help``."""
-
-    model: str = option("", "pipeline: a directory or a Hub id")
-    revision: str | None = option(None, "of the model on the Hub")
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of the pipeline's weights")
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "of the solvers' evaluations, not of the reference's")
-    call: dict[str, Any] = option({}, 'arguments of the pipeline\'s call, e.g. {"height": 512, "guidance_scale": 4.5}')
-    guidance_scale: float | None = option(None, "short for call.guidance_scale")
-    variants: dict[str, Any] = option(
-        {}, 'changes of call by name, each compared alone: {"guidance 7": {"guidance_scale": 7}, ...}'
-    )
-
-    prompts: str | list | None = option(
-        None, "file (.txt, .jsonl, .csv), a dataset's name, or a list; none for unconditional models"
-    )
-    prompt_column: str | None = option(None, "of a dataset or file; default 'prompt'")
-    prompt_split: str = option("train", "split of the dataset")
-    samples: int = option(1000, "images a number is measured on")
-    repeat_prompts: bool = option(False, "go through the prompts again, with new noise, where samples are more")
-    seed: int = option(0, "of the first sample's noise; each has its own, the next number")
-
-    solvers: list[str] = option(["all"], f"all that fit, or some of: {', '.join(BASELINES)}; and artefacts")
-    steps: list[int] = option([5], "numbers of guided evaluations (NFE) to compare at")
-    metrics: list[str] = option(["latent_mse"], f"of: {', '.join(METRICS)}")
-    metric_options: dict[str, Any] = option({}, 'by metric, e.g. {"fid": {"reference": "coco/val2014"}}')
-    base: str | None = option(None, "solver whose distance to the reference is the gap that others close a share of")
-
-    teacher: str = option("ipndm", "of the reference: a base solver, or a diffusers scheduler's class name")
-    teacher_steps: int = option(50, "of the reference; network evaluations, but for two-stage solvers")
-    teacher_order: int = option(2, "of a base solver as reference")
-    teacher_grid: dict[str, Any] | None = option(None, "of a base solver as reference; the pipeline's own by default")
-    layout: str = option("image", f"of the latents, for decoding: {', '.join(sorted(LAYOUTS))}")
-    latent_size: list[int] | None = option(None, "height and width of packed latents that are no square")
-
-    images: str | None = option(None, "directory of images to measure, instead of sampling")
-    batch_size: int = option(16, "images at a time, and in one file of the cache")
-    cache: str | None = option(None, "directory of what is finished, to share between runs; default: beside output")
-    output: str = option("evaluation.json", "results; the same command continues a run that was stopped")
-    pictures: str | None = option(None, "directory for plots of every metric over NFE")
-    picture_steps: list[int] = option([], "numbers of evaluations to draw samples at, one solver a row")
-    columns: int = option(8, "samples a picture shows")
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if not self.model and self.images is None:
-            raise ValueError("model is missing: name a pipeline (a directory or a Hub id), or give images to measure.")
-        for name, least in {
-            "samples": 2,
-            "batch_size": 1,
-            "columns": 1,
-            "teacher_steps": 1,
-            "teacher_order": 1,
-        }.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
-        for name in ("steps", "solvers", "metrics"):
-            if len(set(values := getattr(self, name))) < max(1, len(values)):
-                raise ValueError(f"{name}={values} must name at least one, and each once.")
-        if min(self.steps) < 1 or max(self.steps) > self.teacher_steps:
-            raise ValueError(f"steps={self.steps} must lie between 1 and the reference's {self.teacher_steps}.")
-        for name in {*self.metrics, *self.metric_options} - {*METRICS}:
-            raise ValueError(f"Unknown metric {name!r}{_nearest(name, METRICS)}")
-        if unknown := {*self.picture_steps} - {*self.steps}:
-            raise ValueError(f"picture_steps {sorted(unknown)} are not among steps={self.steps}.")
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"Unknown layout {self.layout!r}{_nearest(self.layout, LAYOUTS)}")
-        if wrong := {name: v for name, v in self.variants.items() if not isinstance(v, Mapping)}:
-            raise ValueError(f"variants={wrong} must be arguments of the call by name: {{name: {{argument: value}}}}.")
-
-    @property
-    def calls(self) -> dict[str, dict[str, Any]]:
-        """Arguments of the pipeline's call by variant; without variants, of the one named ""."""
-        return {name: {**self.call, **own} for name, own in (self.variants or {"": {}}).items()}
-
-
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, known, 1, 0.5)
-    return f"; did you mean {near[0]!r}?" if near else f": use one of {sorted(known)}."
-
-
 # --------------------------------------------------------------------------------------------------------- one solver
-
-
-def to_images(pipe: Any, latents: Tensor, layout: str = "image", size: Size | None = None) -> Tensor:
-    """Decoded latents as a PNG would hold them: (B, 3, H, W) float32 in [0, 1], on 8-bit levels."""
-    pixels = decode(pipe, latents, layout, size)
-    return ((pixels + 1) * 127.5).round().clamp(0, 255) / 255
 
 
 @torch.no_grad()
@@ -162,7 +69,7 @@ def evaluate(
     Args:
         scheduler: what samples; None measures the reference itself.
         reference: the reference solver's endpoints for these inputs and seeds, where a metric needs them.
-        layout, size: of the latents, see :func:`dywspan.distill.losses.decode`.
+        layout, size: of the latents, see :func:`dywspan.pipelines.decode.decode`.
         precision: "no", "bf16" or "fp16": autocast of the solver's evaluations.
         solver: all that determines the solver's endpoints; the scheduler's configuration by default.
         model: what stands for the pipeline in the hash; a fingerprint of its weights by default.
@@ -214,132 +121,6 @@ def evaluate(
 
 
 # ------------------------------------------------------------------------------------------------------------ a run
-
-
-@dataclass(frozen=True)
-class Task:
-    """All an evaluation needs, checked, before anything is computed.
-
-    Attributes:
-        cells: what is compared, by cost and then by solver.
-        notes: which cells stay empty, and why.
-        model: hash of the pipeline's weights.
-    """
-
-    config: QualityConfig
-    pipe: Any
-    inputs: Inputs
-    teacher: Teacher
-    metrics: Sequence[Metric]
-    cells: Sequence[Cell]
-    notes: Sequence[str]
-    model: str
-
-    @property
-    def seeds(self) -> range:
-        return range(self.config.seed, self.config.seed + self.config.samples)
-
-    @property
-    def cache(self) -> Path:
-        return _cache(self.config)
-
-
-def _cache(config: QualityConfig) -> Path:
-    return Path(config.cache or Path(config.output).parent / "evaluation-cache")
-
-
-def prepare(config: QualityConfig, device: torch.device | str = "cpu") -> Task:
-    """Load what ``config`` names and find whatever is wrong with it.
-
-    Raises:
-        ValueError, OSError, ModuleNotFoundError: settings that cannot work, files that cannot be read.
-    """
-    solvers = find_solvers(config.solvers)
-    if config.base is not None and config.base not in [solver.name for solver in solvers]:
-        raise ValueError(
-            f"base={config.base!r} is not among the solvers{_nearest(config.base, [s.name for s in solvers])}"
-        )
-    inputs = _inputs(config)
-    pipe = load_pipeline(config.model, getattr(torch, config.dtype), device, config.revision)
-    if isinstance(LAYOUTS[config.layout], Packed) or guidance_argument(pipe) is not None:
-        with suppress(TypeError):  # it cannot be told: that counts where it must be, and is said there
-            bind(pipe)
-    for call in config.calls.values():
-        check_call(pipe, inputs, call)
-    metrics = make_metrics(config, pipe, {"latents", "reference_images", "reference_latents", *_fields(inputs)})
-    teacher, model = find_teacher(config, pipe), fingerprint(pipe)  # type: ignore[arg-type]
-    first = next(iter(config.calls.values()))
-    cells: list[Cell] = []
-    notes: list[str] = []
-    with remembered_prompts(pipe, _cache(config) / "prompts", model):
-        begin(pipe, teacher.scheduler, teacher.num_inference_steps, inputs[0], first)
-        for solver in solvers:
-            made, refused = make_cells(pipe, solver, sorted(config.steps), inputs[0], first)
-            if not made and (solver.name in config.solvers or solver.learned):
-                raise ValueError(f"{refused[0]}. Drop it from solvers, or change steps={config.steps}.")
-            cells += made
-            notes += refused if made else []  # of "all", those that never fit are nobody's business
-        if cells and (config.picture_steps or any("latents" not in m.needs for m in metrics)):
-            _check_decoding(pipe, config, cells[0], inputs[0], first)
-    order = sorted(cells, key=lambda cell: cell.nfe)  # stable: solvers stay in their order
-    return Task(config, pipe, inputs, teacher, metrics, order, notes, model)
-
-
-@torch.no_grad()
-def _check_decoding(
-    pipe: Any, config: QualityConfig, cell: Cell, own: Mapping[str, Any], call: Mapping[str, Any]
-) -> None:
-    """One sample can be decoded.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    latents, _ = sample(pipe, cell.scheduler, cell.num_inference_steps, [own], [0], call)
-    size: Any = config.latent_size and tuple(config.latent_size)
-    try:
-        to_images(pipe, latents.float(), config.layout, size)
-    except ValueError as error:
-        raise ValueError(f"layout={config.layout!r} is not that of {type(pipe).__name__}: {error}") from None
-
-
-def _inputs(config: QualityConfig) -> Inputs:
-    inputs = read_inputs(config.prompts, config.prompt_column, config.prompt_split, config.samples)
-    if inputs is None:
-        return [{}] * config.samples
-    if len(inputs) < config.samples and not config.repeat_prompts:
-        raise ValueError(
-            f"prompts={config.prompts!r} has {len(inputs)} prompts, samples={config.samples} are needed: lower "
-            "samples, or set repeat_prompts, which goes through them again with new noise."
-        )
-    if any(own.keys() != inputs[0].keys() for own in inputs):
-        raise ValueError(f"All samples must have the same arguments as the first, {sorted(inputs[0])}.")
-    return [inputs[i % len(inputs)] for i in range(config.samples)]
-
-
-def _fields(inputs: Inputs | None) -> set[str]:
-    return {"prompts"} if inputs and "prompt" in inputs[0] else set()
-
-
-def make_metrics(config: QualityConfig, pipe: Any, given: set[str]) -> list[Metric]:
-    """Every metric, its networks loaded.
-
-    Args:
-        given: what samples will have, of the fields of :class:`Sample`.
-
-    Raises:
-        ValueError: options that a metric does not take, or samples without what it needs.
-        OSError, ModuleNotFoundError: weights or packages are missing.
-    """
-    metrics = []
-    for name in config.metrics:
-        options, known = config.metric_options.get(name, {}), inspect.signature(METRICS[name]).parameters
-        if unknown := sorted({*options} - {*known}):
-            raise ValueError(f"metric_options: {name} does not take {unknown}: it takes {sorted({*known} - {'pipe'})}.")
-        metric = METRICS[name](pipe, **options)
-        if missing := sorted({*metric.needs} - given):
-            raise ValueError(f"{name} needs {missing}, which these samples have not: drop the metric, or give them.")
-        metrics.append(metric)
-    return metrics
 
 
 def run(config: QualityConfig) -> dict[str, Any]:
@@ -508,7 +289,7 @@ def _measure_directory(config: QualityConfig) -> dict[str, Any]:
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = load_pipeline(config.model, getattr(torch, config.dtype), device, config.revision) if config.model else None
-    metrics = make_metrics(config, pipe, _fields(inputs))
+    metrics = make_metrics(config, pipe, sample_fields(inputs))
     parts = [slice(i, i + config.batch_size) for i in range(0, len(files), config.batch_size)]
 
     def make(j: int) -> Sample:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
-from ..distill.losses import _weights
+from ..pipelines.weights import weights_for
 from .statistics import Metric, Sample
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
@@ -290,7 +290,7 @@ def _file(metric: str, weights: str | Path | None, repo: str, name: str) -> Path
 def _to_be_had(metric: str, repo: str, name: str) -> Iterator[None]:
     """A file from the cache, or from a Hub that answers at once."""
     try:
-        with _weights(metric, repo=repo):
+        with weights_for(metric, repo=repo):
             yield
     except OSError as error:
         raise OSError(

@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..artifact import write_atomically
-from ..distill.pairs import digest
-from ..distill.processes import in_turn, is_main, wait
-from .metrics import Metric, Sample
+from ..pipelines.hashes import digest
+from ..pipelines.processes import in_turn, is_main, wait
+from .statistics import Metric, Sample
 
 
 def measure(

@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .config import DistillConfig
 from .rollout import Inputs
 
 
@@ -101,35 +100,6 @@ def _arguments(row: Any, column: str | None, source: Any) -> Mapping[str, Any]:
     return {"prompt": row[column]}
 
 
-def split_inputs(config: DistillConfig) -> tuple[Inputs, Inputs]:
-    """Training and held-out inputs, which share no line.
-
-    Raises:
-        ValueError, OSError: they cannot be read, or are fewer than are needed.
-    """
-    column, split, apart = config.prompt_column, config.prompt_split, config.held_out_prompts is not None
-    needed = {"prompts": config.pairs + (0 if apart else config.held_out), "held_out_prompts": config.held_out * apart}
-    read: list[Inputs] = []
-    for name, count in needed.items():
-        inputs = read_inputs(getattr(config, name), column, split, count)
-        if inputs is None:
-            inputs = [{}] * count
-        if len(inputs) < count:
-            raise ValueError(
-                f"{name}={getattr(config, name)!r} has {len(inputs)} prompts, {count} are needed: add some, or lower "
-                f"pairs={config.pairs} or held_out={config.held_out}."
-            )
-        read.append(inputs)
-    first = read[0][0]
-    for own in (*read[0], *read[1]):
-        if own.keys() != first.keys():
-            raise ValueError(
-                f"All samples must have the same arguments: some have {sorted(first)}, some {sorted(own)}."
-            )
-    training, held_out = read[0][: config.pairs], read[1] if apart else read[0][config.pairs :]
-    return training, held_out
-
-
 def check_call(pipe: Any, inputs: Inputs, call: Mapping[str, Any]) -> None:
     """The pipeline takes these arguments.
 
@@ -145,3 +115,16 @@ def check_call(pipe: Any, inputs: Inputs, call: Mapping[str, Any]) -> None:
     needed = {k for k, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD} - {"self"}
     if missing := sorted(needed - taken - {*given}):
         raise ValueError(f"{type(pipe).__name__} needs {missing}: set prompts to a file, a dataset or a list of them.")
+
+
+def check_sampling(config: Any) -> None:
+    """Two settings that all who sample have; ``guidance_scale`` becomes the argument of the call it is short for.
+
+    Raises:
+        ValueError: ``latent_size`` is not a height and a width.
+    """
+    if config.latent_size is not None and len(config.latent_size) != 2:
+        raise ValueError(f"latent_size={config.latent_size} must be height and width of the latent, in this order.")
+    if config.guidance_scale is not None:
+        object.__setattr__(config, "call", {**config.call, "guidance_scale": config.guidance_scale})
+        object.__setattr__(config, "guidance_scale", None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -15,53 +14,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..artifact import write_atomically
+from .hashes import checksum, digest, fingerprint
 from .processes import in_turn, is_main, wait
-from .rollout import Inputs, sample
+from .rollout import Inputs
+from .teacher import Teacher
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A scheduler and its number of steps: what students are compared with.
-
-    Attributes:
-        scheduler: any diffusers or dywspan scheduler that integrates the ODE.
-        num_inference_steps: M, much more than any student's.
-        substeps: also keep the state after every so many steps, for path supervision; 0: the end only.
-    """
-
-    scheduler: Any
-    num_inference_steps: int
-    substeps: int = 0
-
-    def summary(self) -> dict[str, Any]:
-        """What a reader wants to know of it."""
-        known = {k: self.scheduler.config[k] for k in ("solver", "solver_order", "grid") if k in self.scheduler.config}
-        return {"scheduler": type(self.scheduler).__name__, "steps": self.num_inference_steps, **known}
-
-    def describe(self) -> dict[str, Any]:
-        """All that determines its endpoints; a setting that is None counts as left out, as older versions have it."""
-        own = self.scheduler.config.items()
-        config = {k: v for k, v in own if not k.startswith("_") and k != "dywspan_version" and v is not None}
-        name, steps = type(self.scheduler).__name__, self.num_inference_steps
-        return {"class": name, "steps": steps, "substeps": self.substeps, "config": config}
-
-    @torch.no_grad()
-    def endpoints(self, pipe: Any, inputs: Inputs, seeds: Sequence[int], call: Mapping[str, Any]) -> Tensor:
-        """(B, ...) float32 on the CPU; with ``substeps`` (B, N, ...), the states of a path in the solver frame."""
-        path: list[Tensor] = []
-
-        def watch(i: int, prev_sample: Tensor) -> None:
-            if self.substeps and (i + 1) % self.substeps == 0:
-                path.append(self.scheduler.plan.state_after(i, prev_sample).float().cpu())
-
-        end, _ = sample(pipe, self.scheduler, self.num_inference_steps, inputs, seeds, call, watch=watch)
-        return torch.stack([*path[:-1], end.float().cpu()], 1) if path else end.float().cpu()
 
 
 @dataclass(frozen=True)
@@ -207,7 +169,7 @@ def make_pairs(
                 j = missing[turn]
                 targets = teacher.endpoints(pipe, inputs[batches[j]], seeds[batches[j]], call).contiguous()
                 if is_mine:
-                    write_atomically(files[j], save({"targets": targets}, metadata={"sha256": _checksum(targets)}))
+                    write_atomically(files[j], save({"targets": targets}, metadata={"sha256": checksum(targets)}))
                 progress.update(min(len(missing), turn + 1) + done - progress.n)
     except OSError as error:
         if error.errno not in UNWRITABLE:
@@ -226,43 +188,16 @@ def make_pairs(
     return Pairs(inputs, seeds, Rows(files, batch_size), is_path)
 
 
-def fingerprint(pipe: Any) -> str:
-    """A hash of the pipeline's networks: names, shapes, types and the first numbers of every tensor.
-
-    Unlike a path or a name it changes when the weights do, and only then.
-    """
-    digest = hashlib.sha256()
-    for name, module in sorted(pipe.components.items()):
-        for key, value in module.state_dict().items() if isinstance(module, nn.Module) else ():
-            digest.update(f"{name}.{key} {tuple(value.shape)} {value.dtype}".encode())
-            if value.device.type != "meta" and value.numel():
-                digest.update(value.detach().flatten()[:8].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _is_whole(file: Path) -> bool:
     """Whether a file of the cache holds what was written; says so if it is there and does not."""
     if not file.exists():
         return False
     try:
         with safe_open(file, "pt") as opened:
-            if (opened.metadata() or {}).get("sha256") == _checksum(opened.get_tensor("targets")):
+            if (opened.metadata() or {}).get("sha256") == checksum(opened.get_tensor("targets")):
                 return True
     except (SafetensorError, OSError, KeyError):
         pass
     if is_main():
         print(f"{file} is damaged: it is made again.")
     return False
-
-
-def _checksum(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def digest(key: Any) -> str:
-    """A short hash of anything JSON can hold, and of tensors, whose text leaves most of their numbers out."""
-
-    def text(value: Any) -> str:
-        return f"{value.dtype} {tuple(value.shape)} {_checksum(value)}" if isinstance(value, Tensor) else str(value)
-
-    return hashlib.sha256(json.dumps(key, sort_keys=True, default=text).encode()).hexdigest()[:16]

@@ -17,12 +17,12 @@ from ..core.table import SolverTable
 from ..distill.config import LearningConfig
 from ..distill.least_squares import Problem
 from ..distill.losses import latent_mse
-from ..distill.memory import peak_bytes
-from ..distill.pairs import Pairs
 from ..distill.progress import Term
-from ..distill.rollout import frozen, load_pipeline, sample
 from ..distill.student import LiftStudent, Student, TableStudent
 from ..distill.train import default_grid
+from ..pipelines.memory import peak_bytes
+from ..pipelines.pairs import Pairs
+from ..pipelines.rollout import frozen, load_pipeline, sample
 from ..schedulers.dyweight import DyWeightScheduler
 
 STEPS = (3, 9)

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..distill.card import provenances
-from ..distill.config import DistillConfig, make_config
-from ..distill.inputs import split_inputs
-from ..distill.pairs import digest
+from ..artifact import provenances
+from ..distill.config import DistillConfig
 from ..distill.progress import WORTH
 from ..distill.run import run
+from ..distill.split import split_inputs
+from ..pipelines.hashes import digest
+from ..settings import make_config
 
 # What one is spent on, and the counts of a provenance that it is made of.
 PARTS = {
@@ -55,7 +56,7 @@ def learning_cost(paths: Sequence[str | os.PathLike[str]], **overrides: Any) -> 
     Raises:
         ValueError, OSError: settings that cannot work, or whose errors cannot be compared.
     """
-    configs = {Path(path).name: make_config({**overrides, "config": path}) for path in paths}
+    configs = {Path(path).name: make_config({**overrides, "config": path}, DistillConfig) for path in paths}
     _check(configs, len(paths))
     rows = [row for name, config in configs.items() for row in _rows(name, config)]
     for row in rows:

@@ -30,7 +30,7 @@ def remembered_prompts(pipe: Any, folder: Path, model: str) -> Iterator[PromptMe
     """Within, ``pipe.encode_prompt`` computes each prompt once and reads it from ``folder`` afterwards.
 
     Args:
-        model: stands for the pipeline in the files' names, see :func:`dywspan.distill.pairs.fingerprint`.
+        model: stands for the pipeline in the files' names, see :func:`dywspan.pipelines.hashes.fingerprint`.
     """
     if not hasattr(pipe, "encode_prompt"):
         yield None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..artifact import release
+from ..schedulers.dyweight import DyWeightScheduler
 
 
 def load_pipeline(
@@ -98,6 +99,11 @@ def rollout(
             "ends at the last step; use its text-to-image call, without strength or denoising_end."
         )
     return last, output
+
+
+def set_timesteps(scheduler: DyWeightScheduler, steps: int) -> None:
+    """Outside a pipeline's call, where only the number of steps matters: any resolution's shift will do."""
+    scheduler.set_timesteps(steps, mu=1.0 if scheduler.config.get("use_dynamic_shifting") else None)
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -1,0 +1,153 @@
+"""An evaluation made ready: everything loaded, and whatever is wrong found, before anything is computed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.layout import LAYOUTS, Packed
+from ..pipelines.decode import to_images
+from ..pipelines.embeddings import remembered_prompts
+from ..pipelines.hashes import fingerprint
+from ..pipelines.inputs import check_call, read_inputs
+from ..pipelines.rollout import Inputs, load_pipeline, sample
+from ..pipelines.teacher import Teacher, find_teacher
+from ..schedulers.bind import bind, guidance_argument
+from .baselines import Cell, begin, find_solvers, make_cells
+from .config import QualityConfig, nearest
+from .metrics import METRICS
+from .statistics import Metric
+
+
+@dataclass(frozen=True)
+class Task:
+    """All an evaluation needs, checked, before anything is computed.
+
+    Attributes:
+        cells: what is compared, by cost and then by solver.
+        notes: which cells stay empty, and why.
+        model: hash of the pipeline's weights.
+    """
+
+    config: QualityConfig
+    pipe: Any
+    inputs: Inputs
+    teacher: Teacher
+    metrics: Sequence[Metric]
+    cells: Sequence[Cell]
+    notes: Sequence[str]
+    model: str
+
+    @property
+    def seeds(self) -> range:
+        return range(self.config.seed, self.config.seed + self.config.samples)
+
+    @property
+    def cache(self) -> Path:
+        return _cache(self.config)
+
+
+def _cache(config: QualityConfig) -> Path:
+    return Path(config.cache or Path(config.output).parent / "evaluation-cache")
+
+
+def prepare(config: QualityConfig, device: torch.device | str = "cpu") -> Task:
+    """Load what ``config`` names and find whatever is wrong with it.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: settings that cannot work, files that cannot be read.
+    """
+    solvers = find_solvers(config.solvers)
+    if config.base is not None and config.base not in [solver.name for solver in solvers]:
+        raise ValueError(
+            f"base={config.base!r} is not among the solvers{nearest(config.base, [s.name for s in solvers])}"
+        )
+    inputs = _inputs(config)
+    pipe = load_pipeline(config.model, getattr(torch, config.dtype), device, config.revision)
+    if isinstance(LAYOUTS[config.layout], Packed) or guidance_argument(pipe) is not None:
+        with suppress(TypeError):  # it cannot be told: that counts where it must be, and is said there
+            bind(pipe)
+    for call in config.calls.values():
+        check_call(pipe, inputs, call)
+    metrics = make_metrics(config, pipe, {"latents", "reference_images", "reference_latents", *sample_fields(inputs)})
+    teacher = find_teacher(pipe, config.teacher, config.teacher_steps, config.teacher_order, config.teacher_grid)
+    model = fingerprint(pipe)
+    first = next(iter(config.calls.values()))
+    cells: list[Cell] = []
+    notes: list[str] = []
+    with remembered_prompts(pipe, _cache(config) / "prompts", model):
+        begin(pipe, teacher.scheduler, teacher.num_inference_steps, inputs[0], first)
+        for solver in solvers:
+            made, refused = make_cells(pipe, solver, sorted(config.steps), inputs[0], first)
+            if not made and (solver.name in config.solvers or solver.learned):
+                raise ValueError(f"{refused[0]}. Drop it from solvers, or change steps={config.steps}.")
+            cells += made
+            notes += refused if made else []  # of "all", those that never fit are nobody's business
+        if cells and (config.picture_steps or any("latents" not in m.needs for m in metrics)):
+            _check_decoding(pipe, config, cells[0], inputs[0], first)
+    order = sorted(cells, key=lambda cell: cell.nfe)  # stable: solvers stay in their order
+    return Task(config, pipe, inputs, teacher, metrics, order, notes, model)
+
+
+@torch.no_grad()
+def _check_decoding(
+    pipe: Any, config: QualityConfig, cell: Cell, own: Mapping[str, Any], call: Mapping[str, Any]
+) -> None:
+    """One sample can be decoded.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    latents, _ = sample(pipe, cell.scheduler, cell.num_inference_steps, [own], [0], call)
+    size: Any = config.latent_size and tuple(config.latent_size)
+    try:
+        to_images(pipe, latents.float(), config.layout, size)
+    except ValueError as error:
+        raise ValueError(f"layout={config.layout!r} is not that of {type(pipe).__name__}: {error}") from None
+
+
+def _inputs(config: QualityConfig) -> Inputs:
+    inputs = read_inputs(config.prompts, config.prompt_column, config.prompt_split, config.samples)
+    if inputs is None:
+        return [{}] * config.samples
+    if len(inputs) < config.samples and not config.repeat_prompts:
+        raise ValueError(
+            f"prompts={config.prompts!r} has {len(inputs)} prompts, samples={config.samples} are needed: lower "
+            "samples, or set repeat_prompts, which goes through them again with new noise."
+        )
+    if any(own.keys() != inputs[0].keys() for own in inputs):
+        raise ValueError(f"All samples must have the same arguments as the first, {sorted(inputs[0])}.")
+    return [inputs[i % len(inputs)] for i in range(config.samples)]
+
+
+def sample_fields(inputs: Inputs | None) -> set[str]:
+    """The fields of :class:`Sample` that inputs give."""
+    return {"prompts"} if inputs and "prompt" in inputs[0] else set()
+
+
+def make_metrics(config: QualityConfig, pipe: Any, given: set[str]) -> list[Metric]:
+    """Every metric, its networks loaded.
+
+    Args:
+        given: what samples will have, of the fields of :class:`Sample`.
+
+    Raises:
+        ValueError: options that a metric does not take, or samples without what it needs.
+        OSError, ModuleNotFoundError: weights or packages are missing.
+    """
+    metrics = []
+    for name in config.metrics:
+        options, known = config.metric_options.get(name, {}), inspect.signature(METRICS[name]).parameters
+        if unknown := sorted({*options} - {*known}):
+            raise ValueError(f"metric_options: {name} does not take {unknown}: it takes {sorted({*known} - {'pipe'})}.")
+        metric = METRICS[name](pipe, **options)
+        if missing := sorted({*metric.needs} - given):
+            raise ValueError(f"{name} needs {missing}, which these samples have not: drop the metric, or give them.")
+        metrics.append(metric)
+    return metrics

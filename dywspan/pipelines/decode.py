@@ -1,0 +1,83 @@
+"""Images of a pipeline's last latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.layout import LAYOUTS, Size
+
+
+def decode(pipe: Any, latents: Tensor, layout: str = "image", size: Size | None = None) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] of a pipeline's last latents, differentiable.
+
+        D(z * std / scaling_factor + mean), mean = the decoder's latents_mean or shift_factor
+
+    as diffusers' image pipelines do, but not clamped, so that every pixel has a gradient; and in one piece, whatever
+    slicing or tiling is switched on: tiles are blended. A pixel-space pipeline's sample is its image, clamped.
+
+    Args:
+        latents: the last sample, in ``layout``: images, or videos of one frame.
+        layout: of ``LAYOUTS``.
+        size: (height, width) of the unpacked latent, where packed tokens are not a square.
+
+    Raises:
+        ValueError: the latents are videos, or the pipeline has no decoder for them.
+    """
+    vae, z = find_vae(pipe), latents
+    if (norm := getattr(vae, "bn", None)) is not None:  # FLUX.2's statistics are those of packed channels
+        z = z.to(norm.running_mean.device) * (norm.running_var + norm.eps).sqrt() + norm.running_mean
+    try:
+        z = LAYOUTS[layout].to_grid(z, size)
+    except ValueError as error:
+        raise ValueError(f"{error} A loss is told by make_loss(..., layout=..., size=(height, width)).") from error
+    if len(z) != len(latents):
+        raise ValueError(f"{layout!r} latents {tuple(latents.shape)} are videos: use a loss on latents alone.")
+    if vae is None:
+        if z.shape[1] != 3:
+            raise ValueError(
+                f"{type(pipe).__name__} has no image decoder for {z.shape[1]} channels: use a latent loss."
+            )
+        return z.float().clamp(-1, 1)
+    config = vae.config
+    std, mean = config.get("latents_std") or 1.0, config.get("latents_mean") or config.get("shift_factor") or 0.0
+    std, mean = (torch.as_tensor(v, dtype=z.dtype, device=z.device).reshape(-1, 1, 1) for v in (std, mean))
+    z = (z * std / (config.get("scaling_factor") or 1.0) + mean).to(vae.device, vae.dtype)
+    with in_one_piece(vae):
+        if is_video(vae):
+            return vae.decode(z[:, :, None]).sample[:, :, 0].float()
+        # Convolutions keep this memory format, and are the faster for it: a quarter to a third on a CPU.
+        return vae.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()
+
+
+def to_images(pipe: Any, latents: Tensor, layout: str = "image", size: Size | None = None) -> Tensor:
+    """Decoded latents as a PNG would hold them: (B, 3, H, W) float32 in [0, 1], on 8-bit levels."""
+    pixels = decode(pipe, latents, layout, size)
+    return ((pixels + 1) * 127.5).round().clamp(0, 255) / 255
+
+
+def find_vae(pipe: Any) -> Any:
+    """The pipeline's autoencoder; None in pixel space."""
+    return getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
+
+
+def is_video(vae: nn.Module) -> bool:
+    """Whether it reads (B, C, T, H, W): QwenImage and Wan decode an image as a video of one frame."""
+    return any(isinstance(m, nn.Conv3d) for m in vae.modules())
+
+
+@contextmanager
+def in_one_piece(vae: nn.Module) -> Iterator[None]:
+    """Within, it neither slices nor tiles."""
+    on = [name for name in ("use_slicing", "use_tiling") if getattr(vae, name, False)]
+    for name in on:
+        setattr(vae, name, False)
+    try:
+        yield
+    finally:
+        for name in on:
+            setattr(vae, name, True)
