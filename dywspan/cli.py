@@ -98,7 +98,7 @@ def demo(args: argparse.Namespace) -> None:
 def distill(args: argparse.Namespace) -> None:
     """Learn a solver: a DyWeight table for each number of steps, or a SpanLift operator on top of a base."""
     from .distill.config import DistillConfig
-    from .distill.run import run
+    from .distill.trainer import run
     from .settings import make_config
 
     run(make_config({k: v for k, v in vars(args).items() if k != "run"}, DistillConfig))

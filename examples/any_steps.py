@@ -27,7 +27,8 @@ from dywspan import DyWeightScheduler
 from dywspan.artifact import markdown
 from dywspan.distill.config import LearningConfig
 from dywspan.distill.progress import endpoint_error
-from dywspan.distill.train import default_grid, distill, distill_continuous
+from dywspan.distill.task import Task, Term, default_grid
+from dywspan.distill.trainer import distill
 from dywspan.pipelines.pairs import make_pairs
 from dywspan.pipelines.teacher import Teacher
 
@@ -70,7 +71,8 @@ def main() -> None:
         ridge=1e-3,
         difference=1e-3,
     )
-    learned = distill_continuous(pipe, teacher, train, held_out, args.fit, call={}, config=config)
+    terms = [Term(n, {}, train, held_out) for n in args.fit]
+    learned = distill(Task(pipe, teacher, terms, config, continuous=True)).continuous
     print(f"Fitted at {args.fit} steps in {time.perf_counter() - started:.0f} s")
 
     solvers = {
@@ -84,8 +86,9 @@ def main() -> None:
     }
     alone = {}
     for n in args.tables:
-        table = distill(pipe, teacher, train, held_out, n, call={}, config=replace(config, init="ipndm", ridge=0))
-        alone[n] = table.provenance["held_out_error"]["after"]
+        own_config = replace(config, init="ipndm", ridge=0)
+        found = distill(Task(pipe, teacher, [Term(n, {}, train, held_out)], own_config))
+        alone[n] = found.tables[n].provenance["held_out_error"]["after"]
     rows = []
     for n in args.show:
         best = min(CLASSICAL, key=lambda name: errors[name][n])

@@ -26,7 +26,8 @@ from dywspan import DyWeightScheduler
 from dywspan.artifact import markdown
 from dywspan.distill.config import LearningConfig
 from dywspan.distill.progress import endpoint_error
-from dywspan.distill.train import distill
+from dywspan.distill.task import Task, Term
+from dywspan.distill.trainer import distill
 from dywspan.pipelines.pairs import make_pairs
 from dywspan.pipelines.teacher import Teacher
 
@@ -91,7 +92,8 @@ def main() -> None:
         tables = []
         for init, seed in product(args.starts, args.seeds):
             config = LearningConfig(order=3, init=init, seed=seed, recompute=False, **settings)
-            tables.append(distill(pipe, teacher, train[:count], select, n, call={}, config=config, grid=levels(n)))
+            task = Task(pipe, teacher, [Term(n, {}, train[:count], select)], config, grid=levels(n))
+            tables.append(distill(task).tables[n])
         return own.with_tables([min(tables, key=lambda table: table.provenance["held_out_error"]["after"])])
 
     rows = []

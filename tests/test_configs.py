@@ -25,9 +25,9 @@ from dywspan.cli import main
 from dywspan.core.bases import BASES
 from dywspan.core.grid import GRIDS
 from dywspan.core.layout import LAYOUTS
-from dywspan.distill import run
 from dywspan.distill.config import DistillConfig, LearningConfig
 from dywspan.distill.losses import LATENT
+from dywspan.distill.setup import prepare
 from dywspan.pipelines.features import FEATURES, NETWORKS
 from dywspan.settings import add_arguments, make_config
 
@@ -157,20 +157,19 @@ TINY: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_settings_fit_the_pipeline_and_each_other(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_settings_fit_the_pipeline_and_each_other(name: str, tmp_path: Path) -> None:
     """What a run checks before it computes: call, teacher, grids, and a start for every number of steps."""
     config, pipe = read(name), TINY[name.partition("_")[0]]()
     own: dict[str, Any] = {"prompts": None, "features": None, "latent_weight": None}  # not here: files and weights
     if config.prompts is not None:
         own["prompts"] = [{"class_labels": 207}] * 2 if config.prompts.endswith(".jsonl") else ["a cat"] * 2
     own |= {"pairs": 1, "held_out": 1, "output": str(tmp_path), "base": "euler"}
-    monkeypatch.setattr(run, "load_pipeline", lambda *args: pipe)
-    task = run.prepare(replace(config, **own))
-    steps = task.teacher.num_inference_steps
+    setup = prepare(pipe, replace(config, **own))
+    steps = setup.teacher.num_inference_steps
     ends_above_zero = config.teacher_grid is not None
     assert steps == config.teacher_steps + ends_above_zero, "a last evaluation denoises where the grid ends above 0"
     for n in config.steps:
-        untrained = task.untrained(n)
+        untrained = setup.untrained(n)
         untrained.set_timesteps(n, **({"mu": 0.63} if name.startswith("flux") else {}))
         assert len(untrained.timesteps) == n
         if config.solver == "dyweight":

@@ -32,16 +32,17 @@ from dywspan.core.grid import make_grid
 from dywspan.core.prediction import EDM, Flow, Prediction
 from dywspan.core.step import step
 from dywspan.core.table import SolverTable
-from dywspan.distill import run
 from dywspan.distill.config import DistillConfig, LearningConfig
 from dywspan.distill.least_squares import Problem
 from dywspan.distill.losses import latent_mse
-from dywspan.distill.progress import Term, endpoint_error
+from dywspan.distill.progress import endpoint_error
+from dywspan.distill.setup import TRAIN_SEED, prepare
 from dywspan.distill.student import ContinuousStudent, Student
-from dywspan.distill.train import default_grid, distill_continuous
+from dywspan.distill.task import Task, Term, default_grid, make_terms
+from dywspan.distill.trainer import distill
 from dywspan.pipelines.pairs import ends, make_pairs
 from dywspan.pipelines.replay import Meter
-from dywspan.pipelines.rollout import rollout
+from dywspan.pipelines.rollout import load_pipeline, rollout
 from dywspan.pipelines.teacher import Teacher
 
 EPSILON = INSTANCES["epsilon"][0]
@@ -541,9 +542,8 @@ def test_late_pairs_start_on_the_teachers_way_and_can_be_learned_from(name: str)
     teacher, plain = Teacher(fine, 16 * whole), replace(paths, targets=paths.endpoints, is_path=False)
     for optimizer in ("adamw", "least_squares"):
         config = LearningConfig(optimizer=optimizer, updates=12, evaluate_every=3, batch_size=6, order=3, init="adams")
-        late = {(steps, whole): (pairs, pairs)}
-        arguments = (subject.pipe, teacher, plain, plain, [3])
-        learned = distill_continuous(*arguments, call=subject.call, config=config, late=late)
+        terms = make_terms(subject.pipe, [3], plain, plain, subject.call, {(steps, whole): (pairs, pairs)})
+        learned = distill(Task(subject.pipe, teacher, terms, config, continuous=True)).continuous
         errors = learned.provenance["held_out_error"]
         assert [*errors] == ["3", "2/3"] and all(e["after"] < 0.8 * e["before"] for e in errors.values()), optimizer
         scheduler = own.with_continuous(learned)
@@ -556,22 +556,22 @@ def test_all_late_starts_are_on_one_teachers_way(tmp_path: Path) -> None:
     """In a multiple of the least common multiple of their whole ways."""
     settings: dict[str, Any] = {"model": str(EMOJI), "output": str(tmp_path), "prompts": ["a cat", "a red apple"]}
     settings |= {"pairs": 1, "held_out": 1, "teacher_steps": 20, "continuous": True, "call": {"guidance_scale": 1.0}}
-    task = run.prepare(DistillConfig(**settings, late_starts=["2/4", "2/3"]))
-    own = DyWeightScheduler.from_config(task.pipe.scheduler.config)
+    setup = prepare(load_pipeline(str(EMOJI), device="cpu"), DistillConfig(**settings, late_starts=["2/4", "2/3"]))
+    own = DyWeightScheduler.from_config(setup.pipe.scheduler.config)
     teacher = DyWeightScheduler.from_config(own.config, grid=default_grid(own), solver="ipndm", solver_order=2)
     noise = torch.Generator()
-    call = {**task.inputs[0], **task.call, "num_inference_steps": 24, "generator": noise}
-    for (steps, whole), (train, _) in run._ends(task).items():
+    call = {**setup.inputs[0], **setup.call, "num_inference_steps": 24, "generator": noise}
+    for (steps, whole), (train, _) in setup.late().items():
         until = 24 - 24 * steps // whole
         with torch.no_grad():
-            noise.manual_seed(run.TRAIN_SEED)
-            end, _ = rollout(task.pipe, teacher, **call)
-            noise.manual_seed(run.TRAIN_SEED)
-            state, _ = rollout(task.pipe, teacher, until=until, **call)
+            noise.manual_seed(TRAIN_SEED)
+            end, _ = rollout(setup.pipe, teacher, **call)
+            noise.manual_seed(TRAIN_SEED)
+            state, _ = rollout(setup.pipe, teacher, until=until, **call)
         level = float(teacher.sigmas[until])
         torch.testing.assert_close(level * train.inputs[0]["latents"], teacher.plan.state_after(until - 1, state))
         torch.testing.assert_close(train.endpoints, end)
-        student = task.untrained(whole)
+        student = setup.untrained(whole)
         student.set_timesteps(whole)
         assert float(student.sigmas[whole - steps]) == pytest.approx(level)
     assert len([*tmp_path.glob("cache/*/key.json")]) == 1
@@ -616,7 +616,8 @@ def digits() -> Any:
 def test_what_is_learned_at_some_counts_helps_at_counts_between(digits: Any) -> None:
     pipe, teacher, train, held_out = digits
     config = LearningConfig(optimizer="least_squares", order=3, batch_size=32, updates=8, ridge=1e-3, difference=1e-3)
-    table = distill_continuous(pipe, teacher, train, held_out, [3, 4, 6, 8], call={}, config=config)
+    terms = make_terms(pipe, [3, 4, 6, 8], train, held_out, {})
+    table = distill(Task(pipe, teacher, terms, config, continuous=True)).continuous
     own = DyWeightScheduler.from_config(pipe.scheduler.config)
     start = replace(table, coefficients=torch.zeros_like(table.coefficients))
 

@@ -37,8 +37,8 @@ from dywspan.core.grid import make_grid
 from dywspan.core.operator import Lift
 from dywspan.core.prediction import EDM, Flow
 from dywspan.core.step import step
-from dywspan.distill.student import LiftStudent
-from dywspan.distill.train import default_grid
+from dywspan.distill.lift import LiftStudent
+from dywspan.distill.task import default_grid
 from dywspan.pipelines.rollout import load_pipeline
 
 COUNT = 2 * len(FEATURES)

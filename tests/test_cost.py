@@ -15,7 +15,7 @@ from test_trainer import TINY, pixels  # noqa: F401  (a fixture)
 from dywspan import DyWeightScheduler
 from dywspan.bench.cost import learning_cost, plot
 from dywspan.cli import main
-from dywspan.distill import run
+from dywspan.distill import trainer
 from dywspan.distill.config import DistillConfig
 from dywspan.distill.split import split_inputs
 from dywspan.evaluate.report import read_results, table
@@ -81,7 +81,7 @@ def test_evaluations_are_those_of_the_network(
         pipe.unet.conv_out.register_forward_hook(backward)
         return pipe
 
-    monkeypatch.setattr(run, "load_pipeline", load)
+    monkeypatch.setattr(trainer, "load_pipeline", load)
     rows = learning_cost([write(tmp_path, "only", pixels, **settings)])
     assert len({row["evaluations"] for row in rows}) == 1, "learned together, one cost"
     row = rows[0]

@@ -16,10 +16,13 @@ from tiny import build
 from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
 from dywspan.core.prediction import Flow
 from dywspan.distill.config import LearningConfig
+from dywspan.distill.gradients import learning_rate
+from dywspan.distill.lift import LiftStudent
 from dywspan.distill.losses import make_loss
 from dywspan.distill.progress import endpoint_error
-from dywspan.distill.student import LiftStudent, TableStudent
-from dywspan.distill.train import default_grid, distill, distill_lift, learning_rate
+from dywspan.distill.student import TableStudent
+from dywspan.distill.task import Task, Term, default_grid
+from dywspan.distill.trainer import distill
 from dywspan.pipelines.features import dinov2, encoder, feature_distance
 from dywspan.pipelines.pairs import Pairs, make_pairs
 from dywspan.pipelines.rollout import frozen, generators, load_pipeline, rollout
@@ -188,7 +191,7 @@ def test_distilling_lowers_the_held_out_error_and_the_artefact_keeps_it(pipe: An
     train = make_pairs(pipe, teacher, INPUTS, range(4), call=CALL)
     held_out = make_pairs(pipe, teacher, INPUTS, range(10, 14), call=CALL)
     config = LearningConfig(updates=12, batch_size=4, lr=3e-2, init="euler", evaluate_every=4, recompute=False)
-    table = distill(pipe, teacher, train, held_out, 2, call=CALL, config=config)
+    table = distill(Task(pipe, teacher, [Term(2, CALL, train, held_out)], config)).tables[2]
     error = table.provenance["held_out_error"]
     assert error["after"] < 0.97 * error["before"]
     DyWeightScheduler.from_config(pipe.scheduler.config).with_tables([table]).save_pretrained(tmp_path)
@@ -200,7 +203,7 @@ def test_a_loss_that_is_not_finite_stops_and_says_where(pipe: Any, monkeypatch: 
     broken = Pairs(INPUTS[:2], range(7, 9), torch.full((2, 4, 16, 16), torch.nan))
     teacher, config = Teacher(pipe.scheduler, 50), LearningConfig(updates=1, batch_size=2, init="euler")
     with pytest.raises(FloatingPointError, match=r"update 0 of the 2-step solver.*teacher's endpoints.*seeds \[7, 8\]"):
-        distill(pipe, teacher, broken, broken, 2, call=CALL, config=config)
+        distill(Task(pipe, teacher, [Term(2, CALL, broken, broken)], config))
     whole = Pairs(INPUTS[:2], range(7, 9), torch.zeros(2, 4, 16, 16))
     forward, calls = pipe.unet.forward, 0
 
@@ -213,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_and_says_where(pipe: Any, monkeypatch: 
     monkeypatch.setattr(pipe.unet, "forward", overflowing)
     level = float(_table(pipe).schedule(DyWeightScheduler.from_config(pipe.scheduler.config).host.prediction).levels[1])
     with pytest.raises(FloatingPointError, match=rf"from sampling step 1 \(sigma {level:.4g}\) on.*Lower lr"):
-        distill(pipe, teacher, whole, whole, 2, call=CALL, config=replace(config, recompute=False))
+        distill(Task(pipe, teacher, [Term(2, CALL, whole, whole)], replace(config, recompute=False)))
 
 
 def test_bounded_time_scale_starts_at_the_table_and_stays_between_a_half_and_three_halves(pipe: Any) -> None:
@@ -266,7 +269,8 @@ def test_spanlift_lowers_the_error_of_its_frozen_base_and_the_artefact_keeps_it(
     held_out = train  # four pairs teach an operator nothing about others
     base = DyWeightScheduler.from_config(pipe.scheduler.config).with_tables([_table(pipe, 2), _table(pipe, 3)])
     config = LearningConfig(updates=16, batch_size=4, lr=3e-3, evaluate_every=4, recompute=False)
-    lifted = distill_lift(pipe, teacher, train, held_out, base, [2, 3], call=call, config=config)
+    terms = [Term(n, call, train, held_out) for n in (2, 3)]
+    lifted = distill(Task(pipe, teacher, terms, config, solver="spanlift", base=base))
     lifted.save_pretrained(tmp_path)
     loaded = SpanLiftScheduler.from_pretrained(tmp_path)
     for n in (2, 3):

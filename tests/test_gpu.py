@@ -29,9 +29,8 @@ from dywspan import DyWeightScheduler, SpanLiftScheduler
 from dywspan.cli import main
 from dywspan.distill.least_squares import Problem
 from dywspan.distill.losses import latent_mse
-from dywspan.distill.progress import Term
-from dywspan.distill.student import TableStudent
-from dywspan.distill.train import initial_table
+from dywspan.distill.student import TableStudent, initial_table
+from dywspan.distill.task import Term
 from dywspan.evaluate.report import read_results
 from dywspan.pipelines.memory import peak_bytes
 from dywspan.pipelines.pairs import make_pairs

@@ -33,12 +33,14 @@ from dywspan.core.continuous import FEATURES, GUIDED, ContinuousLift, features, 
 from dywspan.core.grid import make_grid
 from dywspan.core.prediction import Flow
 from dywspan.distill.config import DistillConfig, LearningConfig
+from dywspan.distill.gradients import batch_loss
 from dywspan.distill.least_squares import Problem
 from dywspan.distill.losses import latent_mse
 from dywspan.distill.progress import endpoint_error
-from dywspan.distill.run import prepare, run
+from dywspan.distill.setup import prepare
 from dywspan.distill.student import ContinuousStudent
-from dywspan.distill.train import around, batch_loss, default_grid, distill_continuous, distill_lift, make_terms
+from dywspan.distill.task import Task, default_grid, make_terms
+from dywspan.distill.trainer import distill, run
 from dywspan.pipelines.pairs import make_pairs
 from dywspan.pipelines.rollout import frozen, rollout
 from dywspan.schedulers.bind import guidance_argument, guidance_scale
@@ -221,7 +223,9 @@ def test_gradients_and_columns_reach_both_halves(name: str) -> None:
     argument, both = str(guidance_argument(subject.pipe)), {"low": pairs, "high": pairs}
     calls = {name: {**subject.call, argument: g} for name, g in {"low": 2.0, "high": 7.0}.items()}
     terms = make_terms(subject.pipe, [3], both, both, calls)
-    assert [term.name for term in terms] == ["3 @ low", "3 @ high"] and around(terms) == pytest.approx(14**0.5)
+    assert [term.name for term in terms] == ["3 @ low", "3 @ high"] and Task(
+        subject.pipe, subject.teacher, terms
+    ).guidance_scale == pytest.approx(14**0.5)
     config = LearningConfig(optimizer="least_squares", batch_size=2, difference=1e-6)
     problem = Problem(subject.pipe, student, terms, config=config, loss=latent_mse)
     for k, term in enumerate(terms):
@@ -267,7 +271,8 @@ def test_learned_at_two_scales_it_is_better_at_both(made: Any, optimizer: Any) -
     subject, train, held_out, calls = made
     pipe = copy.copy(subject.pipe)
     config = replace(SQUARES, optimizer=optimizer, updates=2 if optimizer == SQUARES.optimizer else 16, lr=0.1)
-    table = distill_continuous(pipe, subject.teacher, train, held_out, [2, 3], call=calls, config=config)
+    terms = make_terms(pipe, [2, 3], train, held_out, calls)
+    table = distill(Task(pipe, subject.teacher, terms, config, continuous=True)).continuous
     assert table.guidance_scale == pytest.approx(13.5**0.5) and bool(table.coefficients[:, COUNT:].any())
     made_of = table.provenance
     assert made_of["variants"] == SCALES and "guidance_scale" not in made_of["call"]
@@ -284,23 +289,23 @@ def test_learned_at_two_scales_it_is_better_at_both(made: Any, optimizer: Any) -
 def test_a_lift_learns_it_too_and_one_that_does_not_follow_it_can(made: Any) -> None:
     subject, train, held_out, calls = made
     pipe = copy.copy(subject.pipe)
-    options: dict[str, Any] = {"call": calls, "continuous": True, "operator": {"width": 8}}
+    options: dict[str, Any] = {"solver": "spanlift", "continuous": True, "operator": {"width": 8}}
     config = LearningConfig(updates=6, batch_size=2, lr=1e-2, evaluate_every=3)
     base = subject.solver("euler")
     alone = (train["strong"], held_out["strong"])
-    plain = distill_lift(
-        pipe, subject.teacher, *alone, base, [2], config=config, **{**options, "call": calls["strong"]}
-    )
+    terms = make_terms(pipe, [2], *alone, calls["strong"])
+    plain = distill(Task(pipe, subject.teacher, terms, config, base=base, **options))
     assert plain.continuous_lift is not None and plain.continuous_lift.guidance_scale is None
     squares = replace(SQUARES, updates=1)
-    found = distill_lift(pipe, subject.teacher, train, held_out, plain, [2], config=squares, **options)
+    terms = make_terms(pipe, [2], train, held_out, calls)
+    found = distill(Task(pipe, subject.teacher, terms, squares, base=plain, **options))
     lift = found.continuous_lift
     assert lift is not None and lift.guidance_scale == pytest.approx(13.5**0.5)
     assert bool(lift.coefficients[:, COUNT:].any()) and lift.coefficients.shape == (2, 2 * COUNT)
     errors = lift.provenance["held_out_error"]
     assert [*errors] == ["2 @ weak", "2 @ strong"] and all(e["after"] < e["before"] for e in errors.values())
     with pytest.raises(ValueError, match="are for one call: set continuous"):
-        distill_lift(pipe, subject.teacher, train, held_out, base, [2], config=config, call=calls)
+        distill(Task(pipe, subject.teacher, terms, config, base=base, solver="spanlift"))
 
 
 def test_a_run_writes_what_it_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

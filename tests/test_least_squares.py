@@ -22,9 +22,10 @@ from dywspan.distill.checkpoints import Checkpoints
 from dywspan.distill.config import LearningConfig
 from dywspan.distill.least_squares import DIFFERENCE, Problem, _solution
 from dywspan.distill.losses import latent_mse, make_loss
-from dywspan.distill.progress import Term, endpoint_error
-from dywspan.distill.student import TableStudent
-from dywspan.distill.train import distill, distill_lift, initial_table
+from dywspan.distill.progress import endpoint_error
+from dywspan.distill.student import TableStudent, initial_table
+from dywspan.distill.task import Task, Term
+from dywspan.distill.trainer import distill
 from dywspan.pipelines.memory import peak_bytes
 from dywspan.pipelines.pairs import Pairs, fresh, make_pairs
 from dywspan.pipelines.replay import Meter
@@ -241,10 +242,12 @@ def test_memory_is_that_of_sampling(pipe: Any, pairs: Any) -> None:
 
 def test_few_iterations_learn_more_than_many_gradient_steps(pipe: Any, pairs: Any) -> None:
     teacher, train, held_out = pairs
-    table = distill(pipe, teacher, train, held_out, 2, call=CALL, config=replace(CONFIG, updates=6, evaluate_every=2))
+    table = distill(
+        Task(pipe, teacher, [Term(2, CALL, train, held_out)], replace(CONFIG, updates=6, evaluate_every=2))
+    ).tables[2]
     error, spent = table.provenance["held_out_error"], table.provenance["evaluations"]
     adam = LearningConfig(updates=12, batch_size=4, lr=3e-2, init="euler", evaluate_every=4, recompute=False)
-    other = distill(pipe, teacher, train, held_out, 2, call=CALL, config=adam).provenance
+    other = distill(Task(pipe, teacher, [Term(2, CALL, train, held_out)], adam)).tables[2].provenance
     assert error["after"] < 0.9 * error["before"]
     assert error["after"] < other["held_out_error"]["after"]
     assert "backward" not in spent
@@ -264,7 +267,7 @@ def test_a_step_that_harms_the_next_batch_is_tried_shorter_and_given_up(
 
     monkeypatch.setattr(Problem, "target", worse)
     config = replace(CONFIG, updates=2, time_scaling=False)
-    table = distill(pipe, teacher, train, held_out, 2, call=CALL, config=config)
+    table = distill(Task(pipe, teacher, [Term(2, CALL, train, held_out)], config)).tables[2]
     assert dampings == [10.0**k for k in range(10)], "five times an update, and the next goes on from there"
     assert torch.equal(table.weights, torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64))  # Euler's
     assert table.provenance["held_out_error"]["after"] == table.provenance["held_out_error"]["before"]
@@ -272,14 +275,14 @@ def test_a_step_that_harms_the_next_batch_is_tried_shorter_and_given_up(
 
 def test_a_stopped_fit_ends_with_the_same_numbers(pipe: Any, pairs: Any, tmp_path: Path) -> None:
     teacher, train, held_out = pairs
-    options: dict[str, Any] = {"call": CALL, "config": replace(CONFIG, updates=5, bounded=0.1)}
+    task = Task(pipe, teacher, [Term(2, CALL, train, held_out)], replace(CONFIG, updates=5, bounded=0.1))
     folders = [Checkpoints(tmp_path / name, every=1, keep=9) for name in "ab"]
-    whole = distill(pipe, teacher, train, held_out, 2, checkpoints=folders[0], **options)
+    whole = distill(task, folders[0]).tables[2]
     files = sorted((tmp_path / "a").iterdir())
     assert len(files) == 5
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / files[1].name).write_bytes(files[1].read_bytes())
-    rest = distill(pipe, teacher, train, held_out, 2, checkpoints=folders[1], **options)
+    rest = distill(task, folders[1]).tables[2]
     assert torch.equal(whole.weights, rest.weights) and torch.equal(whole.time_scale, rest.time_scale)
     assert not any(name.startswith("optimizer") for name in load_file(files[-1]))
     assert whole.provenance["evaluations"]["jacobian"] == rest.provenance["evaluations"]["jacobian"]
@@ -289,7 +292,9 @@ def test_fresh_pairs_are_learned_from_too(pipe: Any, pairs: Any) -> None:
     """Each is made once, though two updates see it."""
     teacher, _, held_out = pairs
     endless = fresh(pipe, teacher, INPUTS, 100, CALL)
-    table = distill(pipe, teacher, endless, held_out, 2, call=CALL, config=replace(CONFIG, batch_size=4, updates=4))
+    table = distill(
+        Task(pipe, teacher, [Term(2, CALL, endless, held_out)], replace(CONFIG, batch_size=4, updates=4))
+    ).tables[2]
     error, spent = table.provenance["held_out_error"], table.provenance["evaluations"]
     assert error["after"] < 0.9 * error["before"]
     assert table.provenance["pairs"]["train"] == 20
@@ -302,7 +307,8 @@ def test_alpha_and_beta_are_fitted_and_the_operator_stays(pipe: Any, pairs: Any)
     teacher, call = pairs[0], {**CALL, "guidance_scale": 8.0}
     train, held_out = (make_pairs(pipe, teacher, INPUTS, range(s, s + 4), call=call) for s in (0, 10))
     config = replace(CONFIG, batch_size=4, updates=8)
-    found = distill_lift(pipe, teacher, train, held_out, learned, [3], call=call, config=config)
+    term = Term(3, call, train, held_out)
+    found = distill(Task(pipe, teacher, [term], config, solver="spanlift", base=learned))
     error = found.lifts[3].provenance["held_out_error"]
     assert error["after"] < 0.97 * error["before"]
     assert endpoint_error(pipe, found, 3, held_out, call) == pytest.approx(error["after"], rel=1e-5)
@@ -311,7 +317,7 @@ def test_alpha_and_beta_are_fitted_and_the_operator_stays(pipe: Any, pairs: Any)
     for name, value in found.operators[found.lifts[3].operator].state_dict().items():
         assert torch.equal(value, before[name])
     with pytest.raises(ValueError, match=r"learned for \[3, 4, 5, 7\] steps, not for \[6\]"):
-        distill_lift(pipe, teacher, train, held_out, learned, [6], call=call, config=config)
+        distill(Task(pipe, teacher, [replace(term, steps=6)], config, solver="spanlift", base=learned))
 
 
 @pytest.mark.parametrize("kind", ["int8", "compiled"])
@@ -325,7 +331,7 @@ def test_pipelines_without_gradients_are_learned_from(kind: str) -> None:
     teacher = Teacher(DyWeightScheduler.from_config(pipe.scheduler.config, solver="ipndm"), 8)
     train, held_out = (make_pairs(pipe, teacher, INPUTS, range(s, s + 4), call=CALL) for s in (0, 10))
     config = replace(CONFIG, init="ipndm", batch_size=4, updates=2)  # a start that any fit leaves far behind
-    table = distill(pipe, teacher, train, held_out, 2, call=CALL, config=config)
+    table = distill(Task(pipe, teacher, [Term(2, CALL, train, held_out)], config)).tables[2]
     error = table.provenance["held_out_error"]
     assert error["after"] < 0.6 * error["before"]
     assert Counter(map(type, (table.weights, table.time_scale)))[torch.Tensor] == 2
@@ -334,7 +340,7 @@ def test_pipelines_without_gradients_are_learned_from(kind: str) -> None:
 def test_what_cannot_be_a_sum_of_squares_is_said_at_once(pipe: Any, pairs: Any) -> None:
     teacher, train, held_out = pairs
     with pytest.raises(ValueError, match=r"latent_l1.*no sum of squares"):
-        distill(pipe, teacher, train, held_out, 2, call=CALL, config=CONFIG, loss=make_loss(pipe, "l1"))
+        distill(Task(pipe, teacher, [Term(2, CALL, train, held_out)], CONFIG, make_loss(pipe, "l1")))
 
 
 def test_squared_losses_are_the_squares_of_their_residuals(pipe: Any) -> None:

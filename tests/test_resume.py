@@ -22,12 +22,12 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-import dywspan.distill.run as run_module
+import dywspan.distill.trainer as trainer_module
 from dywspan import DyWeightScheduler
 from dywspan.cli import main
 from dywspan.distill.checkpoints import Checkpoints
 from dywspan.distill.config import LearningConfig
-from dywspan.distill.train import initial_table
+from dywspan.distill.student import initial_table
 from dywspan.pipelines.teacher import Teacher
 from dywspan.schedulers import configuration
 
@@ -388,7 +388,7 @@ def test_what_another_run_saved_while_this_one_loaded_is_added_to(
         scheduler.with_tables([other]).save_pretrained(folder)
         yield
 
-    monkeypatch.setattr(run_module, "_locked", late)
+    monkeypatch.setattr(trainer_module, "locked", late)
     assert here(output) == 0
     assert sorted(learned(output)[0]["tables"]) == ["2", "3"]
 

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 import dywspan
 from dywspan import DyWeightScheduler, SpanLiftScheduler
 from dywspan.distill.config import LearningConfig
+from dywspan.distill.gradients import batch_loss
+from dywspan.distill.lift import LiftStudent
 from dywspan.distill.losses import latent_mse
 from dywspan.distill.progress import endpoint_error
-from dywspan.distill.student import LiftStudent, Student, TableStudent
-from dywspan.distill.train import batch_loss, distill, distill_lift, initial_table
+from dywspan.distill.student import Student, TableStudent, initial_table
+from dywspan.distill.task import Task, Term
+from dywspan.distill.trainer import distill
 from dywspan.pipelines.pairs import Pairs, make_pairs
 from dywspan.pipelines.precision import autocast
 from dywspan.pipelines.rollout import frozen, generators, sample
@@ -81,11 +84,10 @@ class Subject:
 
     def learn(self, solver: str, train: Pairs, held_out: Pairs, **options: Any) -> Any:
         """A scheduler that has learned ``STEPS`` steps."""
-        among: dict[str, Any] = {"call": self.call, "config": CONFIGS[solver], **options}
-        if solver == "dyweight":
-            return self.solver().with_tables([distill(self.pipe, self.teacher, train, held_out, STEPS, **among)])
-        among |= {"layout": self.tiny.layout, "operator": {"width": 16}}
-        return distill_lift(self.pipe, self.teacher, train, held_out, self.untrained(solver), [STEPS], **among)
+        among: dict[str, Any] = {"config": CONFIGS[solver], "solver": solver, **options}
+        if solver == "spanlift":
+            among |= {"base": self.untrained(solver), "layout": self.tiny.layout, "operator": {"width": 16}}
+        return distill(Task(self.pipe, self.teacher, [Term(STEPS, self.call, train, held_out)], **among))
 
     def student(self, solver: str, shape: Sequence[int]) -> Student:
         """Of three steps, and no longer at its start: a head that is zero keeps gradients from what is behind it."""

@@ -30,11 +30,12 @@ from torch import Tensor
 from dywspan import DyWeightScheduler, SpanLiftScheduler
 from dywspan.artifact import lift_to_json, table_to_json
 from dywspan.cli import main
-from dywspan.distill import run, train
+from dywspan.distill import gradients, trainer
 from dywspan.distill.config import DistillConfig
+from dywspan.distill.gradients import batch_loss
 from dywspan.distill.progress import endpoint_error
+from dywspan.distill.setup import prepare
 from dywspan.distill.student import TableStudent
-from dywspan.distill.train import batch_loss
 from dywspan.pipelines import processes
 from dywspan.pipelines.pairs import Pairs
 from dywspan.pipelines.rollout import load_pipeline, sample
@@ -270,12 +271,10 @@ def learn(model: Path, output: Path, **settings: Any) -> int:
 def held_out_error(model: Path, output: Path, n: int, **settings: Any) -> float:
     """Of what lies in ``output``, on the held-out pairs of the run that made it."""
     config = make_config({**TINY, "model": str(model), "output": str(output), "steps": [n], **settings}, DistillConfig)
-    task = run.prepare(config)
+    setup = prepare(load_pipeline(config.model, device="cpu"), config)
     kind = SpanLiftScheduler if config.solver == "spanlift" else DyWeightScheduler
-    _, held_out = run._pairs(
-        task, run._path_teacher(task, n, config.path_substeps) if config.path_substeps else task.teacher
-    )
-    return endpoint_error(task.pipe, kind.from_pretrained(output), n, held_out, config.call, loss=task.loss)
+    _, held_out = setup.pairs(setup.path_teacher(n, config.path_substeps) if config.path_substeps else setup.teacher)
+    return endpoint_error(setup.pipe, kind.from_pretrained(output), n, held_out, config.call, loss=setup.loss)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -427,25 +426,26 @@ def test_a_path_ends_at_the_endpoint_and_starts_where_the_student_does(pixels: P
     """With one substep, the teacher of an iPNDM start on the same grid is this start itself: every state agrees."""
     settings = {**TINY, "model": str(pixels), "output": str(tmp_path), "steps": [3], "afs": False}
     for substeps in (1, 4):
-        task = run.prepare(make_config({**settings, "path_substeps": substeps}, DistillConfig))
-        teacher = run._path_teacher(task, 3, substeps)
-        pairs, _ = run._pairs(task, teacher)
+        config = make_config({**settings, "path_substeps": substeps}, DistillConfig)
+        setup = prepare(load_pipeline(config.model, device="cpu"), config)
+        teacher = setup.path_teacher(3, substeps)
+        pairs, _ = setup.pairs(teacher)
         assert isinstance(pairs, Pairs)
         assert teacher.num_inference_steps == 3 * substeps and pairs[:].targets.shape == (4, 3, 3, 8, 8)
         seen: list[torch.Tensor] = []
         keep = lambda i, x: seen.append(teacher.scheduler.plan.state_after(i, x))  # noqa: B023, E731
         with torch.no_grad():
-            end, _ = sample(task.pipe, teacher.scheduler, 3 * substeps, pairs.inputs, pairs.seeds, {}, watch=keep)
+            end, _ = sample(setup.pipe, teacher.scheduler, 3 * substeps, pairs.inputs, pairs.seeds, {}, watch=keep)
         torch.testing.assert_close(pairs[:].targets[:, -1], end)
         torch.testing.assert_close(pairs[:].targets[:, :-1], torch.stack(seen[substeps - 1 : -1 : substeps], 1))
-        untrained = task.untrained(3)
+        untrained = setup.untrained(3)
         untrained.set_timesteps(3)
         torch.testing.assert_close(teacher.scheduler.sigmas[::substeps], untrained.sigmas, msg="on the student's grid")
         student = TableStudent(untrained, untrained.tables[3])
         student.apply()
         with torch.no_grad():
-            value = batch_loss(task.pipe, student, 3, pairs[:], {}, task.loss)
-            of_the_end = task.loss(task.pipe, sample(task.pipe, untrained, 3, pairs.inputs, pairs.seeds, {})[0], end)
+            value = batch_loss(setup.pipe, student, 3, pairs[:], {}, setup.loss)
+            of_the_end = setup.loss(setup.pipe, sample(setup.pipe, untrained, 3, pairs.inputs, pairs.seeds, {})[0], end)
         if substeps == 1:
             # Not to rounding: a classical solver starts from noise of variance 1 + sigma_0^2, as diffusers' do.
             assert float(value) < 1e-4 * float(end.square().mean())
@@ -717,8 +717,8 @@ def test_a_pipeline_with_another_scheduler_is_another_subject(
     keys = []
     for changes in ({}, {"beta_end": 0.03}, {"prediction_type": "v_prediction"}):
         file.write_text(json.dumps(settings | changes))
-        task = run.prepare(configure(model=str(other), output=str(tmp_path / "none"), steps=[2], teacher_steps=4))
-        keys.append(task.key([2]))
+        config = configure(output=str(tmp_path / "none"), steps=[2], teacher_steps=4)
+        keys.append(prepare(load_pipeline(str(other), device="cpu"), config).key([2]))
     assert len({*keys}) == 3
     before = contents(learned)
     assert learn(other, learned, steps=[4]) == 2
@@ -822,12 +822,12 @@ def test_packed_tokens_of_any_size_can_be_learned_on(name: str, layout: str) -> 
     base = DyWeightScheduler.from_config(tiny.pipe.scheduler.config, solver="euler")
     config = configure(solver="spanlift", layout=layout, steps=[2])
     call = tiny.inputs([0]) | ({"height": 24, "width": 40} if layout == "packed" else {})
-    task: Any = SimpleNamespace(config=config, pipe=tiny.pipe, base=base, inputs=[{}], call=call)
-    task.untrained = lambda steps: base
-    run._check_sample(task)
-    task.config = replace(config, layout="image")
+    setup: Any = SimpleNamespace(config=config, pipe=tiny.pipe, base=base, inputs=[{}], call=call)
+    setup.untrained = lambda steps: base
+    trainer._check_sample(setup)
+    setup.config = replace(config, layout="image")
     with pytest.raises(ValueError, match="layout='image' is not that of"):
-        run._check_sample(task)
+        trainer._check_sample(setup)
 
 
 def test_a_loss_that_is_not_finite_ends_in_one_line(
@@ -854,14 +854,14 @@ def test_an_update_to_levels_below_zero_is_taken_back(
 def test_what_else_is_wrong_is_not_taken_for_such_an_update(
     fails_at: int, pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, loss = itertools.count(), train.batch_loss
+    calls, loss = itertools.count(), gradients.batch_loss
 
     def wrong(*given: Any) -> Tensor:
         if next(calls) == fails_at:
             raise ValueError("something else")
         return loss(*given)
 
-    monkeypatch.setattr(train, "batch_loss", wrong)
+    monkeypatch.setattr(gradients, "batch_loss", wrong)
     assert learn(pixels, tmp_path, steps=[2]) == 2
     said = capsys.readouterr()
     assert "dywspan: something else" in said.err and "made no solver" not in said.out
@@ -871,13 +871,13 @@ def test_what_else_is_wrong_is_not_taken_for_such_an_update(
 def test_a_gradient_that_is_not_finite_ends_in_one_line(
     precision: str, pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, loss = itertools.count(), train.batch_loss
+    calls, loss = itertools.count(), gradients.batch_loss
 
     def steep(*given: Any) -> Tensor:
         value = loss(*given)
         return value + (value - value.detach()).abs().sqrt() if next(calls) >= 2 else value
 
-    monkeypatch.setattr(train, "batch_loss", steep)
+    monkeypatch.setattr(gradients, "batch_loss", steep)
     assert learn(pixels, tmp_path, steps=[2], updates=30, evaluate_every=30, mixed_precision=precision) == 2
     said, update = capsys.readouterr().err, {"no": 2, "fp16": 19}[precision]  # 2^16 is halved 17 times
     assert f"dywspan: The gradient is not finite at update {update} of the 2-step solver, though the loss is " in said
@@ -973,14 +973,14 @@ def test_prompts_are_encoded_once_and_then_the_text_encoder_may_go(
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(settings | {"release_text_encoders": True}), encoding="utf-8")  # JSON is YAML
     calls: list[int] = []
-    load = run.load_pipeline
+    load = trainer.load_pipeline
 
     def counted(*args: Any) -> Any:
         pipe = load(*args)
         pipe.text_encoder.register_forward_hook(lambda _, __, output: calls.append(len(output[0])))
         return pipe
 
-    monkeypatch.setattr(run, "load_pipeline", counted)
+    monkeypatch.setattr(trainer, "load_pipeline", counted)
     assert learn(tmp_path / "sd", tmp_path / "out", config=file, pictures=2) == 0
     # Each alone, and the first batch once more as it is; beside them the empty one for guidance.
     assert sum(calls) == 2 * (8 + 8)
@@ -1010,7 +1010,7 @@ def published(
         shutil.copytree(lifted, folder / name)
         settings = {**TINY, **LIFTED, "model": str(pixels), "base": str(learned), "output": str(folder / name)}
         settings |= {"push_to_hub": repository, "pictures": 1}
-        calls[name] = f"str(__import__('{run.__name__}', fromlist=['run']).run({CONFIGURE}(**{settings!r})))"
+        calls[name] = f"str(__import__('{trainer.__name__}', fromlist=['run']).run({CONFIGURE}(**{settings!r})))"
     calls["pulled"] = load("'me/lifted'")
     with Hub() as hub:
         hub.repos["me/full"] = Repo(full=True)

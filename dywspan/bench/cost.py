@@ -10,8 +10,8 @@ from typing import Any
 from ..artifact import provenances
 from ..distill.config import DistillConfig
 from ..distill.progress import WORTH
-from ..distill.run import run
 from ..distill.split import split_inputs
+from ..distill.trainer import run
 from ..pipelines.hashes import digest
 from ..settings import make_config
 

@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 from ..core.table import SolverTable
 from ..distill.config import LearningConfig
 from ..distill.least_squares import Problem
+from ..distill.lift import LiftStudent
 from ..distill.losses import latent_mse
-from ..distill.progress import Term
-from ..distill.student import LiftStudent, Student, TableStudent
-from ..distill.train import default_grid
+from ..distill.student import Student, TableStudent
+from ..distill.task import Term, default_grid
 from ..pipelines.memory import peak_bytes
 from ..pipelines.pairs import Pairs
 from ..pipelines.rollout import frozen, load_pipeline, sample

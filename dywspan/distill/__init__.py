@@ -1,1 +1,6 @@
-"""Distillation: learn a solver for a pipeline through the pipeline's own ``__call__``."""
+"""Learn a solver for a pipeline: ``SolverTrainer(pipe, DistillConfig(...)).train()``."""
+
+from .config import DistillConfig
+from .trainer import SolverTrainer
+
+__all__ = ["DistillConfig", "SolverTrainer"]

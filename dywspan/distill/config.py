@@ -127,9 +127,8 @@ class DistillConfig(LearningConfig):
     def __post_init__(self) -> None:
         check_types(self)
         check_sampling(self)
-        for name in ("model", "output"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is missing: {help_of(self, name)}.")
+        if not self.output:
+            raise ValueError(missing("output"))
         for name, least in _LEAST.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}: {help_of(self, name)}.")
@@ -177,6 +176,12 @@ class DistillConfig(LearningConfig):
             raise ValueError("path_substeps needs teacher paths from the cache: set on_the_fly to false.")
 
     @property
+    def groups(self) -> list[list[int]]:
+        """Step counts that are learned together: all where they share an operator or a function."""
+        together = self.continuous or (self.solver == "spanlift" and self.shared)
+        return [self.steps] if together else [[n] for n in self.steps]
+
+    @property
     def ends(self) -> list[tuple[int, int]]:
         """(steps, steps of the whole way) of each of ``late_starts``.
 
@@ -192,6 +197,11 @@ class DistillConfig(LearningConfig):
     def matters(self) -> dict[str, Any]:
         """Every setting that changes what is learned from given pairs: how a run recognises its own checkpoints."""
         return {k: v for k, v in asdict(self).items() if k not in _DO_NOT_MATTER}
+
+
+def missing(name: str) -> str:
+    """What to say of a setting that has to be given."""
+    return f"{name} is missing: {help_of(DistillConfig, name)}."
 
 
 _POSITIVE = (

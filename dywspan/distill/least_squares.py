@@ -24,12 +24,14 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.table import InvalidSolverError
+from ..pipelines.memory import Parts
 from ..pipelines.pairs import Pairs
 from ..pipelines.precision import PRECISIONS, autocast
 from ..pipelines.processes import is_main, share, total
@@ -37,8 +39,9 @@ from ..pipelines.replay import Replay, Tape
 from ..pipelines.rollout import denoisers, sample
 from .config import LearningConfig
 from .losses import Loss, residuals_of
-from .progress import Progress, Term
+from .progress import Method, Progress
 from .student import Student
+from .task import Term
 
 # Step of the differences: wide enough to stand out of the rounding of the network's outputs, and to average over the
 # fast oscillations of time embeddings.
@@ -84,8 +87,10 @@ class Problem:
         *,
         config: LearningConfig,
         loss: Loss,
+        parts: Parts | None = None,
     ) -> None:
         self.pipe, self.student, self.terms = pipe, student, list(terms)
+        self.parts = parts or Parts(config.micro_batch_size, "pairs of an update", "micro_batch_size")
         self.config, self.residuals = config, residuals_of(loss)
         self.sources = [term.source(config.seed) for term in terms]
         every = max(len(term.train) if isinstance(term.train, Pairs) else math.inf for term in terms)
@@ -105,19 +110,23 @@ class Problem:
 
     def sample(self, batch: Sequence[Pairs]) -> list[Sampled]:
         """What a batch is sampled to where the student is; nothing if its numbers are no solver."""
-        found = []
         try:
             with self.replay.installed():
-                for k, (term, pairs) in enumerate(zip(self.terms, batch)):
-                    for first in range(0, len(pairs), self._micro()):
-                        part = pairs[first : first + self._micro()]
-                        with self.replay.recording() as tape:
-                            endpoint = self._endpoint(self.student, term, part)
-                        # Now: it depends on the grid and the guidance scale, which the pipeline's call may choose.
-                        found.append(Sampled(k, part, endpoint, tape, *self.student.local(term.steps)))
+                return [own for k, pairs in enumerate(batch) for own in self._sampled(k, pairs)]
         except InvalidSolverError:  # whatever the pairs, so on every process
             return []
-        return found
+
+    def _sampled(self, k: int, pairs: Pairs) -> list[Sampled]:
+        """Of one term, in parts that fit into memory."""
+
+        def sampled(positions: Sequence[int]) -> Sampled:
+            part = pairs.choose(positions)
+            with self.replay.recording() as tape:
+                endpoint = self._endpoint(self.student, self.terms[k], part)
+            # Now: it depends on the grid and the guidance scale, which the pipeline's call may choose.
+            return Sampled(k, part, endpoint, tape, *self.student.local(self.terms[k].steps))
+
+        return self.parts.run(len(pairs), sampled)
 
     def losses(self, sampled: Sequence[Sampled]) -> Tensor:
         """(terms,) F_n."""
@@ -138,12 +147,18 @@ class Problem:
         products = torch.zeros(len(self.terms), size, size, dtype=torch.float64)
         with self.replay.installed():
             for own in sampled:
-                columns = self.columns(own).cpu().double()
-                products[own.term] += columns @ columns.T
+                products[own.term] += sum(self.parts.run(len(own.pairs), partial(self._products, own)))
         products = self._mean(products)
         now = (products / products[:, :1, :1].clamp(min=1e-30)).mean(0)
         self.model = self.memory * self.model + _shifted(now, -at)
         self.weight = self.memory * self.weight + 1
+
+    def _products(self, sampled: Sampled, positions: Sequence[int]) -> Tensor:
+        """(1 + P, 1 + P) [r, J]'[r, J] of some of these pairs; sampled anew if all were too many for the memory."""
+        whole = len(positions) == len(sampled.pairs)
+        again = [sampled] if whole else self._sampled(sampled.term, sampled.pairs.choose(positions))
+        found = [self.columns(own).cpu().double() for own in again]
+        return torch.stack([columns @ columns.T for columns in found]).sum(0)
 
     def target(self, damping: float) -> Tensor:
         """(P,) the least of the model, damped, within the student's bounds."""
@@ -191,11 +206,7 @@ class Problem:
     def _least(self) -> tuple[Term, Pairs]:
         """What takes the fewest steps, and some of its held-out pairs."""
         term = min(self.terms, key=lambda term: term.steps)
-        return term, term.held_out[: self._micro()]
-
-    def _micro(self) -> int:
-        """Pairs computed at a time."""
-        return self.config.micro_batch_size or self.config.batch_size
+        return term, term.held_out[: self.parts.size or self.config.batch_size]
 
     def _mean(self, sums: Tensor) -> Tensor:
         """Over an update's pairs, those of all processes."""
@@ -231,57 +242,63 @@ class Problem:
         return self._column(sampled, residuals, at, c, -1)
 
 
-def fit_least_squares(progress: Progress) -> None:
-    """Learn by few updates of forward passes only, see the module's docstring.
+class LeastSquares(Method):
+    """Few updates, of forward passes only, see the module's docstring.
 
     Raises:
         ValueError: the pairs are paths, or the loss is no sum of squares.
         FloatingPointError: the loss is not finite where an update starts.
     """
-    student, config, meter = progress.student, progress.config, progress.meter
-    origin = student.snapshot()
-    with meter.running():
-        progress.begin()
-        now = student.snapshot()
-        student.restore(origin)  # the ridge pulls there
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.student = progress, progress.student
+        self.origin = self.student.snapshot()
+        self.sampled: list[Sampled] = []
+        self.damping = 1.0
+
+    def begin(self) -> None:
+        progress, task = self.progress, self.progress.task
+        now = self.student.snapshot()
+        self.student.restore(self.origin)  # the ridge pulls there
         # What a run that was stopped repeats is no part of what learning costs.
-        with meter.counting("again" if progress.update else "jacobian"):
-            problem = Problem(progress.pipe, student, progress.terms, config=config, loss=progress.loss)
-            student.restore(now)
+        with progress.meter.counting("again" if progress.update else "jacobian"):
+            options: dict[str, Any] = {"config": task.config, "loss": task.loss, "parts": progress.parts}
+            self.problem = Problem(task.pipe, self.student, task.terms, **options)
+            self.student.restore(now)
             if not progress.ended:
-                problem.check_replay()
-        damping, *state = progress.own.get("model", [1.0])
+                self.problem.check_replay()
+        self.damping, *state = progress.own.get("model", [1.0])
         if state:
-            problem.weight, problem.model = state[0], torch.tensor(state[1], dtype=torch.float64)
-        with meter.counting("again" if progress.update else "fresh"):
-            batch = [] if progress.ended else problem.batch(progress.update)
-        with meter.counting("again" if progress.update else "jacobian"):
-            sampled = problem.sample(batch)
+            self.problem.weight, self.problem.model = state[0], torch.tensor(state[1], dtype=torch.float64)
+        if progress.ended:
+            return
+        with progress.meter.counting("again" if progress.update else "fresh"):
+            batch = self.problem.batch(progress.update)
+        with progress.meter.counting("again" if progress.update else "jacobian"):
+            self.sampled = self.problem.sample(batch)
 
-        def step(update: int) -> dict[str, float]:
-            nonlocal sampled, damping
-            losses = problem.losses(sampled)
-            if not sampled or not bool(losses.isfinite().all()):
-                raise FloatingPointError(f"The loss is {losses.tolist()} at update {update}: use another init.")
-            with meter.counting("fresh"):
-                batch = problem.batch(update + 1)
-            with meter.counting("jacobian"):
-                problem.see(sampled)
-                here, sampled = student.snapshot(), problem.sample(batch)
-                most = problem.value(sampled) + math.log1p(problem.tolerance)
-                for _ in range(ATTEMPTS):
-                    student.move(problem.target(damping))
-                    there = problem.sample(batch)
-                    if problem.value(there) < most:
-                        sampled, damping = there, damping / 4
-                        break
-                    student.restore(here)
-                    damping *= 10
-            progress.own = {"model": [damping, problem.weight, problem.model.tolist()]}
-            shown = {f"loss/{term.name}": float(loss) for term, loss in zip(progress.terms, losses)}
-            return shown | {"damping": damping}
-
-        progress.run(step)
+    def step(self, update: int) -> dict[str, float]:
+        progress, problem, student = self.progress, self.problem, self.student
+        losses = problem.losses(self.sampled)
+        if not self.sampled or not bool(losses.isfinite().all()):
+            raise FloatingPointError(f"The loss is {losses.tolist()} at update {update}: use another init.")
+        with progress.meter.counting("fresh"):
+            batch = problem.batch(update + 1)
+        with progress.meter.counting("jacobian"):
+            problem.see(self.sampled)
+            here, self.sampled = student.snapshot(), problem.sample(batch)
+            most = problem.value(self.sampled) + math.log1p(problem.tolerance)
+            for _ in range(ATTEMPTS):
+                student.move(problem.target(self.damping))
+                there = problem.sample(batch)
+                if problem.value(there) < most:
+                    self.sampled, self.damping = there, self.damping / 4
+                    break
+                student.restore(here)
+                self.damping *= 10
+        progress.own = {"model": [self.damping, problem.weight, problem.model.tolist()]}
+        shown = {f"loss/{term.name}": float(loss) for term, loss in zip(problem.terms, losses)}
+        return shown | {"damping": self.damping}
 
 
 def _shifted(model: Tensor, by: Tensor) -> Tensor:

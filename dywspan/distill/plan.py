@@ -3,104 +3,110 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
 
 from ..artifact import markdown
 from ..pipelines.memory import peak_bytes
-from ..pipelines.pairs import Pairs
+from ..pipelines.pairs import Pairs, common_path
 from ..pipelines.precision import autocast
 from ..pipelines.processes import is_main, share
 from ..pipelines.rollout import frozen, sample
 from .config import OPTIMIZERS
-from .student import ContinuousStudent, LiftStudent, Student, TableStudent
-from .train import batch_loss, initial_continuous
+from .gradients import batch_loss
+from .kinds import STUDENTS
+from .setup import Setup
+from .student import Student
+from .task import Task, Term
 
-if TYPE_CHECKING:
-    from .run import Task
 
-
-def print_plan(task: Task) -> None:
+def print_plan(setup: Setup) -> None:
     """What the run will compute, its time and memory estimated from one update of the fewest steps."""
-    config, pipe, n = task.config, task.pipe, min(task.config.steps)
+    config, pipe, n = setup.config, setup.pipe, min(setup.config.steps)
+    squares = config.optimizer not in OPTIMIZERS
     share_size = len(share(range(config.batch_size)))
     micro, processes = config.micro_batch_size or share_size, config.batch_size // share_size
-    own = [task.inputs[i % len(task.inputs)] for i in range(micro)]
-    untrained = task.untrained(n)
-    started = time.perf_counter()
-    with torch.no_grad():
-        target, _ = sample(pipe, untrained, n, own, range(micro), task.call)
-    per_evaluation = (time.perf_counter() - started) / (n * micro)
-    student: Student
-    if task.base is not None:
-        size: dict[str, Any] = {"order": config.order, "layout": config.layout, "operator": config.operator}
-        size["horizon"] = config.horizon if config.continuous else None
-        student = LiftStudent(task.base, [n], target.shape[1:], **size)
-    elif config.continuous:
-        student = ContinuousStudent(untrained, initial_continuous(untrained, config, config.grid))
-    else:
-        student = TableStudent(untrained, untrained.tables[n])
+    own = [setup.inputs[i % len(setup.inputs)] for i in range(micro)]
+
+    def sampled() -> torch.Tensor:
+        with torch.no_grad():
+            return sample(pipe, setup.untrained(n), n, own, range(micro), setup.call)[0]
+
+    target = sampled()  # and warm
+    per_evaluation = _seconds(sampled, pipe) / (n * micro)
     pairs = Pairs(own, range(micro), target.float().cpu())
+    term = Term(n, setup.call, pairs, pairs)
+    kind, parts = STUDENTS[config.solver, config.continuous], {"layout": config.layout, "operator": config.operator}
+    options: dict[str, Any] = {"base": setup.base, "continuous": config.continuous, "grid": config.grid, **parts}
+    student = kind.start(Task(pipe, setup.teacher, [term], config, setup.loss, config.solver, **options))
 
     def update() -> None:
         student.apply()
-        with torch.enable_grad(), autocast(pipe, config.mixed_precision):
-            batch_loss(pipe, student, n, pairs, task.call, task.loss).backward()
+        with torch.set_grad_enabled(not squares), autocast(pipe, config.mixed_precision):
+            loss = batch_loss(pipe, student, n, pairs, setup.call, setup.loss)
+            if not squares:
+                loss.backward()
 
-    def sampling() -> None:
-        student.apply()
-        with torch.no_grad(), autocast(pipe, config.mixed_precision):
-            batch_loss(pipe, student, n, pairs, task.call, task.loss)
-
-    squares = config.optimizer not in OPTIMIZERS
     with frozen(pipe, config.recompute, student.networks):
-        started = time.perf_counter()
-        _, peak = peak_bytes(sampling if squares else update, pipe.device)
-    per_step = (time.perf_counter() - started) / (n * micro)  # of one sample
-
-    networks = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
-    weights = sum(t.nbytes for m in networks for t in m.state_dict().values())
-    updates, every = config.number("updates"), config.number("evaluate_every")
-    teacher, checks = task.teacher.num_inference_steps, updates // every + 2
-    scales = len(task.calls)
-    count = scales * (config.held_out + (0 if config.on_the_fly else config.pairs))
-    rows = [("teacher", f"{count} pairs", count * teacher, count * teacher * per_evaluation)]
-    for steps in config.steps:
-        seen = updates * config.batch_size
-        extra = teacher if config.on_the_fly else 0
-        # Step counts and calls that are learned together take turns by gradients; least squares sees all each time.
-        seen = seen * scales if squares else seen * len(task.groups) // len(config.steps)
-        # Least squares: a batch before and after a step, and how every number changes it.
-        calls = 2 * steps + student.calls(steps) if squares else steps
-        seconds = seen * (calls * per_step + extra * per_evaluation)
-        rows.append((f"{steps} steps, learning", f"{seen} samples", seen * (calls + extra), seconds))
-        checked = checks * scales * config.held_out
-        rows.append(
-            (f"{steps} steps, held out", f"{checked} samples", checked * steps, checked * steps * per_evaluation)
-        )
-    rows.append(("total", "", sum(r[2] for r in rows), sum(r[3] for r in rows)))
+        update()
+        per_step = _seconds(update, pipe) / (n * micro)  # of one sample
+        _, peak = peak_bytes(update, pipe.device)
+    rows = _rows(setup, student, per_evaluation, per_step)
     if not is_main():
         return
     print(yaml.safe_dump({k: v for k, v in asdict(config).items() if v not in (None, [], {})}, sort_keys=False))
-    print(
-        markdown(
-            [
-                {
-                    "part": part,
-                    "what": what,
-                    "evaluations": n,
-                    "time": str(timedelta(seconds=round(seconds / processes))),
-                }
-                for part, what, n, seconds in rows
-            ]
-        )
-    )
+    said = [
+        {"part": part, "what": what, "evaluations": count, "time": str(timedelta(seconds=round(seconds / processes)))}
+        for part, what, count, seconds in rows
+    ]
+    print(markdown(said))
+    networks = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
+    weights = sum(t.nbytes for m in networks for t in m.state_dict().values())
     growth = "about the same at more" if config.recompute else "in proportion at more"
     print(
         f"\nMemory on each process: weights {weights / 2**30:.2f} GiB, and {peak / 2**30:.2f} GiB for {micro} samples "
         f"of {n} steps, {growth}. Evaluations are of one sample, guidance counted as one."
     )
+
+
+def _rows(setup: Setup, student: Student, per_evaluation: float, per_step: float) -> list[tuple[str, str, int, float]]:
+    """(part, what it is of, denoiser evaluations, seconds in one process) of everything, and of all together."""
+    config, teacher, scales = setup.config, setup.teacher.num_inference_steps, len(setup.calls)
+    updates, squares = config.number("updates"), config.optimizer not in OPTIMIZERS
+
+    def row(part: str, count: int, steps: int, seconds: float = per_evaluation) -> tuple[str, str, int, float]:
+        return part, f"{count} samples", count * steps, count * steps * seconds
+
+    made = scales * (config.held_out + (0 if config.on_the_fly else config.pairs))
+    rows = [row("teacher", made, (config.path_substeps and max(config.steps) * config.path_substeps) or teacher)]
+    if config.ends:
+        common, substeps = common_path((whole for _, whole in config.ends), teacher)
+        rows.append(row("teacher, late starts", config.held_out + config.pairs, common * substeps))
+    checks = updates // config.number("evaluate_every") + 2
+    for n in config.steps:
+        if config.regression:  # a path as fine as the teacher's, and samplings of 1 to n steps
+            rows.append(row(f"{n} steps, regression", config.regression, -(-teacher // n) * n + n * (n + 1) // 2))
+        seen = updates * config.batch_size
+        # Step counts and calls that are learned together take turns by gradients; least squares sees all each time.
+        seen = seen * scales if squares else seen * len(config.groups) // len(config.steps)
+        # Least squares: a batch before and after a step, and how every number changes it.
+        rows.append(row(f"{n} steps, learning", seen, 2 * n + student.calls(n) if squares else n, per_step))
+        if config.on_the_fly:
+            rows.append(row(f"{n} steps, teacher", seen, teacher))
+        rows.append(row(f"{n} steps, held out", checks * scales * config.held_out, n))
+    return [*rows, ("total", "", sum(r[2] for r in rows), sum(r[3] for r in rows))]
+
+
+def _seconds(run: Callable[[], Any], pipe: Any) -> float:
+    """What a call takes, once all that it started on the device is done."""
+    device = torch.get_device_module(pipe.device)
+    started = time.perf_counter()
+    run()
+    if hasattr(device, "synchronize"):
+        device.synchronize()
+    return time.perf_counter() - started

@@ -4,61 +4,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.table import InvalidSolverError
-from ..pipelines.pairs import Pairs, Source, shuffled
+from ..pipelines.memory import Parts, is_sharded
+from ..pipelines.pairs import Pairs
 from ..pipelines.precision import autocast
 from ..pipelines.processes import in_turn, is_main, total
 from ..pipelines.replay import Meter
 from ..pipelines.rollout import sample
 from .checkpoints import Checkpoints
-from .config import LearningConfig
 from .losses import Loss, latent_mse
+from .provenance import provenance
 from .student import Student
+from .task import Task, Term
 
 Log = Callable[[Mapping[str, float], int], None]
 # What is counted, in denoiser evaluations: a backward pass takes two. Teacher pairs made while learning are "fresh".
 WORTH = {"fresh": 1, "student": 1, "jacobian": 1, "backward": 2, "held_out": 1}
 BACK, TRIES = 0.2, 20  # of the way back to the best numbers, and how often, until some are a solver
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Term:
-    """One of the samplings that a solver is learned for, all of which weigh alike.
-
-    Attributes:
-        steps: number of steps.
-        call: arguments of the pipeline's call.
-        train, held_out: teacher pairs made with this call; of several terms as many.
-        variant: its name, where calls differ.
-        guidance_scale: of the call, where terms differ in it.
-        whole: steps of the whole way, where these are the end of it only, as in img2img; the pairs start there.
-    """
-
-    steps: int
-    call: Mapping[str, Any]
-    train: Pairs | Source
-    held_out: Pairs
-    variant: str | None = None
-    guidance_scale: float | None = None
-    whole: int | None = None
-
-    @property
-    def name(self) -> str:
-        """ "5", "5 @ large" for a variant, or "3/5" for the last three of five steps."""
-        name = f"{self.steps}" if self.whole is None else f"{self.steps}/{self.whole}"
-        return name if self.variant is None else f"{name} @ {self.variant}"
-
-    def source(self, seed: int) -> Source:
-        """Its pairs without end: shuffled anew each time through, or made when they are asked for."""
-        return shuffled(self.train, seed) if isinstance(self.train, Pairs) else self.train
 
 
 @torch.no_grad()
@@ -70,15 +42,25 @@ def endpoint_error(
     call: Mapping[str, Any],
     batch_size: int = 16,
     loss: Loss = latent_mse,
+    parts: Parts | None = None,
 ) -> float:
-    """The loss of a scheduler's endpoints, averaged over ``pairs``, which the processes share."""
+    """The loss of a scheduler's endpoints, averaged over ``pairs``, which the processes share.
+
+    Args:
+        parts: how many samples are computed at a time, of the ``batch_size`` that a process takes in turn.
+    """
+    parts = parts or Parts(None, "held-out samples", "batch_size")
     starts = range(0, len(pairs), batch_size)
-    error = torch.zeros((), dtype=torch.float64, device=pipe.device)
-    for j, counts in in_turn(len(starts)):
-        part = pairs[starts[j] : starts[j] + batch_size]
+    error = torch.zeros((), dtype=torch.float64)
+
+    def computed(positions: Sequence[int]) -> Tensor:
+        part = pairs.choose(positions)
         endpoint, _ = sample(pipe, scheduler, steps, part.inputs, part.seeds, call)
-        value = loss(pipe, endpoint.float(), part.endpoints.to(endpoint.device))
-        error += counts * len(part) * value.to(error)
+        return len(part) * loss(pipe, endpoint.float(), part.endpoints.to(endpoint.device)).cpu().double()
+
+    for j, counts in in_turn(len(starts)):
+        own = range(starts[j], min(starts[j] + batch_size, len(pairs)))
+        error += counts * sum(parts.run(own, computed))
     return float(total(error)) / len(pairs)
 
 
@@ -96,19 +78,14 @@ class Progress:
     """
 
     def __init__(
-        self,
-        pipe: Any,
-        student: Student,
-        terms: Sequence[Term],
-        *,
-        config: LearningConfig,
-        loss: Loss,
-        checkpoints: Checkpoints | None = None,
-        log: Log | None = None,
+        self, task: Task, student: Student, checkpoints: Checkpoints | None = None, log: Log | None = None
     ) -> None:
-        self.pipe, self.student, self.terms, self.config, self.loss = pipe, student, list(terms), config, loss
-        self.checkpoints, self.log = checkpoints, log
-        self.meter, self.started, self.seconds = Meter(pipe), time.monotonic(), 0.0
+        self.task, self.student, self.checkpoints, self.log = task, student, checkpoints, log
+        self.meter, self.started, self.seconds = Meter(task.pipe), time.monotonic(), 0.0
+        sharded = is_sharded(task.pipe)
+        size = task.config.micro_batch_size
+        self.parts = Parts(size, "pairs of an update", "micro_batch_size", sharded=sharded)
+        self.held_out_parts = Parts(size, "held-out pairs", "micro_batch_size", sharded=sharded)
         self.update, self.best_error, self.stale, self.checked = 0, 1.0, 0, 0
         self.ended = self.taken_back = False
         self.before: dict[str, float] = {}
@@ -125,7 +102,7 @@ class Progress:
         saved = self.checkpoints.latest() if self.checkpoints else None
         if saved is None:
             self.before = self.errors("no")
-            self.start = self.before if self._in_full else self.errors(self.config.mixed_precision)
+            self.start = self.before if self._in_full else self.errors(self.task.config.mixed_precision)
             self.last = self.found = self.start
             self.curve[self.spent()] = [*self.before.values()]
             return
@@ -137,22 +114,28 @@ class Progress:
     @property
     def _in_full(self) -> bool:
         """Whether learning's precision is the pipeline's own."""
-        return self.config.mixed_precision in (None, "no")
+        return self.task.config.mixed_precision in (None, "no")
+
+    @property
+    def peak_rate(self) -> float:
+        """Of gradients."""
+        return self.task.config.lr or self.student.lr
 
     @property
     def label(self) -> str:
         """What is learned."""
-        return f"{', '.join(term.name for term in self.terms)} steps"
+        return f"{', '.join(term.name for term in self.task.terms)} steps"
 
     def errors(self, precision: str | None) -> dict[str, float]:
         """Held-out loss by term."""
         with torch.no_grad():
             self.student.apply()
-        with autocast(self.pipe, precision), self.meter.counting("held_out"):
-            pipe, scheduler, errors = self.pipe, self.student.scheduler, {}
-            for t in self.terms:
+        task, scheduler, errors = self.task, self.student.scheduler, {}
+        options: dict[str, Any] = {"loss": task.loss, "parts": self.held_out_parts}
+        with autocast(task.pipe, precision), self.meter.counting("held_out"):
+            for t in self.task.terms:
                 scheduler.whole = t.whole
-                errors[t.name] = endpoint_error(pipe, scheduler, t.steps, t.held_out, t.call, loss=self.loss)
+                errors[t.name] = endpoint_error(task.pipe, scheduler, t.steps, t.held_out, t.call, **options)
                 self.checked += len(t.held_out) * t.steps
             return errors
 
@@ -174,14 +157,14 @@ class Progress:
 
     def evaluate(self) -> bool:
         """Measure the parameters as they are and keep them if they are the best; whether patience is at its end."""
-        self.last = self.valid(lambda: self.errors(self.config.mixed_precision))
+        self.last = self.valid(lambda: self.errors(self.task.config.mixed_precision))
         ratios = [max(self.last[name] / (start or 1.0), 1e-30) for name, start in self.start.items()]
         mean = math.prod(ratios) ** (1 / len(ratios))
         self.stale += 1
         if mean < self.best_error:
             self.best, self.best_error, self.stale, self.found = self.student.snapshot(), mean, 0, self.last
             self.curve[self.spent()] = [*self.last.values()]
-        return bool(self.config.patience) and self.stale >= self.config.patience
+        return bool(self.task.config.patience) and self.stale >= self.task.config.patience
 
     def save(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Write a checkpoint."""
@@ -190,35 +173,42 @@ class Progress:
             facts["seconds"] = self._seconds()
             self.checkpoints.save(self.student.parameters(), self.best, optimizer, facts)
 
-    def run(self, step: Callable[[int], Mapping[str, float]], optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Do the updates that are left: ``step(update)``, which says what to show of it; then measure, and save.
+    def updates(self) -> Iterator[int]:
+        """The updates that are left, until all are done or patience is at its end."""
+        most = self.task.config.number("updates")
+        left = range(self.update, 0 if self.ended else most)
+        with tqdm(total=most, initial=self.update, desc=self.label, disable=not left or not is_main()) as self.bar:
+            for update in left:
+                yield update
+                if self.ended:
+                    return
 
-        Ends with the best parameters, when all are done or patience is at its end.
+    def done(self, numbers: Mapping[str, float], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """An update is done: measure, show and save, each when it is time.
+
+        Raises:
+            FloatingPointError: it could be done, but a held-out loss is not finite where learning started.
         """
-        config, checkpoints = self.config, self.checkpoints
-        updates = config.number("updates")
-        left = range(self.update, 0 if self.ended else updates)
-        bar = tqdm(left, self.label, initial=self.update, total=updates, disable=not left or not is_main())
-        for update in bar:
-            numbers = step(update)
-            self.update, self.ended = update + 1, update + 1 == updates
-            if self.update % config.number("evaluate_every") == 0 or self.ended:
-                self.ended = self.evaluate() or self.ended
-            self.report(bar, **numbers)
-            if self.ended or (checkpoints is not None and self.update % checkpoints.every == 0):
-                self.save(optimizer)
-            if self.ended:
-                break
-        bar.close()
-        self.finish(optimizer)
+        config, checkpoints = self.task.config, self.checkpoints
+        for term in self.task.terms:
+            if not math.isfinite(self.start[term.name]):
+                raise FloatingPointError(f"Held out: {where_it_broke(self, term, term.held_out[:4], self.peak_rate)}")
+        self.update += 1
+        self.ended = self.update == config.number("updates")
+        if self.update % config.number("evaluate_every") == 0 or self.ended:
+            self.ended = self.evaluate() or self.ended
+        self.report(numbers)
+        if self.ended or (checkpoints is not None and self.update % checkpoints.every == 0):
+            self.save(optimizer)
 
-    def report(self, bar: Any, **numbers: float) -> None:
+    def report(self, numbers: Mapping[str, float]) -> None:
         """Show and log where learning is, after an update."""
         held_out = " ".join(f"{e:.4f}" for e in self.last.values())
         loss = " ".join(f"{v:.4f}" for k, v in numbers.items() if k.startswith("loss"))
-        bar.set_postfix(loss=loss, held_out=held_out, best=f"{self.best_error:.3f} of the start")
+        self.bar.update()
+        self.bar.set_postfix(loss=loss, held_out=held_out, best=f"{self.best_error:.3f} of the start")
         if self.log is not None:
-            self.log(numbers | {f"held_out/{name}": e for name, e in self.last.items()}, self.update)
+            self.log({**numbers} | {f"held_out/{name}": e for name, e in self.last.items()}, self.update)
 
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Put the best parameters back, with their losses in full precision."""
@@ -227,10 +217,15 @@ class Progress:
             self.after = self.found if self._in_full else self.errors("no")
             self.save(optimizer)
 
-    def errors_by_term(self) -> dict[str, dict[str, Any]]:
+    def provenance(self, name: str | None = None) -> dict[str, Any]:
+        """Where what was learned comes from, with the errors of one term, or of all by name."""
+        errors = self._errors_by_term()
+        return provenance(self.task, self.peak_rate, errors if name is None else errors[name], self.cost())
+
+    def _errors_by_term(self) -> dict[str, dict[str, Any]]:
         """Held-out loss before and after learning, in full precision, and :attr:`curve`, in that of learning."""
         assert self.after is not None
-        spent, losses = [*self.curve], [*zip(*self.curve.values())] or [()] * len(self.terms)
+        spent, losses = [*self.curve], [*zip(*self.curve.values())] or [()] * len(self.task.terms)
         return {
             name: {"before": before, "after": self.after[name], "curve": [spent, [*values]]}
             for (name, before), values in zip(self.before.items(), losses)
@@ -248,7 +243,7 @@ class Progress:
         return sum(WORTH[name] * count for name, count in self._counts().items())
 
     def _counts(self) -> dict[str, int]:
-        counts = torch.tensor([self.meter.counts[name] for name in WORTH], device=self.pipe.device)
+        counts = torch.tensor([self.meter.counts[name] for name in WORTH])
         return dict(zip(WORTH, total(counts).tolist()))
 
     def _seconds(self) -> float:
@@ -270,3 +265,48 @@ _KEPT = {
     "own",
     "seconds",
 }
+
+
+class Method(ABC):
+    """One way to move a student towards lower losses: it supplies the step, :func:`.trainer.learn` the loop.
+
+    Attributes:
+        optimizer: whose state is saved with the student's.
+    """
+
+    optimizer: torch.optim.Optimizer | None = None
+
+    @abstractmethod
+    def __init__(self, progress: Progress) -> None:
+        """The student is where its task starts."""
+
+    def around(self) -> AbstractContextManager[Any]:
+        """What holds while learning goes on."""
+        return nullcontext()
+
+    @abstractmethod
+    def begin(self) -> None:
+        """The student, the optimiser and ``progress.own`` are where learning goes on from."""
+
+    @abstractmethod
+    def step(self, update: int) -> Mapping[str, float]:
+        """Do one update; says what to show of it."""
+
+
+@torch.no_grad()
+def where_it_broke(progress: Progress, term: Term, part: Pairs, rate: float) -> str:
+    """What to say of a loss that is not finite: since which sampling step, and what to change."""
+    task, scheduler, broken = progress.task, progress.student.scheduler, list[int]()
+    config = task.config
+    watch = lambda i, x: None if bool(x.isfinite().all()) else broken.append(i)  # noqa: E731
+    with autocast(task.pipe, config.mixed_precision):
+        sample(task.pipe, scheduler, term.steps, part.inputs, part.seeds, term.call, watch=watch)
+    if broken:
+        place = f"from sampling step {broken[0]} (sigma {float(scheduler.sigmas[broken[0]]):.4g}) on"
+    else:
+        place = "though every sampling step is finite: look at the teacher's endpoints and at the loss"
+    return (
+        f"The loss is not finite at update {progress.update} of the {term.name}-step solver, {place}; pairs with seeds "
+        f"{list(part.seeds)}. Lower lr={rate}, start from another base than init={config.init!r}, or use a wider "
+        f"mixed_precision than {config.mixed_precision or 'no'!r}."
+    )

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.bases import BASES, multistep
-from ..core.continuous import ContinuousLift, ContinuousTable, guided
-from ..core.layout import LAYOUTS
-from ..core.operator import Lift
+from ..core.continuous import ContinuousTable, guided
 from ..core.table import SolverTable
-from ..pipelines.rollout import set_timesteps
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.sources import ContinuousSource, Request
-from ..schedulers.spanlift import SpanLiftScheduler
+from .config import LearningConfig
+from .regression import regress, regress_continuous
+from .task import Task, default_grid
+
+Made = Callable[..., Mapping[str, Any]]  # the provenance of all terms, or of the one that is named
 
 
 class Student(ABC):
-    """A scheduler with parameters.
+    """A scheduler with parameters, of one kind: how learning starts, what it moves, and what an artefact is given.
 
     Attributes:
         scheduler: samples with what :meth:`apply` put in last.
@@ -34,6 +33,31 @@ class Student(ABC):
     scheduler: DyWeightScheduler
     lr: float
     networks: Sequence[nn.Module] = ()
+
+    @classmethod
+    @abstractmethod
+    def start(cls, task: Task) -> Student:
+        """Where the learning of a task starts."""
+
+    @classmethod
+    @abstractmethod
+    def untrained(
+        cls, base: DyWeightScheduler, steps: int, config: LearningConfig, grid: Mapping[str, Any] | None
+    ) -> DyWeightScheduler:
+        """A scheduler that samples as learning starts, without paths: what the learned one is compared with.
+
+        Args:
+            base: the pipeline's own, or SpanLift's base.
+        """
+
+    @abstractmethod
+    def result(self, made: Made) -> Any:
+        """A scheduler with what was learned and where it comes from, and with nothing else."""
+
+    @staticmethod
+    @abstractmethod
+    def merge(into: Any, result: Any) -> Any:
+        """A copy of an artefact with a result besides its own."""
 
     @abstractmethod
     def parameters(self) -> list[Tensor]:
@@ -107,6 +131,31 @@ class TableStudent(Student):
         self.weights = initial.weights.double().clone().requires_grad_()
         self.phi = self._phi(initial.time_scale.double()).requires_grad_(time_scaling)
 
+    @classmethod
+    def start(cls, task: Task) -> TableStudent:
+        (steps,), config, scheduler = task.steps, task.config, task.own_scheduler
+        table = initial_table(scheduler, steps, config, task.grid)
+        if steps in task.paths:
+            table = regress(task.pipe, table, task.paths[steps], task.middle.call, **_computing(config))
+        return cls(scheduler, table, config.bounded, config.time_scaling)
+
+    @classmethod
+    def untrained(
+        cls, base: DyWeightScheduler, steps: int, config: LearningConfig, grid: Mapping[str, Any] | None
+    ) -> DyWeightScheduler:
+        return base.with_tables([initial_table(base, steps, config, grid)])
+
+    def result(self, made: Made) -> DyWeightScheduler:
+        with torch.no_grad():
+            table = self.table()
+        numbers = {"weights": table.weights.detach(), "time_scale": table.time_scale.detach().clone()}
+        provenance = made(str(table.num_inference_steps))
+        return self.scheduler.with_tables([replace(table, **numbers, provenance=provenance)])
+
+    @staticmethod
+    def merge(into: DyWeightScheduler, result: DyWeightScheduler) -> DyWeightScheduler:
+        return into.with_tables([*result.tables.values()])
+
     def _scale(self) -> Tensor:
         return 1 + self.bounded * (2 * torch.sigmoid(self.phi) - 1) if self.bounded else self.phi
 
@@ -161,6 +210,29 @@ class ContinuousStudent(Student):
         self.scheduler, self.initial = scheduler, initial
         self.coefficients = initial.coefficients.double().clone().requires_grad_()
 
+    @classmethod
+    def start(cls, task: Task) -> ContinuousStudent:
+        function = initial_continuous(scheduler := task.own_scheduler, task.config, task.grid)
+        if task.paths:
+            paths, call = task.paths, task.middle.call
+            function = regress_continuous(task.pipe, function, paths, call, **_computing(task.config))
+        return cls(scheduler, guided(function, task.guidance_scale))
+
+    @classmethod
+    def untrained(
+        cls, base: DyWeightScheduler, steps: int, config: LearningConfig, grid: Mapping[str, Any] | None
+    ) -> DyWeightScheduler:
+        return base.with_continuous(initial_continuous(base, config, grid))
+
+    def result(self, made: Made) -> DyWeightScheduler:
+        coefficients = self.coefficients.detach().clone()
+        return self.scheduler.with_continuous(replace(self.initial, coefficients=coefficients, provenance=made()))
+
+    @staticmethod
+    def merge(into: DyWeightScheduler, result: DyWeightScheduler) -> DyWeightScheduler:
+        assert result.continuous is not None
+        return into.with_continuous(result.continuous)
+
     def parameters(self) -> list[Tensor]:
         return [self.coefficients]
 
@@ -198,103 +270,29 @@ class ContinuousStudent(Student):
             return TableStudent(self.scheduler, ContinuousSource(self.table()).table(request)), chain
 
 
-class LiftStudent(Student):
-    """SpanLift on a frozen base: one operator shared by all ``steps``, alpha and beta of each, or of all.
-
-    Args:
-        base: the base solver, tables included; a SpanLift solver is gone on with, operators and all.
-        steps: numbers of steps to learn for.
-        sample_shape: of a latent, without the batch.
-        order: K, derivatives the operator reads.
-        layout: see ``LAYOUTS``.
-        operator: further arguments of :class:`ResidualOperator` (width, blocks, kernel, ...).
-        name: of the operator in the artefact.
-        horizon: of a function that gives alpha and beta for every number of steps, see :class:`ContinuousLift`; None:
-            those of each of ``steps``.
-        guidance_scale: g0, to make that function depend on the guidance scale.
-    """
-
-    lr = 1e-3
-
-    def __init__(
-        self,
-        base: DyWeightScheduler,
-        steps: Sequence[int],
-        sample_shape: Sequence[int],
-        *,
-        order: int = 2,
-        layout: str = "image",
-        operator: Mapping[str, Any] | None = None,
-        name: str = "shared",
-        horizon: float | None = None,
-        guidance_scale: float | None = None,
-    ) -> None:
-        if isinstance(base, SpanLiftScheduler):
-            scheduler = gone_on_with(base, steps, horizon is not None)
-        else:
-            channels = LAYOUTS[layout].channels((1, *sample_shape))
-            size = {"channels": channels, "order": order, **(operator or {})}
-            # A base that was part of a SpanLift solver may still name its lifts.
-            none = dict.fromkeys(("lifts", "continuous_lift", "weights_sha256"))
-            scheduler = SpanLiftScheduler.from_config(base.config, layout=layout, operator=size, **none)
-            if horizon is not None:
-                scheduler.continuous_lift = ContinuousLift.initial(_order(base), horizon=horizon, operator=name)
-            for n in steps if horizon is None else ():
-                set_timesteps(base, n)
-                ones = torch.ones(len(base.timesteps) + (n in base.tables and base.tables[n].afs))
-                # beta = 1 and a zero head: the gradient reaches the head at once, and the start is the base.
-                scheduler.lifts[n] = Lift(ones, ones, name)
-            scheduler.initialize()
-        for n, lift in scheduler.lifts.items():
-            scheduler.lifts[n] = replace(lift, alpha=_leaf(lift.alpha), beta=_leaf(lift.beta))
-        if (function := scheduler.continuous_lift) is not None:
-            function = guided(function, guidance_scale)
-            scheduler.continuous_lift = replace(function, coefficients=_leaf(function.coefficients))
-        self.scheduler = self.lifted = scheduler
-        self.networks = [network.requires_grad_(True) for network in scheduler.operators.values()]
-
-    def parameters(self) -> list[Tensor]:
-        return self._scalars() + [p for network in self.networks for p in network.parameters()]
-
-    def numbers(self) -> list[tuple[Tensor, Tensor]]:
-        """alpha and beta of each step, or what they are a function of; the operator stays."""
-        return [(v, torch.ones_like(v, dtype=torch.bool)) for v in self._scalars()]
-
-    def _scalars(self) -> list[Tensor]:
-        if (function := self.lifted.continuous_lift) is not None:
-            return [function.coefficients]
-        return [v for lift in self.lifted.lifts.values() for v in (lift.alpha, lift.beta)]
-
-    def apply(self) -> None:
-        """Nothing to do: the scheduler computes with the parameters themselves."""
+def initial_table(
+    scheduler: DyWeightScheduler, steps: int, config: LearningConfig, grid: Mapping[str, Any] | None
+) -> SolverTable:
+    """Where a table's learning starts."""
+    return SolverTable.initial(
+        steps,
+        config.order,
+        dict(grid) if grid is not None else default_grid(scheduler),
+        scheduler.host.prediction,
+        base=config.init,
+        afs=config.afs,
+        time_shifting=config.time_shifting,
+    )
 
 
-def gone_on_with(base: SpanLiftScheduler, steps: Sequence[int], continuous: bool) -> SpanLiftScheduler:
-    """A copy that holds no more than is learned on: the lifts of these numbers of steps, or the continuous one.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if continuous and base.continuous_lift is None:
-        raise ValueError("The SpanLift base has no continuous lift to go on with: leave out continuous.")
-    if missing := [] if continuous else sorted(set(steps) - base.lifts.keys()):
-        raise ValueError(f"The SpanLift base was learned for {sorted(base.lifts)} steps, not for {missing}.")
-    scheduler = copy.deepcopy(base)
-    scheduler.lifts = {n: lift for n, lift in scheduler.lifts.items() if n in steps and not continuous}
-    scheduler.continuous_lift = scheduler.continuous_lift if continuous else None
-    names = {lift.operator for lift in (scheduler.continuous_lift, *scheduler.lifts.values()) if lift is not None}
-    scheduler.operators = {name: scheduler.operators[name] for name in sorted(names)}
-    return scheduler
+def initial_continuous(
+    scheduler: DyWeightScheduler, config: LearningConfig, grid: Mapping[str, Any] | None
+) -> ContinuousTable:
+    """Where the learning of a function that writes tables starts."""
+    grid = dict(grid) if grid is not None else default_grid(scheduler)
+    function = ContinuousTable.initial(config.order, grid, base=config.init, horizon=config.horizon)
+    return replace(function, convention=scheduler.host.prediction.convention)
 
 
-def _leaf(values: Tensor) -> Tensor:
-    """To be learned, in the precision that the numbers have when the artefact is used."""
-    return values.detach().double().clone().requires_grad_()
-
-
-def _order(base: DyWeightScheduler) -> int:
-    """K, of the base's convergence: what a continuous lift keeps."""
-    if base.continuous is not None:
-        return base.continuous.order
-    solver = base._solver
-    return min(base.config["solver_order"], BASES[solver].highest if solver in multistep() else 2)
+def _computing(config: LearningConfig) -> dict[str, Any]:
+    return {"batch_size": config.batch_size, "mixed_precision": config.mixed_precision}

@@ -1,0 +1,277 @@
+"""Learn solvers for a pipeline: the loop, and all around it. Stopped and repeated, it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..artifact import provenances, steps_of
+from ..core.layout import LAYOUTS, Packed
+from ..pipelines.embeddings import remembered_prompts
+from ..pipelines.precision import fast_and_safe
+from ..pipelines.processes import is_main, wait
+from ..pipelines.rollout import blocks, denoisers, load_pipeline, sample
+from ..schedulers.bind import unbind
+from ..schedulers.spanlift import SpanLiftScheduler
+from .card import Images, draw_samples, sample_images, write_card
+from .checkpoints import Checkpoints
+from .config import OPTIMIZERS, DistillConfig, missing
+from .gradients import Gradients
+from .kinds import STUDENTS
+from .least_squares import LeastSquares
+from .output import find_artefact, locked, push, save_artefact, written
+from .plan import print_plan
+from .progress import Log, Method, Progress
+from .setup import HELD_OUT_SEED, Setup, prepare
+from .split import split_inputs
+from .student import Student
+from .task import Task
+
+METHODS: dict[str, type[Method]] = {**dict.fromkeys(OPTIMIZERS, Gradients), "least_squares": LeastSquares}
+
+
+def run(config: DistillConfig) -> Any:
+    """Load the pipeline that ``config`` names, and learn, see :class:`SolverTrainer`; None after ``dry_run``.
+
+    Raises:
+        ValueError, OSError: as of :class:`SolverTrainer`, or no model.
+    """
+    if not config.model:
+        raise ValueError(missing("model"))
+    accelerator = _accelerator(config)
+    # What can be found out before gigabytes are loaded.
+    split_inputs(config)
+    find_artefact(config)
+    # A network that is to be sharded may not fit on one device: each block moves there when it is.
+    place = "cpu" if config.fsdp else accelerator.device
+    pipe = load_pipeline(config.model, getattr(torch, config.dtype), place, config.revision)
+    trainer = SolverTrainer(pipe, config)
+    if not config.dry_run:
+        return trainer.train()
+    print_plan(trainer.setup)
+    return None
+
+
+class SolverTrainer:
+    """Learns solvers for a pipeline, whatever it is made of: it need only sample.
+
+        scheduler = SolverTrainer(pipe, DistillConfig(prompts="prompts.txt", steps=[3, 5], output="solvers")).train()
+
+    Source: DyWeight (arXiv 2603.11607), SpanLift (arXiv 2606.08672).
+
+    Args:
+        pipe: a diffusers pipeline, where it is: on its device, offloaded, quantised or compiled. It is given back as it
+            was.
+        config: what is learned, how, and where it is saved; ``model`` may stay empty.
+
+    Attributes:
+        setup: all of it, checked.
+
+    Raises:
+        ValueError, OSError: settings that cannot work, files that cannot be read.
+    """
+
+    def __init__(self, pipe: Any, config: DistillConfig) -> None:
+        self.accelerator, self._own_class = _accelerator(config), type(pipe)
+        precision: Any = config.mixed_precision or self.accelerator.mixed_precision
+        self.setup = prepare(pipe, replace(config, mixed_precision=precision))
+        if config.fsdp:
+            _shard(pipe)
+            pipe.to(self.accelerator.device)
+        _check_sample(self.setup)
+
+    def train(self) -> Any:
+        """Learn and save.
+
+        Every result is written as soon as it is there, and found again when the same is repeated.
+
+        Returns:
+            The scheduler with all that ``config.output`` holds.
+
+        Raises:
+            OSError: files that cannot be written.
+            FloatingPointError: the loss is not finite.
+        """
+        setup, config = self.setup, self.setup.config
+        output, result = Path(config.output), None
+        output.mkdir(parents=True, exist_ok=True)
+        with written(), locked(output), self._at_work(), self._tracked() as log:
+            result = find_artefact(config)  # again: another run may have ended since
+            teacher = _samples(setup, setup.teacher.scheduler, setup.teacher.num_inference_steps)
+            for done, group in enumerate(config.groups):
+                learned = distill(setup.task(group), self._checkpoints(group), _after(log, done, config))
+                kind = STUDENTS[config.solver, config.continuous]
+                result = learned if result is None else kind.merge(result, learned)
+                save_artefact(result, output)
+                for n in group:
+                    _show(setup, result, n, teacher)
+            if is_main():
+                write_card(result, output, asdict(config), setup.inputs[0])
+                if config.push_to_hub:
+                    push(config.push_to_hub, output)
+            wait()
+        return result
+
+    def _checkpoints(self, group: list[int]) -> Checkpoints:
+        config = self.setup.config
+        folder = Path(config.output) / "state" / f"{'-'.join(map(str, group))}-{self.setup.key(group)}"
+        return Checkpoints(folder, config.number("checkpoint_every"), config.keep_checkpoints)
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Every prompt is encoded once, and then the text encoders may go; all is put back at the end."""
+        setup, pipe = self.setup, self.setup.pipe
+        bars = getattr(pipe, "_progress_bar_config", {})
+        pipe.set_progress_bar_config(disable=True)
+        try:
+            with fast_and_safe(), remembered_prompts(pipe, setup.cache / "prompts", setup.model) as memory:
+                if memory is not None:
+                    for call in setup.calls.values():
+                        inputs = [*setup.held_out_inputs, *setup.inputs]
+                        memory.fill(inputs, call, setup.config.teacher_batch_size)
+                    if setup.config.release_text_encoders:
+                        memory.release()
+                yield
+        finally:
+            pipe.set_progress_bar_config(**bars)
+            if type(pipe) is not self._own_class:
+                unbind(pipe)
+
+    @contextmanager
+    def _tracked(self) -> Iterator[Log | None]:
+        """What losses are logged to: Accelerate's trackers."""
+        config, accelerator = self.setup.config, self.accelerator
+        if not config.trackers:
+            yield None
+            return
+        plain = (int, float, str, bool)
+        settings = {k: v if isinstance(v, plain) else json.dumps(v) for k, v in asdict(config).items()}
+        accelerator.init_trackers("dywspan", settings)
+        try:
+            yield lambda numbers, update: accelerator.log(dict(numbers), step=update)
+        finally:
+            accelerator.end_training()
+
+
+def distill(task: Task, checkpoints: Checkpoints | None = None, log: Log | None = None) -> Any:
+    """Learn the solver of one task, through the pipeline's own call.
+
+    Args:
+        checkpoints: where to go on from and to save to.
+        log: gets losses by name, and the update.
+
+    Returns:
+        A ``DyWeightScheduler`` or ``SpanLiftScheduler`` that holds what was learned, with its provenance, and nothing
+        else: the best that there was on the held-out pairs.
+
+    Raises:
+        ValueError: a task that its kind of solver or optimizer cannot learn.
+        FloatingPointError: the loss or its gradient is not finite.
+    """
+    student = STUDENTS[task.solver, task.continuous].start(task)
+    return student.result(learn(task, student, checkpoints, log).provenance)
+
+
+def learn(task: Task, student: Student, checkpoints: Checkpoints | None = None, log: Log | None = None) -> Progress:
+    """Move a student to the best that it is on the held-out pairs, see :func:`distill`."""
+    progress = Progress(task, student, checkpoints, log)
+    method = METHODS[task.config.optimizer](progress)
+    with progress.meter.running(), method.around():
+        progress.begin(method.optimizer)
+        method.begin()
+        for update in progress.updates():
+            progress.done(method.step(update), method.optimizer)
+        progress.finish(method.optimizer)
+    return progress
+
+
+def _accelerator(config: DistillConfig) -> Any:
+    """Accelerate's state of this process, and its trackers.
+
+    Raises:
+        ValueError: trackers that are not installed, or processes that do not see each other.
+    """
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+
+    trackers: Any = config.trackers or None
+    known = [str(tracker) for tracker in get_available_trackers()]
+    if unknown := [name for name in config.trackers if name not in [*known, "all"]]:
+        raise ValueError(f"trackers={unknown} are not installed, or not Accelerate's: there are {known}.")
+    # Without config.mixed_precision: Accelerate would keep it for every later run in this process.
+    accelerator = Accelerator(log_with=trackers, project_dir=config.output)
+    if (started := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
+        raise ValueError(f"{started} processes were started, but each sees itself alone: set ACCELERATE_USE_CPU=true.")
+    return accelerator
+
+
+def _after(log: Log | None, groups: int, config: DistillConfig) -> Log | None:
+    """The log of a group that comes after others: a tracker's step never goes back."""
+    if log is None:
+        return None
+    before = groups * config.number("updates")
+    return lambda numbers, update: log(numbers, before + update)
+
+
+@torch.no_grad()
+def _check_sample(setup: Setup) -> None:
+    """One sample of where learning starts is of the layout, and can be decoded where the loss does.
+
+    Whether packed tokens are the size told is seen at a new SpanLift solver's first step.
+    """
+    config, steps = setup.config, min(setup.config.steps)
+    if setup.base is None and config.features is None:
+        return
+    scheduler, layout = setup.untrained(steps), LAYOUTS[config.layout]
+    x, _ = sample(setup.pipe, scheduler, steps, setup.inputs[:1], [0], setup.call)
+    try:
+        if isinstance(scheduler, SpanLiftScheduler):
+            layout.to_grid(x, scheduler.request and scheduler.request.latent_size)
+        elif setup.base is not None and (x.ndim != 3 or not isinstance(layout, Packed)):
+            layout.to_grid(x)  # no other solver is told the size of packed tokens
+        if config.features is not None:
+            setup.loss(setup.pipe, x.float(), x.float())
+    except ValueError as error:
+        raise ValueError(f"layout={config.layout!r} is not that of {type(setup.pipe).__name__}: {error}") from None
+
+
+def _show(setup: Setup, result: Any, n: int, teacher: Images | None) -> None:
+    """Say and draw what was learned for n steps."""
+    output = Path(setup.config.output)
+    errors = {name: made["held_out_error"] for name, made in provenances(result).items() if steps_of(name) == n}
+    for name, error in errors.items() if is_main() else ():
+        print(f"{name} steps: held-out error {error['before']:.4g} -> {error['after']:.4g}, saved to {output}")
+    rows = {f"teacher, {setup.teacher.num_inference_steps} steps": teacher}
+    for label, scheduler in {"base": setup.untrained(n), "learned": result}.items() if teacher else ():
+        rows[f"{label}, {n} steps"] = _samples(setup, scheduler, n)
+    draw_samples(rows, setup.held_out_inputs[: setup.config.pictures], output / f"samples-{n}.png")
+
+
+def _samples(setup: Setup, scheduler: Any, steps: int) -> Images | None:
+    own = setup.held_out_inputs[: setup.config.pictures]
+    seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(own))
+    return sample_images(setup.pipe, scheduler, steps, own, seeds, setup.call)
+
+
+def _shard(pipe: Any) -> None:
+    """FSDP: each process keeps its part of the denoisers' weights, and gathers a block at a time when it runs.
+
+    Raises:
+        ValueError: a single process has nothing to share with.
+    """
+    if not torch.distributed.is_initialized():
+        raise ValueError("fsdp shards weights over processes, and there is one: accelerate launch --num_processes N.")
+    from torch.distributed.fsdp import fully_shard
+
+    for model in denoisers(pipe).values():
+        model.requires_grad_(False)
+        for block in blocks(model):
+            fully_shard(block)
+        fully_shard(model)
