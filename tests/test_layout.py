@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import diffusers
 import pytest
 import torch
@@ -11,7 +13,7 @@ from tiny import available
 from torch import Tensor
 
 from dywspan import DyWeightScheduler, SpanLiftScheduler
-from dywspan.core.layout import LAYOUTS, Dense, Packed, Size
+from dywspan.core.layout import LAYOUTS, Dense, Packed, Size, to_grids
 
 sides = st.integers(1, 5)
 Axes = dict[str, int]  # sizes of b, c, h, w and t
@@ -21,6 +23,7 @@ LETTERS = {
     "video": "bcthw",
     "video_frames_first": "btchw",
     "video_channels_last": "bthwc",
+    "audio": "bcw",
 }
 
 
@@ -35,8 +38,8 @@ def laid_out(name: str, images: Tensor) -> Tensor:
     b, t, c, h, w = images.shape
     layout = LAYOUTS[name]
     if isinstance(layout, Dense):
-        source = images if "t" in LETTERS[name] else images[:, 0]
-        return torch.einsum(f"{'btchw' if 't' in LETTERS[name] else 'bchw'}->{LETTERS[name]}", source)
+        source = images[tuple(slice(None) if a in LETTERS[name] else 0 for a in "btchw")]
+        return torch.einsum(f"{''.join(a for a in 'btchw' if a in LETTERS[name])}->{LETTERS[name]}", source)
     assert isinstance(layout, Packed)
     p = layout.patch
     tokens = torch.zeros(b, t * (h // p) * (w // p), c * p * p)
@@ -53,8 +56,9 @@ def test_there_and_back(name: str, b: int, t: int, c: int, h: int, w: int, patch
     layout = LAYOUTS[name]
     p = layout.patch if isinstance(layout, Packed) else 1
     moves = layout.frames if isinstance(layout, Packed) else "t" in LETTERS[name]
-    axes = {"b": b, "t": t if moves else 1, "c": c, "h": h * p, "w": w * p}
-    images, size = latent(axes), (h * p, w * p)
+    h = 1 if name == "audio" else h * p
+    axes = {"b": b, "t": t if moves else 1, "c": c, "h": h, "w": w * p}
+    images, size = latent(axes), (h, w * p)
     sample = laid_out(name, images)
     grid = layout.to_grid(sample, size)
     assert torch.equal(grid, images.flatten(0, 1))
@@ -120,6 +124,7 @@ def test_a_square_needs_no_size() -> None:
         ("video", (2, 3, 4, 4), None, "'bcthw' has 5 axes"),
         ("video_frames_first", (2, 3, 4, 4), None, "'btchw' has 5 axes"),
         ("video_channels_last", (2, 3, 4, 4), None, "'bthwc' has 5 axes"),
+        ("audio", (2, 3, 4, 4), None, "'bcw' has 3 axes"),
     ],
 )
 def test_a_wrong_guess_is_an_error(name: str, shape: tuple[int, ...], size: Size | None, message: str) -> None:
@@ -127,11 +132,30 @@ def test_a_wrong_guess_is_an_error(name: str, shape: tuple[int, ...], size: Size
         LAYOUTS[name].to_grid(torch.zeros(shape), size)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "why"),
+    [
+        ("packed_video", (1, 9, 128), "A latent of 2 x 3 does not make 9 tokens"),  # the sound of LTX-2
+        ("packed_video", (1, 12, 128), "The operator was made for 4 channels; this has 128"),
+        ("video_channels_last", (1, 9, 4), "'bthwc' has 5 axes"),  # and that of Kandinsky 6
+        ("image", (1, 4, 8), "'bchw' has 4 axes"),
+    ],
+)
+def test_a_sample_of_another_kind_is_told_what_does_fit(name: str, shape: tuple[int, ...], why: str) -> None:
+    samples = [torch.zeros(shape)] * 2
+    with pytest.raises(
+        ValueError, match=rf"Layout '{name}' does not fit this sample of shape {re.escape(str(shape))}: "
+    ) as e:
+        to_grids(name, samples, 4, (2, 3))
+    for part in (why, "sound beside a video", "one of ['audio', 'image'", "DyWeightScheduler.from_config"):
+        assert part in str(e.value)
+
+
 @pytest.mark.parametrize("name", sorted(set(LAYOUTS) - {"image"}))
 def test_the_lift_does_not_depend_on_the_layout(name: str) -> None:
     """The same latent, packed or not: the same update, bit for bit, over a whole run."""
-    frames = 3 if "video" in name else 1
-    images, size = torch.randn(2, frames, 4, 4, 6), (4, 6)
+    frames, height = 3 if "video" in name else 1, 1 if name == "audio" else 4
+    images, size = torch.randn(2, frames, 4, height, 6), (height, 6)
     scheduler = DyWeightScheduler.from_config(diffusers.FlowMatchEulerDiscreteScheduler().config, solver="ipndm")
     lift = {"alpha": [0.9, 1.1, 1.0], "beta": [0.5, -0.7, 0.3]}
     ends, state = [], None

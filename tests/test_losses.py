@@ -407,6 +407,8 @@ def test_what_is_no_image_is_an_error() -> None:
         decode(pipe, torch.zeros(1, 4, 2, 8, 8), "video")
     with pytest.raises(ValueError, match="are videos"):
         decode(pipe, torch.zeros(1, 8, 4), "packed_video", (2, 2))
+    with pytest.raises(ValueError, match="are sounds"):
+        decode(pipe, torch.zeros(1, 4, 8), "audio")
     with pytest.raises(ValueError, match=r"6 tokens are not a square: .*A loss is told by make_loss\(.*size="):
         decode(pipe, torch.zeros(1, 6, 16), "packed")
     with pytest.raises(ValueError, match="WanPipeline has no image decoder for 16 channels"):

@@ -332,7 +332,8 @@ def test_errors_name_the_way_out() -> None:
     scheduler = lifted()
     scheduler.set_timesteps(5)
     with pytest.raises(
-        ValueError, match=r"made for 4 channels; layout 'image' finds 3 in a sample of shape \(2, 3, 8, 8\)"
+        ValueError,
+        match=r"Layout 'image' does not fit this sample of shape \(2, 3, 8, 8\): .*made for 4 channels; this has 3",
     ):
         scheduler.step(torch.zeros(2, 3, 8, 8), scheduler.timesteps[0], torch.zeros(2, 3, 8, 8))
 

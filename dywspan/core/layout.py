@@ -1,13 +1,15 @@
 """Latent layouts: from the sample a scheduler is handed to images (B', C, H, W) a convolution can read, and back.
 
 Frames of a video are images of their own. Packed tokens do not tell their height and width: the square of one image is
-inferred, any other grid has to be given as ``size`` = (height, width) of the unpacked latent.
+inferred, any other grid has to be given as ``size`` = (height, width) of the unpacked latent. A sound is an image of
+height 1.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -37,7 +39,7 @@ class Layout(ABC):
 
 @dataclass(frozen=True)
 class Dense(Layout):
-    """A latent with all its axes: ``axes`` names them, of b, c, h, w and t (frames)."""
+    """A latent with all its axes: ``axes`` names them, of b, c, h, w and t (frames). Without h it is one line."""
 
     axes: str
 
@@ -48,6 +50,8 @@ class Dense(Layout):
         if x.ndim != len(self.axes):
             raise ValueError(f"Layout {self.axes!r} has {len(self.axes)} axes; the sample has shape {tuple(x.shape)}.")
         images = x.permute([self.axes.index(a) for a in self._images()])
+        if "h" not in self.axes:
+            images = images.unsqueeze(-2)
         return images.reshape(-1, *images.shape[-3:])
 
     def from_grid(self, grid: Tensor, like: Tensor, size: Size | None = None) -> Tensor:
@@ -56,7 +60,7 @@ class Dense(Layout):
         return images.permute([order.index(a) for a in self.axes])
 
     def _images(self) -> str:
-        return "btchw" if "t" in self.axes else "bchw"
+        return "".join(a for a in "btchw" if a in self.axes)
 
 
 @dataclass(frozen=True)
@@ -108,4 +112,25 @@ LAYOUTS: dict[str, Layout] = {
     "video_channels_last": Dense("bthwc"),
     "packed": Packed(2),
     "packed_video": Packed(1, frames=True),
+    "audio": Dense("bcw"),
 }
+
+
+def to_grids(name: str, values: Sequence[Tensor], channels: int, size: Size | None = None) -> list[Tensor]:
+    """The grids of a sample and of what else has its shape, for an operator of so many channels.
+
+    Raises:
+        ValueError: the sample is of another layout, or has other channels.
+    """
+    layout, shape = LAYOUTS[name], tuple(values[0].shape)
+    try:
+        grids = [layout.to_grid(v, size) for v in values]
+        if grids[0].shape[1] != channels:
+            raise ValueError(f"The operator was made for {channels} channels; this has {grids[0].shape[1]}.")
+    except ValueError as error:
+        raise ValueError(
+            f"Layout {name!r} does not fit this sample of shape {shape}: {error} A sample of another kind, such as the "
+            f"sound beside a video, needs its own layout, one of {sorted(LAYOUTS)}, or no operator: "
+            "DyWeightScheduler.from_config(scheduler.config) is the base alone."
+        ) from error
+    return grids

@@ -26,7 +26,7 @@ def decode(pipe: Any, latents: Tensor, layout: str = "image", size: Size | None 
         size: (height, width) of the unpacked latent, where packed tokens are not a square.
 
     Raises:
-        ValueError: the latents are videos, or the pipeline has no decoder for them.
+        ValueError: the latents are videos or sounds, or the pipeline has no decoder for them.
     """
     vae, z = find_vae(pipe), latents
     if (norm := getattr(vae, "bn", None)) is not None:  # FLUX.2's statistics are those of packed channels
@@ -37,6 +37,8 @@ def decode(pipe: Any, latents: Tensor, layout: str = "image", size: Size | None 
         raise ValueError(f"{error} A loss is told by make_loss(..., layout=..., size=(height, width)).") from error
     if len(z) != len(latents):
         raise ValueError(f"{layout!r} latents {tuple(latents.shape)} are videos: use a loss on latents alone.")
+    if layout == "audio":
+        raise ValueError(f"{layout!r} latents {tuple(latents.shape)} are sounds: use a loss on latents alone.")
     if vae is None:
         if z.shape[1] != 3:
             raise ValueError(

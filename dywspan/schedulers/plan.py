@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.layout import LAYOUTS, Size
+from ..core.layout import LAYOUTS, Size, to_grids
 from ..core.operator import Lift, Operator, residual
 from ..core.prediction import Flow, Prediction, VariancePreserving
 from ..core.step import History, Schedule, analytical_derivative, combine, step
@@ -315,15 +315,10 @@ def _derivative(plan: Plan, row: int, x: Tensor, x0: Tensor) -> Tensor:
 
 def _correction(lift: LiftPlan, row: int, x: Tensor, derivatives: History, size: Size | None) -> Tensor:
     """R_phi(x_i, d_i, ..., d_{i-K+1}; xi_i), in the layout of ``x``."""
-    operator, layout = lift.operator, LAYOUTS[lift.layout]
-    images = [layout.to_grid(v, size) for v in (x, *derivatives[: operator.order])]
-    if images[0].shape[1] != operator.channels:
-        raise ValueError(
-            f"The operator was made for {operator.channels} channels; layout {lift.layout!r} finds "
-            f"{images[0].shape[1]} in a sample of shape {tuple(x.shape)}."
-        )
+    operator = lift.operator
+    images = to_grids(lift.layout, (x, *derivatives[: operator.order]), operator.channels, size)
     correction = residual(operator, images[0], images[1:], lift.conditions[row].to(operator.dtype))
-    return layout.from_grid(correction, x, size)
+    return LAYOUTS[lift.layout].from_grid(correction, x, size)
 
 
 def numbers(values: Tensor) -> list[Number]:

@@ -6,7 +6,7 @@ here can serve. Text encoders are left out wherever a pipeline takes embeddings:
 
 # ruff: noqa: F401, I001  (rows stand in this order)
 from . import stable_diffusion, flow_images, flow_recent, flow_video, video_recent, others, others_recent
-from . import modular, variants
+from . import one_sample, modular, variants
 from .others import pixel_unet
 from .parts import images, masks, normal, positive, sd_betas, text, vae
 from .refused import REFUSED

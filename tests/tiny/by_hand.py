@@ -52,7 +52,7 @@ def check(tiny: Tiny, trace: Trace, table: SolverTable, lifted: SpanLiftSchedule
         if lifted is not None and lift is not None:
             alpha = 1 - levels[i] if tiny.flow else 1.0
             log_snr = math.log(alpha / levels[i]) if alpha > 0 else -math.inf
-            time = model_times(tiny, taus[i : i + 1]).item() / (1 if tiny.edm else 1000)
+            time = model_times(tiny, taus[i : i + 1]).item() / (1 if tiny.edm else whole(tiny))
             condition = [2 * time - 1, math.tanh(log_snr / 4), math.tanh(math.log(abs(h)) / 4)]
             change = lift.alpha[i] * change + h * lift.beta[i] * operate(lifted, [state, *past[:3]], condition)
         x = x + change
@@ -68,11 +68,16 @@ def operate(lifted: SpanLiftScheduler, values: list[Tensor], condition: list[flo
     return layout.from_grid(operator(images, torch.tensor([condition])).double(), values[0], size)
 
 
+def whole(tiny: Tiny) -> int:
+    """The time that stands for 1: 1000 almost everywhere."""
+    return tiny.pipe.scheduler.config.num_train_timesteps
+
+
 def model_times(tiny: Tiny, taus: list[float]) -> Tensor:
-    """1000 tau; log(tau) / 4; or linear in log alpha between integers, with log alpha = 0 at t = -1."""
+    """tau or 1 - tau in whole times; log(tau) / 4; or linear in log alpha between integers, log alpha = 0 at t = -1."""
     scheduler, tau = tiny.pipe.scheduler, torch.tensor(taus, dtype=torch.float64)
     if tiny.flow:
-        return 1000 * (1 - tau) if scheduler.config.get("invert_sigmas") else 1000 * tau
+        return whole(tiny) * ((1 - tau) if scheduler.config.get("invert_sigmas") else tau)
     if tiny.edm:
         return tau.log() / 4
     nodes = -scheduler.alphas_cumprod.double().clamp(min=2**-24).log() / 2

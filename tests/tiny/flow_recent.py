@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import diffusers as d
 import torch
@@ -167,3 +168,39 @@ def ideogram4() -> Tiny:
     }
     exercises = "a second network for the negative half, logit-normal levels, time runs the other way"
     return Tiny(pipe, inputs, exercises, told=lambda t: 1 - t / 1000, layout="packed")
+
+
+class Words(Stub):
+    """A tokenizer of one token a text: how often the letter a stands in it."""
+
+    model_max_length = 8
+
+    def __call__(self, text: str) -> Stub:
+        return Stub(input_ids=[text.count("a")])
+
+
+@row("OmniGenPipeline")
+def omnigen() -> Tiny:
+    from diffusers.pipelines.omnigen import pipeline_omnigen, processor_omnigen
+
+    class TextProcessor(processor_omnigen.OmniGenMultiModalProcessor):
+        """Without what prepares images, which needs torchvision."""
+
+        def __init__(self, text_tokenizer: Any, max_image_size: int) -> None:
+            self.text_tokenizer, self.max_image_size = text_tokenizer, max_image_size
+            self.collator = processor_omnigen.OmniGenCollator()
+
+    transformer = d.OmniGenTransformer2DModel(
+        hidden_size=16, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32, num_layers=1,
+        pad_token_id=0, vocab_size=128, pos_embed_max_size=16, time_step_dim=16,
+        rope_scaling={"long_factor": [1.0] * 4, "short_factor": [1.0] * 4},
+    )  # fmt: skip
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.5)  # else it answers so little that a solver hardly counts
+    scheduler = flow_euler(invert_sigmas=True, num_train_timesteps=1)
+    with patch.object(pipeline_omnigen, "OmniGenMultiModalProcessor", TextProcessor, create=True):
+        pipe = d.OmniGenPipeline(transformer=transformer, scheduler=scheduler, vae=vae(), tokenizer=Words())
+    # A token stands for 16 x 16 pixels to the pipeline: 8 to a latent pixel, and 2 x 2 of these.
+    pipe.vae_scale_factor = 8
+    inputs = lambda i: {"prompt": ["a" * k for k in i], **LATENT, "height": 64, "width": 64}
+    exercises = "inverted flow told in times from 0 to 1, one network for texts and images"
+    return Tiny(pipe, inputs, exercises)

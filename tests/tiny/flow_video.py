@@ -27,13 +27,16 @@ WAN: dict[str, Any] = {
 }  # fmt: skip
 
 
+def wan_inputs(i: Indices) -> dict[str, Any]:
+    return {**text(i, 8, 16), **LATENT, "height": 32, "width": 32, "num_frames": 5}
+
+
 @row("WanPipeline")
 def wan() -> Tiny:
     transformer = d.WanTransformer3DModel(**WAN)
     pipe = d.WanPipeline(vae=None, scheduler=flow_euler(shift=5.0), transformer=transformer, **NO_TEXT)
-    inputs = lambda i: {**text(i, 8, 16), **LATENT, "height": 32, "width": 32, "num_frames": 5}
     exercises = "video, reads scheduler.sigmas, guidance in two calls"
-    return Tiny(pipe, inputs, exercises, branches=2, layout="video", channels=16)
+    return Tiny(pipe, wan_inputs, exercises, branches=2, layout="video", channels=16)
 
 
 @row("WanVideoToVideoPipeline")

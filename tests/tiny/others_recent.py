@@ -162,14 +162,8 @@ def stable_audio() -> Tiny:
         return {**text(i, 8, 16), **LATENT, "audio_end_in_s": 4.0}
 
     exact = {"solver": "dpmpp", "solver_order": 2}
-    return Tiny(
-        pipe,
-        inputs,
-        "sound: latents of one axis, EDM times",
-        exact=exact,
-        unlifted="no layout has one axis",
-        tolerance=1e-3,
-    )
+    exercises = "sound: latents of one axis, EDM times"
+    return Tiny(pipe, inputs, exercises, exact=exact, layout="audio", tolerance=1e-3)
 
 
 @row("StableAudio3Pipeline")
@@ -191,4 +185,4 @@ def stable_audio3() -> Tiny:
         prompts = {"prompt_embeds": normal(i, 8, 16), "negative_prompt_embeds": normal([99] * len(i), 8, 16)}
         return {**prompts, **masks, **LATENT, "duration": 4.0, "guidance_scale": 3.0}
 
-    return Tiny(pipe, inputs, "sound: flow latents of one axis, levels by log SNR", unlifted="no layout has one axis")
+    return Tiny(pipe, inputs, "sound: flow latents of one axis, levels by log SNR", layout="audio")

@@ -14,7 +14,8 @@ import diffusers as d
 import torch
 
 from .flow_images import sana_parts
-from .flow_video import WAN, ltx_text
+from .flow_video import WAN, ltx_text, wan_inputs
+from .modular import LATENTS, modular
 from .others import pixel_unet
 from .parts import LATENT, NO_TEXT, UNET, UP, Stub, flow_euler, normal, positive, sd_betas, text, vae
 from .registry import Indices, Tiny
@@ -95,7 +96,7 @@ def anyflow() -> Tiny:
     pipe = d.AnyFlowPipeline(
         vae=None, scheduler=loaded(d.FlowMapEulerDiscreteScheduler), transformer=transformer, **NO_TEXT
     )
-    inputs = lambda i: {**positive(text(i, 8, 16)), **LATENT, "height": 32, "width": 32, "num_frames": 5}
+    inputs = lambda i: positive(wan_inputs(i))
     return Tiny(pipe, inputs, "a flow map: the network is told where the step ends", layout="video")
 
 
@@ -196,3 +197,26 @@ def glm_image() -> Tiny:
         return {**text(i, 8, 16), **LATENT, "height": 32, "width": 32, "prior_token_ids": tokens}
 
     return Tiny(pipe, inputs, "times that are not shifted beside levels that are")
+
+
+# ------------------------------------------------------------------------------------ another convention of a network
+
+
+@refused("MiniMaxH3ModularPipeline", "MiniMaxH3Scheduler")
+def minimax_h3() -> Tiny:
+    transformer = d.MiniMaxH3Transformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, hidden_size=16, num_layers=1, num_refiner_layers=1, ffn_dim=16,
+        text_dim=8, freq_dim=16, time_embed_hidden_dim=16, time_embed_dim=16, rope_freq_dim=2,
+    )  # fmt: skip
+    schedulers = {"scheduler": loaded(d.MiniMaxH3Scheduler), "audio_scheduler": d.MiniMaxH3Scheduler(shift=3.0)}
+    pipe = modular("MiniMaxH3Blocks", {"transformer": transformer, **schedulers})
+    inputs = lambda i: {
+        **LATENTS,
+        "prompt_embeds": normal(i, 8, 8),
+        "text_token_tags": torch.ones(8, dtype=torch.long),
+        "height": 32,
+        "width": 32,
+        "num_frames": 124,
+    }
+    exercises = "a flow whose velocity points to the data, told in times from 0 to 1; video and sound in one network"
+    return Tiny(pipe, inputs, exercises, result=lambda latents: latents, layout="packed_video")

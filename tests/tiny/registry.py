@@ -36,6 +36,7 @@ class Tiny:
         unlifted: why SpanLift cannot lift the sample and refuses it.
         layout: of the sample in ``step``, and channels: of its latent; see ``dywspan.core.layout``.
         tolerance: how far two float32 ways to the same result may be apart, in units of the result's largest value.
+        batch: how many samples the tests ask for together; 1 where a call makes no more.
     """
 
     pipe: Any
@@ -55,6 +56,12 @@ class Tiny:
     layout: str = "image"
     channels: int = 4
     tolerance: float = 1e-4
+    batch: int = 2
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """Indices of those that the tests ask for together."""
+        return tuple(range(self.batch))
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -62,8 +69,8 @@ class Tiny:
 
     @property
     def flow(self) -> bool:
-        config = self.pipe.scheduler.config
         """Trained on straight lines from data to noise."""
+        config = self.pipe.scheduler.config
         return "FlowMatch" in type(self.pipe.scheduler).__name__ or bool(config.get("use_flow_sigmas"))
 
     @property
@@ -164,8 +171,11 @@ def _listening(networks: list[nn.Module], scheduler: Any, trace: Trace) -> Itera
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = kind.step(self, model_output, timestep, sample, *args, **kwargs)
         if self is scheduler:  # not the copy that a pipeline makes for its sound
-            turned = kwargs.get("per_token_timesteps") is not None
-            trace.steps.append((-model_output if turned else model_output, sample, result[0]))
+            values = model_output, sample, result[0]
+            if (times := kwargs.get("per_token_timesteps")) is not None:
+                moving = times[0].expand(sample.shape[1]) > 0  # the pipeline keeps the others itself
+                values = -model_output[:, moving], sample[:, moving], result[0][:, moving]
+            trace.steps.append(values)
         return result
 
     def add_noise(self: Any, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -175,7 +185,7 @@ def _listening(networks: list[nn.Module], scheduler: Any, trace: Trace) -> Itera
 
     def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # UNets, HunyuanDiT and Z-Image take the time as their second positional argument.
-        names = ("timestep", "timesteps", "timestep_ratio", "t")
+        names = ("timestep", "timesteps", "timestep_ratio", "t", "vision_timesteps")
         time = next((kwargs[k] for k in names if k in kwargs), args[1] if args[1:] else None)
         trace.told.append(torch.as_tensor(time).detach().reshape(-1)[-1:].double())
 

@@ -14,13 +14,9 @@ from torch import Tensor
 import dywspan
 
 from .flow_images import UncutDPMSolver
-from .flow_video import WAN
+from .flow_video import WAN, wan_inputs
 from .parts import LATENT, NO_TEXT, NO_TEXT_2, Stub, flow_euler, images, text
 from .registry import Indices, Tiny, row
-
-
-def wan_inputs(i: Indices) -> dict[str, Any]:
-    return {**text(i, 8, 16), **LATENT, "height": 32, "width": 32, "num_frames": 5}
 
 
 @row("WanPipeline (two experts)")
