@@ -22,8 +22,7 @@ def differentiable(pipe: Any) -> Iterator[None]:
     if not is_modular(pipe) or not torch.is_grad_enabled():
         yield
         return
-    blocks = {id(block): block for block in _blocks(pipe._blocks)}
-    kinds = [(block, type(block)) for block in blocks.values()]
+    kinds = [(block, type(block)) for block in blocks_of(pipe)]
     for block, kind in kinds:
         block.__class__ = _with_gradients(kind)
     try:
@@ -40,10 +39,16 @@ def undecorated(call: Any) -> Any:
     return call
 
 
-def _blocks(block: Any) -> Iterator[Any]:
-    yield block
-    for part in getattr(block, "sub_blocks", {}).values():
-        yield from _blocks(part)
+def blocks_of(pipe: Any) -> list[Any]:
+    """The blocks of a modular pipeline, and those that they consist of; none of another one."""
+    found: dict[int, Any] = {}
+    left = [pipe._blocks] if is_modular(pipe) else []
+    while left:
+        block = left.pop()
+        if id(block) not in found:
+            found[id(block)] = block
+            left += getattr(block, "sub_blocks", {}).values()
+    return [*found.values()]
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..artifact import release
 from ..schedulers.bind import call_arguments
 from ..schedulers.dyweight import DyWeightScheduler
-from .modular import differentiable
+from .modular import blocks_of, differentiable
 from .networks import Left, denoisers, wrapped
 
 
@@ -36,8 +36,9 @@ def load_pipeline(
         if (pipe := _load_modular(model, revision)) is None:
             raise
         pipe.load_components(**{name: dtype})
-    if hasattr(pipe, "set_progress_bar_config"):
-        pipe.set_progress_bar_config(disable=True)
+    for part in (pipe, *blocks_of(pipe)):  # a loop of blocks has a bar of its own
+        if hasattr(part, "set_progress_bar_config"):
+            part.set_progress_bar_config(disable=True)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
