@@ -52,6 +52,7 @@ class LearningConfig:
     )
     patience: int = option(0, "stop after this many evaluations without a better one; 0: never")
     recompute: bool = option(True, "one denoiser call's activations at a time in memory: flat in the number of steps")
+    recompute_blocks: bool = option(False, "with recompute: one block's activations at a time, for large networks")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "while learning; default: the launcher's")
     seed: int = option(0, "of the order of the pairs and of the operator's initial weights")
 
@@ -212,6 +213,6 @@ _NOT_NEGATIVE = ("patience", "path_substeps", "pictures", "regression", "weight_
 _LEAST = dict.fromkeys(_POSITIVE, 1) | dict.fromkeys(_NOT_NEGATIVE, 0)
 _DO_NOT_MATTER = {
     *("output", "cache", "checkpoint_every", "keep_checkpoints", "trackers", "pictures", "push_to_hub", "dry_run"),
-    *("steps", "micro_batch_size", "recompute", "fsdp", "release_text_encoders", "guidance_scale"),
+    *("steps", "micro_batch_size", "recompute", "recompute_blocks", "fsdp", "release_text_encoders", "guidance_scale"),
     *("model", "revision", "base", "prompts", "held_out_prompts", "prompt_column", "prompt_split"),  # by their contents
 }

@@ -51,7 +51,8 @@ class Gradients(Method):
         self.scale = LossScale(config.mixed_precision == "fp16")
 
     def around(self) -> AbstractContextManager[Any]:
-        return frozen(self.task.pipe, self.task.config.recompute, self.student.networks)
+        config = self.task.config
+        return frozen(self.task.pipe, config.recompute, self.student.networks, config.recompute_blocks)
 
     def begin(self) -> None:
         if self.progress.own:

@@ -14,6 +14,7 @@ from ..core.bases import BASES, multistep
 from ..core.continuous import ContinuousLift, guided
 from ..core.layout import LAYOUTS
 from ..core.operator import Lift
+from ..pipelines.networks import place
 from ..pipelines.rollout import set_timesteps
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import SpanLiftScheduler
@@ -93,7 +94,10 @@ class LiftStudent(Student):
         size: dict[str, Any] = {"order": task.config.order, "layout": task.layout, "operator": task.operator}
         size |= {"name": task.name, "guidance_scale": task.guidance_scale}
         size |= {"horizon": task.config.horizon if task.continuous else None}
-        return cls(task.base, task.steps, task.middle.held_out.endpoints.shape[1:], **size)
+        student = cls(task.base, task.steps, task.middle.held_out.endpoints.shape[1:], **size)
+        for network in student.networks:  # before there is an optimiser, whose state follows it
+            network.to(place(task.pipe))
+        return student
 
     @classmethod
     def untrained(

@@ -13,6 +13,7 @@ import yaml
 
 from ..artifact import markdown
 from ..pipelines.memory import peak_bytes
+from ..pipelines.networks import place
 from ..pipelines.pairs import Pairs, common_path
 from ..pipelines.precision import autocast
 from ..pipelines.processes import is_main, share
@@ -52,10 +53,10 @@ def print_plan(setup: Setup) -> None:
             if not squares:
                 loss.backward()
 
-    with frozen(pipe, config.recompute, student.networks):
+    with frozen(pipe, config.recompute, student.networks, config.recompute_blocks):
         update()
         per_step = _seconds(update, pipe) / (n * micro)  # of one sample
-        _, peak = peak_bytes(update, pipe.device)
+        _, peak = peak_bytes(update, place(pipe))
     rows = _rows(setup, student, per_evaluation, per_step)
     if not is_main():
         return
@@ -104,7 +105,7 @@ def _rows(setup: Setup, student: Student, per_evaluation: float, per_step: float
 
 def _seconds(run: Callable[[], Any], pipe: Any) -> float:
     """What a call takes, once all that it started on the device is done."""
-    device = torch.get_device_module(pipe.device)
+    device = torch.get_device_module(place(pipe))
     started = time.perf_counter()
     run()
     if hasattr(device, "synchronize"):

@@ -12,6 +12,7 @@ from typing import Any
 from ..core.bases import multistep
 from ..core.layout import LAYOUTS, Packed
 from ..core.prediction import Flow
+from ..pipelines.gradients import check_gradients
 from ..pipelines.hashes import digest, fingerprint
 from ..pipelines.inputs import check_call
 from ..pipelines.pairs import Pairs, Source, common_path, ends, fresh, make_pairs
@@ -186,7 +187,9 @@ def prepare(pipe: Any, config: DistillConfig) -> Setup:
     teacher = find_teacher(pipe, config.teacher, config.teacher_steps, config.teacher_order, config.teacher_grid)
     size: Any = config.latent_size and tuple(config.latent_size)
     loss = make_loss(pipe, config.loss, config.features, config.latent_weight, config.layout, size)
-    if config.optimizer not in OPTIMIZERS:
+    if config.optimizer in OPTIMIZERS:
+        check_gradients(pipe)
+    else:
         residuals_of(loss)
     setup = Setup(config, pipe, inputs, held_out_inputs, teacher, loss, base, fingerprint(pipe))
     check_variants(pipe, config, {**inputs[0]}, [*setup.calls.values()])

@@ -10,7 +10,6 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from ..artifact import for_every_count
 from ..core.prediction import EDM, Flow, Prediction
 from ..pipelines.hashes import digest
-from ..pipelines.rollout import denoisers, sample
+from ..pipelines.networks import left_at_first_call
+from ..pipelines.rollout import sample
 from ..pipelines.teacher import Teacher
 from ..published import neuralsolver_tables
 from ..schedulers.apply import load
@@ -276,10 +276,6 @@ class _Refused(Exception):
     """Why a scheduler does not fit."""
 
 
-class _Begun(Exception):
-    """Not an error: how a pipeline is left at its first evaluation."""
-
-
 @torch.no_grad()
 def begin(pipe: Any, scheduler: Any, steps: int, own: Mapping[str, Any], call: Mapping[str, Any]) -> float:
     """Run one sample up to the first evaluation; the root mean square of what the denoiser is given.
@@ -295,21 +291,16 @@ def begin(pipe: Any, scheduler: Any, steps: int, own: Mapping[str, Any], call: M
         assert scale is not None
         return scale(x, *args, **kwargs)
 
-    def leave(module: Any, args: Any, kwargs: Any) -> None:
-        given = next(v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.ndim > 1)
-        levels.append(_rms(given))
-        raise _Begun
+    def look(given: Any) -> None:
+        levels.append(_rms(next(v for v in tree_leaves(given) if isinstance(v, Tensor) and v.ndim > 1)))
 
-    hooks = [m.register_forward_pre_hook(leave, prepend=True, with_kwargs=True) for m in denoisers(pipe).values()]
     if scale is not None:
         scheduler.scale_model_input = scale_model_input
     try:
-        with suppress(_Begun):
+        with left_at_first_call(pipe, look):
             sample(pipe, scheduler, steps, [own], [0], call)
     finally:
         vars(scheduler).pop("scale_model_input", None)
-        for hook in hooks:
-            hook.remove()
     if scale is not None and not scaled and not torch.equal(scale(one := torch.ones(1), scheduler.timesteps[0]), one):
         raise _Refused(f"{type(pipe).__name__} never scales the sample as a {type(scheduler).__name__} needs it")
     return levels[0]

@@ -22,6 +22,7 @@ from ..pipelines.decode import to_images
 from ..pipelines.embeddings import remembered_prompts
 from ..pipelines.hashes import digest, fingerprint
 from ..pipelines.inputs import read_inputs
+from ..pipelines.networks import place
 from ..pipelines.pairs import Pairs, make_pairs
 from ..pipelines.precision import autocast
 from ..pipelines.processes import device, is_main
@@ -93,7 +94,7 @@ def evaluate(
         return levels / 255
 
     def make(j: int) -> Sample:
-        own, target = parts[j], None if reference is None else reference[parts[j]].endpoints.to(pipe.device)
+        own, target = parts[j], None if reference is None else reference[parts[j]].endpoints.to(place(pipe))
         if scheduler is None:
             assert target is not None
             latents = target

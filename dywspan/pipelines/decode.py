@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.layout import LAYOUTS, Size
+from .networks import dtype_of, place, stored
 
 
 def decode(pipe: Any, latents: Tensor, layout: str = "image", size: Size | None = None) -> Tensor:
@@ -30,7 +31,8 @@ def decode(pipe: Any, latents: Tensor, layout: str = "image", size: Size | None 
     """
     vae, z = find_vae(pipe), latents
     if (norm := getattr(vae, "bn", None)) is not None:  # FLUX.2's statistics are those of packed channels
-        z = z.to(norm.running_mean.device) * (norm.running_var + norm.eps).sqrt() + norm.running_mean
+        mean, variance = (stored(vae, f"bn.running_{name}").to(z.device) for name in ("mean", "var"))
+        z = z * (variance + norm.eps).sqrt() + mean
     try:
         z = LAYOUTS[layout].to_grid(z, size)
     except ValueError as error:
@@ -48,12 +50,36 @@ def decode(pipe: Any, latents: Tensor, layout: str = "image", size: Size | None 
     config = vae.config
     std, mean = config.get("latents_std") or 1.0, config.get("latents_mean") or config.get("shift_factor") or 0.0
     std, mean = (torch.as_tensor(v, dtype=z.dtype, device=z.device).reshape(-1, 1, 1) for v in (std, mean))
-    z = (z * std / (config.get("scaling_factor") or 1.0) + mean).to(vae.device, vae.dtype)
+    z = z * std / (config.get("scaling_factor") or 1.0) + mean
     with in_one_piece(vae):
         if is_video(vae):
-            return vae.decode(z[:, :, None]).sample[:, :, 0].float()
+            return decoded(pipe, vae, z[:, :, None])[:, :, 0].float()
         # Convolutions keep this memory format, and are the faster for it: a quarter to a third on a CPU.
-        return vae.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()
+        return decoded(pipe, vae, z.contiguous(memory_format=torch.channels_last)).float()
+
+
+def decoded(pipe: Any, vae: Any, z: Tensor) -> Tensor:
+    """What the decoder makes of latents, where and in what it computes.
+
+    In float16 that is float32 if its configuration says ``force_upcast``, as SDXL's does: it overflows otherwise. Its
+    weights stay as they are, and copies take part, so that gradients find in the backward pass what they passed.
+    """
+    dtype, device = dtype_of(vae), place(pipe, vae)
+    if dtype != torch.float16 or not vae.config.get("force_upcast"):
+        return vae.decode(z.to(device, dtype)).sample
+    module = _Decoder(getattr(vae, "_orig_mod", vae))
+    own = (*module.named_parameters(), *module.named_buffers())
+    wide = {name: t.to(t.device if t.is_meta else device, torch.float32) for name, t in own if t.is_floating_point()}
+    return torch.func.functional_call(module, wide, (z.to(device, torch.float32),))
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z).sample
 
 
 def to_images(pipe: Any, latents: Tensor, layout: str = "image", size: Size | None = None) -> Tensor:

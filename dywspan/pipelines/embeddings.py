@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..artifact import write_atomically
+from .networks import hooks_of, left_at_first_call, place
 from .processes import in_turn, is_main, wait
-from .rollout import Inputs, denoisers, sample
+from .rollout import Inputs, sample
 
 _OF_EACH_PROMPT = ("prompt", "negative_prompt")  # how arguments with an entry for each prompt begin
 
@@ -86,22 +87,13 @@ class PromptMemory:
 
     def fill(self, inputs: Inputs, call: Mapping[str, Any], batch_size: int) -> None:
         """Encode all prompts now, the processes in turn, by running the pipeline up to its first denoiser call."""
-
-        def leave(*args: Any) -> None:
-            raise _Encoded
-
-        hooks = [m.register_forward_pre_hook(leave, prepend=True) for m in denoisers(self.pipe).values()]
         size = max(2, batch_size)  # one prompt does not tell how a batch is encoded
         starts = range(0, len(inputs), size)
-        try:
-            for j, _ in tqdm(in_turn(len(starts)), "prompts", disable=not is_main()):
-                if self.works:
-                    own = inputs[starts[j] : starts[j] + size]
-                    with torch.no_grad(), suppress(_Encoded):
-                        sample(self.pipe, self.pipe.scheduler, 1, own, range(len(own)), call)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        for j, _ in tqdm(in_turn(len(starts)), "prompts", disable=not is_main()):
+            if self.works:
+                own = inputs[starts[j] : starts[j] + size]
+                with torch.no_grad(), left_at_first_call(self.pipe):
+                    sample(self.pipe, self.pipe.scheduler, 1, own, range(len(own)), call)
         wait()
 
     def release(self) -> None:
@@ -111,13 +103,13 @@ class PromptMemory:
         for name, part in self.pipe.components.items():
             if name.startswith("text_encoder") and isinstance(part, nn.Module):
                 # Not through the pipeline's own __setattr__, which would forget what class belongs here.
-                self.released[name], self.pipe.__dict__[name] = part.to("cpu"), None
+                self.released[name], self.pipe.__dict__[name] = _moved(part, torch.device("cpu")), None
 
     def bring_back(self) -> None:
         """Undo :meth:`release`."""
         while self.released:
             name, part = self.released.popitem()
-            self.pipe.__dict__[name] = part.to(self.pipe.device)
+            self.pipe.__dict__[name] = _moved(part, place(self.pipe))
 
     def _plain(self, bound: inspect.BoundArguments) -> Any:
         self.bring_back()
@@ -150,12 +142,16 @@ class PromptMemory:
         return _unpack(spec, tensors)
 
 
+def _moved(part: nn.Module, device: torch.device) -> nn.Module:
+    """It is there, unless hooks move it, or it is of a kind that stays where it is, as some that are quantised."""
+    if not any(hooks_of(*part.modules())):
+        with suppress(ValueError, NotImplementedError):
+            part.to(device)
+    return part
+
+
 class _CannotJoin(Exception):
     """Embeddings of single prompts that do not make up a batch's."""
-
-
-class _Encoded(Exception):
-    """Not an error: how a call is left when its prompts are encoded."""
 
 
 def _pack(value: Any, tensors: list[Tensor]) -> Any:

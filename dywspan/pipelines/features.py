@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate, normalize
 
 from ..core.check import one_of
 from .decode import find_vae, in_one_piece, is_video
+from .networks import dtype_of, place
 from .weights import package_for, weights_for
 
 Features = Callable[[Tensor], Sequence[Tensor]]
@@ -46,7 +47,7 @@ def encoder(pipe: Any) -> Features:
     convolutions = [m for m in vae.encoder.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))][1:]
 
     def features(images: Tensor) -> Sequence[Tensor]:
-        x = images.to(vae.device, vae.dtype)
+        x = images.to(place(pipe, vae), dtype_of(vae))
         with in_one_piece(vae), _outputs(convolutions, lambda y: normalize(y.float())) as maps:
             vae.encode(x[:, :, None] if is_video(vae) else x)
         return maps

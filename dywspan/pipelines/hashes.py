@@ -4,24 +4,67 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .networks import stored
 
 
 def fingerprint(pipe: Any) -> str:
     """A hash of the pipeline's networks: names, shapes, types and the first numbers of every tensor.
 
-    Unlike a path or a name it changes when the weights do, and only then.
+    Unlike a path or a name it changes when the weights do, and only then: not with where they are, nor when a network
+    is compiled. Quantised weights count by what they hold. A LoRA's counts too, and how strongly it acts.
     """
     digest = hashlib.sha256()
     for name, module in sorted(pipe.components.items()):
-        for key, value in module.state_dict().items() if isinstance(module, nn.Module) else ():
-            digest.update(f"{name}.{key} {tuple(value.shape)} {value.dtype}".encode())
-            if value.device.type != "meta" and value.numel():
-                digest.update(value.detach().flatten()[:8].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if isinstance(module, nn.Module):
+            module = getattr(module, "_orig_mod", module)
+            for key, value in module.state_dict().items():
+                _add(digest, f"{name}.{key}", stored(module, key, value))
+            for key, strengths in _adapters(module):
+                digest.update(f"{name}.{key} {strengths}".encode())
     return digest.hexdigest()[:16]
+
+
+def _add(digest: Any, name: str, value: Any) -> None:
+    """What a tensor holds; of one that is made of others, those."""
+    if isinstance(value, (tuple, list)):
+        for i, part in enumerate(value):
+            _add(digest, f"{name}.{i}", part)
+    elif not isinstance(value, Tensor):
+        digest.update(f"{name} {value}".encode())
+    elif is_traceable_wrapper_subclass(value):
+        digest.update(f"{name} {type(value).__name__} {tuple(value.shape)} {value.dtype}".encode())
+        for part in value.__tensor_flatten__()[0]:
+            _add(digest, f"{name}.{part}", getattr(value, part))
+    else:
+        if value.is_quantized:
+            value = value.dequantize()
+        if type(value) not in (Tensor, nn.Parameter):  # packed numbers, that would say other shapes and operators
+            digest.update(f"{getattr(value, 'quant_type', '')}".encode())
+            value = value.detach().as_subclass(Tensor)
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        if value.device.type != "meta" and value.numel():
+            digest.update(value.detach().flatten()[:8].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _adapters(module: nn.Module) -> Iterator[tuple[str, list[Any]]]:
+    """Of every layer with LoRAs, how strongly each acts, where that is not as each was made."""
+    for key, layer in module.named_modules():
+        scaling, active = getattr(layer, "scaling", None), getattr(layer, "active_adapters", None)
+        if isinstance(scaling, dict) and active is not None and hasattr(layer, "lora_alpha"):
+            alphas: Any = layer.lora_alpha
+            ranks: Any = layer.r
+            made = {name: alphas[name] / ranks[name] for name in scaling}
+            off = getattr(layer, "disable_adapters", False)
+            acting = {name: 0.0 if off or name not in active else scaling[name] for name in scaling}
+            if acting != made:
+                yield key, sorted(acting.items())
 
 
 def digest(key: Any) -> str:

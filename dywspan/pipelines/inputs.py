@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import inspect
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..schedulers.bind import call_arguments, required_arguments
 from .rollout import Inputs
 
 
@@ -106,13 +106,12 @@ def check_call(pipe: Any, inputs: Inputs, call: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it does not; names those it takes.
     """
-    known = inspect.signature(type(pipe).__call__).parameters
+    known, needed = {*call_arguments(pipe)}, required_arguments(pipe)
     taken = {"num_inference_steps", "generator", "output_type", "return_dict", "batch_size"}
     given: Sequence[str] = sorted({*call, *(inputs[0] if inputs else ())})
     if unknown := [name for name in given if name not in known or name in taken]:
-        possible = sorted(known.keys() - taken - {"self"})
+        possible = sorted(known - taken - {"self"})
         raise ValueError(f"{type(pipe).__name__} cannot be called with {unknown} here: it takes {possible}.")
-    needed = {k for k, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD} - {"self"}
     if missing := sorted(needed - taken - {*given}):
         raise ValueError(f"{type(pipe).__name__} needs {missing}: set prompts to a file, a dataset or a list of them.")
 

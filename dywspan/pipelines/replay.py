@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .rollout import denoisers, wrapped
+from .networks import denoisers, wrapped
 
 Tape = list[tuple[list[Any], list[int], Any]]  # of calls: inputs, versions of all tensors, output
 

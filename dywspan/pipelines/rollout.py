@@ -6,19 +6,20 @@ Training and inference are so the same code path: guidance, rounding of timestep
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..artifact import release
+from ..schedulers.bind import call_arguments
 from ..schedulers.dyweight import DyWeightScheduler
+from .modular import blocks_of, differentiable
+from .networks import Left, core, denoisers, wrapped
 
 
 def load_pipeline(
@@ -29,18 +30,30 @@ def load_pipeline(
 ) -> Any:
     """A pipeline, all parts in one dtype, on the accelerator if there is one, without a progress bar per call."""
     name = "dtype" if release(diffusers.__version__) >= (0, 42) else "torch_dtype"
-    pipe = diffusers.DiffusionPipeline.from_pretrained(model, revision=revision, **{name: dtype})
-    pipe.set_progress_bar_config(disable=True)
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, revision=revision, **{name: dtype})
+    except OSError:
+        if (pipe := _load_modular(model, revision)) is None:
+            raise
+        pipe.load_components(**{name: dtype})
+    for part in (pipe, *blocks_of(pipe)):  # a loop of blocks has a bar of its own
+        if hasattr(part, "set_progress_bar_config"):
+            part.set_progress_bar_config(disable=True)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def denoisers(pipe: Any) -> dict[str, nn.Module]:
-    """What a pipeline asks at every step: its diffusers models that are no autoencoders."""
-    return {k: m for k, m in pipe.components.items() if isinstance(m, ModelMixin) and not hasattr(m, "decode")}
+def _load_modular(model: str, revision: str | None) -> Any:
+    """A modular pipeline without its components; None where there is none."""
+    kind: Any = getattr(diffusers, "ModularPipeline", None)
+    try:
+        kind.load_config(model, revision=revision)
+    except (OSError, AttributeError):
+        return None
+    return kind.from_pretrained(model, revision=revision)
 
 
-class _LastStep(Exception):
-    """Not an error: how a rollout leaves the pipeline."""
+class _LastStep(Left):
+    """How a rollout leaves the pipeline."""
 
 
 def rollout(
@@ -58,7 +71,7 @@ def rollout(
     exception from the last step: no decoding, no conversion to numpy, and pipelines without output_type="latent" work.
 
     Args:
-        pipe: a diffusers pipeline.
+        pipe: a diffusers pipeline, modular or not.
         scheduler: any diffusers or dywspan scheduler.
         decode: run the pipeline to its end.
         watch: gets the number of every step, from 0, and the sample it returned.
@@ -67,17 +80,27 @@ def rollout(
 
     Returns:
         The last sample, in the scheduler's frame, and the pipeline's output (None without ``decode``).
+
+    Raises:
+        ValueError: gradients are asked for and end at the network, or at the pipeline's own code.
+        RuntimeError: the pipeline takes fewer steps.
     """
     run = getattr(type(pipe).__call__, "__wrapped__", type(pipe).__call__)
-    step, calls, last = scheduler.step, 0, None
+    step, calls, last, flows = scheduler.step, 0, None, False
 
     @functools.wraps(step)  # pipelines read the signature
     def watched(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls, last
+        nonlocal calls, last, flows
+        output = args[0] if args else kwargs.get("model_output")
+        if flows and isinstance(output, Tensor) and not output.requires_grad:
+            raise ValueError(
+                f"Gradients do not pass through {type(pipe).__name__}: what step {calls} is given has none. Its "
+                "network, or code around it, has no backward pass: use optimizer='least_squares', which needs none."
+            )
         result = step(*args, **kwargs)
         if watch is not None:
             watch(calls, result[0])
-        calls += 1
+        calls, flows = calls + 1, result[0].requires_grad
         if calls == (until or len(scheduler.timesteps)):
             last = result[0]
             if not decode:
@@ -87,9 +110,11 @@ def rollout(
     own, output = pipe.scheduler, None
     pipe.scheduler, scheduler.step = scheduler, watched
     try:
-        output = run(pipe, **call)
+        with differentiable(pipe):
+            output = run(pipe, **call)
     except _LastStep:
-        pipe.maybe_free_model_hooks()
+        if hasattr(pipe, "maybe_free_model_hooks"):
+            pipe.maybe_free_model_hooks()
     finally:
         pipe.scheduler = own
         del scheduler.step
@@ -144,7 +169,7 @@ def sample(
     """
     columns: dict[str, Any] = {name: [own[name] for own in inputs] for name in inputs[0]}
     columns = {name: torch.cat(v) if isinstance(v[0], Tensor) else v for name, v in columns.items()}
-    if "batch_size" in inspect.signature(type(pipe).__call__).parameters:
+    if "batch_size" in call_arguments(pipe):
         columns["batch_size"] = len(inputs)  # these pipelines do not tell it from their inputs
     # A text for all, such as a negative prompt, is one for each.
     common = {k: [v] * len(inputs) if isinstance(v, str) and "prompt" in k else v for k, v in call.items()}
@@ -154,48 +179,43 @@ def sample(
 
 
 @contextmanager
-def wrapped(modules: Iterable[nn.Module], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """``module.forward = wrap(module.forward)`` within, and as it was afterwards; nests."""
-    before = [(module, vars(module).get("forward")) for module in modules]
-    for module, _ in before:
-        module.forward = wrap(module.forward)
-    try:
-        yield
-    finally:
-        for module, forward in before:
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
-
-
-@contextmanager
-def frozen(pipe: Any, recompute: bool = False, learned: Iterable[nn.Module] = ()) -> Iterator[None]:
+def frozen(
+    pipe: Any, recompute: bool = False, learned: Iterable[nn.Module] = (), by_blocks: bool = False
+) -> Iterator[None]:
     """No gradients for the pipeline's weights; with ``recompute``, only one call's activations are held at a time.
 
     Args:
         recompute: checkpoint each denoiser call: memory flat in the number of steps, one more forward pass each.
         learned: networks of the solver, checkpointed too.
+        by_blocks: checkpoint each block of a denoiser instead: the inputs of all blocks of all steps are held, and the
+            activations of one block at a time.
     """
-    modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
-    moving = [p for m in modules for p in m.parameters() if p.requires_grad]
-    for parameter in moving:
-        parameter.requires_grad_(False)
+    modules = [m for own in pipe.components.values() if isinstance(own, nn.Module) for m in own.modules()]
+    # By name: offloading puts new parameters in the place of the old ones.
+    moving = [(m, name) for m in modules for name, p in m._parameters.items() if p is not None and p.requires_grad]
+    for module, name in moving:
+        getattr(module, name).requires_grad_(False)
+    whole, sharded = _units(pipe, by_blocks)
     try:
-        with wrapped([*_units(pipe), *learned] if recompute else [], _recomputed):
+        with (
+            wrapped([*whole, *learned] if recompute else [], _recomputed),
+            wrapped(sharded if recompute else [], _recomputed, inside=True),
+        ):
             yield
     finally:
-        for parameter in moving:
-            parameter.requires_grad_(True)
+        for module, name in moving:
+            getattr(module, name).requires_grad_(True)
 
 
-def _units(pipe: Any) -> list[nn.Module]:
+def _units(pipe: Any, by_blocks: bool) -> tuple[list[nn.Module], list[nn.Module]]:
     """What is recomputed in one piece: a denoiser, or its blocks where their weights are gathered one by one."""
-    units: list[nn.Module] = []
+    whole: list[nn.Module] = []
+    sharded: list[nn.Module] = []
     for model in denoisers(pipe).values():
-        sharded = [m for m in model.modules() if m is not model and hasattr(m, "unshard")]
-        units += sharded or [model]
-    return units
+        gathered = [m for m in model.modules() if m is not model and hasattr(m, "unshard")]
+        sharded += gathered
+        whole += [] if gathered else blocks(core(model)) if by_blocks else [model]
+    return whole, sharded
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -38,7 +38,7 @@ def bind(pipe: Any) -> Any:
     prepare = getattr(kind, "prepare_latents", None)
     sized = prepare is not None and {"height", "width"} <= inspect.signature(prepare).parameters.keys()
     if is_modular(pipe):
-        sized = "height" in _defaults(pipe)
+        sized = "height" in call_arguments(pipe)
     late = getattr(kind, "get_timesteps", None)
     if not sized and late is None and guidance_argument(pipe) is None and not hasattr(pipe, "guider"):
         raise TypeError(
@@ -71,17 +71,26 @@ def is_modular(pipe: Any) -> bool:
     return hasattr(pipe, "update_components")
 
 
-def _defaults(pipe: Any) -> dict[str, Any]:
-    """The arguments of its call, with their defaults (None: there is none)."""
+def call_arguments(pipe: Any) -> dict[str, Any]:
+    """The arguments of a pipeline's call, with their defaults (None: there is none); of a modular one, its inputs."""
     if is_modular(pipe):
-        return {p.name: p.default for p in pipe.blocks.inputs if p.name is not None}
+        inputs = {p.name or p.kwargs_type: p.default for p in pipe.blocks.inputs}
+        return {"output": None, **{name: default for name, default in inputs.items() if name is not None}}
     parameters = inspect.signature(type(pipe).__call__).parameters.values()
     return {p.name: None if p.default is p.empty else p.default for p in parameters}
 
 
+def required_arguments(pipe: Any) -> set[str]:
+    """Those without which a pipeline cannot be called."""
+    if is_modular(pipe):
+        return {p.name for p in pipe.blocks.inputs if p.required and p.name is not None}
+    parameters = [*inspect.signature(type(pipe).__call__).parameters.values()][1:]
+    return {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+
+
 def guidance_argument(pipe: Any) -> str | None:
     """The argument of the call that is the guidance scale: true_cfg_scale where guidance_scale has no effect."""
-    known = _defaults(pipe)
+    known = call_arguments(pipe)
     order = ("guidance_scale", "true_cfg_scale") if _embeds_guidance(pipe) else ("true_cfg_scale", "guidance_scale")
     return next((name for name in order if name in known), None)
 
@@ -92,7 +101,7 @@ def guidance_scale(pipe: Any, given: Mapping[str, Any]) -> float:
     Where the network is told a guidance scale, this times that of classifier-free guidance on top. Classifier-free
     guidance is none at 1 and below, nor, by a true_cfg_scale, without a negative prompt. A guider's is its own.
     """
-    given = {k: v for k, v in {**_defaults(pipe), **given}.items() if v is not None}
+    given = {k: v for k, v in {**call_arguments(pipe), **given}.items() if v is not None}
     own, true = given.get("guidance_scale"), given.get("true_cfg_scale")
     if (guider := getattr(pipe, "guider", None)) is not None:
         scale = getattr(guider, "guidance_scale", None) if getattr(guider, "_enabled", True) else None
@@ -122,7 +131,7 @@ def _told(call: Callable[..., Any]) -> Any:
             if isinstance(self.scheduler, DyWeightScheduler):
                 self.scheduler.set_guidance_scale(guidance_scale(self, given))
                 if is_modular(self):
-                    _tell_size(self, {**_defaults(self), **given})
+                    _tell_size(self, {**call_arguments(self), **given})
             return call(self, *args, **kwargs)
 
     return told
