@@ -12,6 +12,7 @@ import tracemalloc
 import types
 import zipfile
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -416,6 +417,7 @@ def _doubled(use: bytes) -> bytes:
         ),
         (b"\x80\x04ctorch._utils\n_rebuild_parameter\nN}X\x01\x00\x00\x00aK\x07s\x86b.", "a state"),
     ],
+    ids=count(),  # else some versions of pytest name them by their content: a megabyte
 )
 def test_a_pickle_takes_no_time_nor_memory_and_writes_to_no_function(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "evil.pkl").write_bytes(content)

@@ -173,6 +173,11 @@ def conditioning(times: Tensor, log_snr: Tensor, sizes: Tensor) -> Tensor:
     return torch.stack([2 * times - 1, torch.tanh(log_snr / 4), torch.tanh(sizes.abs().log() / 4)], 1)
 
 
+@torch.compiler.assume_constant_result  # what it asks is a builtin that PyTorch 2.11's compiler cannot trace
+def _knows_autocast(device: str) -> bool:
+    return is_autocast_available(device)
+
+
 def residual(operator: Operator, state: Tensor, history: Sequence[Tensor], condition: Tensor) -> Tensor:
     """R_phi on images, in the operator's own precision whatever the pipeline's.
 
@@ -184,7 +189,7 @@ def residual(operator: Operator, state: Tensor, history: Sequence[Tensor], condi
     known = history[: operator.order]
     missing = [torch.zeros_like(state)] * (operator.order - len(known))
     device = state.device.type  # some know no autocast, and may not even be told to leave it off
-    with torch.autocast(device, enabled=False) if is_autocast_available(device) else contextlib.nullcontext():
+    with torch.autocast(device, enabled=False) if _knows_autocast(device) else contextlib.nullcontext():
         images = torch.cat([state, *known, *missing], 1).to(operator.dtype)
         return operator(images.contiguous(memory_format=torch.channels_last), condition[None]).to(state.dtype)
 

@@ -199,7 +199,7 @@ class SolverScheduler(Configured):
         if not 0 <= i < len(plan.times):
             raise ValueError(f"Step {i} is past the end of {len(plan.times)} steps: call set_timesteps again.")
         if i != self.state.index:  # a first step, or a jump: the past derivatives are not this state's past
-            plan, self.state = self._starting(i), replace(self.state, history=(), derivatives=())
+            plan, self.state = self._starting(i), self.state.remember((), (), self.state.index)
             self.request = replace(self.request, latent_size=self.latent_size)
         self.plan = plan = plan.on(sample.device)
         if per_token_timesteps is not None:
@@ -212,7 +212,7 @@ class SolverScheduler(Configured):
 
     def _ended(self) -> None:
         """What a run remembers ends with it: nothing stays on a device that the pipeline leaves."""
-        self.state = replace(self.state, history=(), derivatives=())
+        self.state = self.state.remember((), (), self.state.index)
 
     def _starting(self, i: int) -> Plan:
         """The plan for a run that begins at step ``i``, with the same levels and times."""

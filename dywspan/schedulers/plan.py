@@ -194,9 +194,13 @@ class State:
         """The step that comes next, as far as is known."""
         return self.index if self.index is not None else self.begin
 
+    def remember(self, history: History, derivatives: History, index: int | None) -> State:
+        """The same run, at another step: PyTorch 2.6 compiles no ``replace`` of what another one made."""
+        return State(history, derivatives, index, self.begin, self.scaled)
+
     def detach(self) -> State:
         history, derivatives = (tuple(v.detach() for v in values) for values in (self.history, self.derivatives))
-        return replace(self, history=history, derivatives=derivatives)
+        return self.remember(history, derivatives, self.index)
 
 
 def make_plan(
@@ -303,7 +307,7 @@ def advance(
             derivatives = (_derivative(plan, row, x, value), *derivatives)[: lift.operator.order]
         correction = _correction(lift, row, x, derivatives or history, size)
         following = following + lift.beta[row] * lift.sizes[row] * next_scale * correction
-    state = replace(state, history=history, derivatives=derivatives, index=i + 1)
+    state = state.remember(history, derivatives, i + 1)
     return following.to(sample.dtype), state, lambda: estimate().to(sample.dtype)
 
 
