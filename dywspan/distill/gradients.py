@@ -39,7 +39,7 @@ class Gradients(Method):
     However many processes and parts share the batch, the gradient is the same.
     """
 
-    optimizer: torch.optim.Optimizer  # pyright: ignore[reportIncompatibleVariableOverride]
+    optimizer: torch.optim.Optimizer
 
     def __init__(self, progress: Progress) -> None:
         self.progress, self.task, self.student = progress, progress.task, progress.student

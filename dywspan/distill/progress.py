@@ -274,7 +274,7 @@ class Method(ABC):
         optimizer: whose state is saved with the student's.
     """
 
-    optimizer: torch.optim.Optimizer | None = None
+    optimizer: Any = None
 
     @abstractmethod
     def __init__(self, progress: Progress) -> None:
