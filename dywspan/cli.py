@@ -183,6 +183,18 @@ def memory(args: argparse.Namespace) -> None:
     _show(memory(str(args.model), args.full), args.json)
 
 
+def train(args: argparse.Namespace) -> None:
+    """Time and memory of learning a solver on networks of real size with random weights, on the device at hand."""
+    from .bench.train import RECIPE, train
+    from .evaluate.report import table
+
+    rows = train(args.networks, args.batch_size, args.steps, args.updates, args.device)
+    print(table({"rows": rows}))
+    print(f"\nA recipe is `dywspan distill` by default: {RECIPE}. Its minutes are reckoned, not measured.")
+    if args.json:
+        write_results(args.json, rows, batch_size=args.batch_size, timed_updates=args.updates, recipe=RECIPE)
+
+
 def learning(args: argparse.Namespace) -> None:
     """What learning a solver costs, by optimizer: evaluations and error of runs, which go on or are found finished."""
     from .bench.cost import learning_cost, plot
@@ -205,6 +217,7 @@ def table(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .bench.networks import NETWORKS
     from .bench.overhead import SIZES
     from .distill.config import DistillConfig
     from .evaluate.config import QualityConfig
@@ -247,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_arguments(command("eval", evaluate), QualityConfig)
 
-    sub = commands.add_parser("bench", help="Measure: quality, overhead, memory, learning; and show what was measured.")
+    sub = commands.add_parser("bench", help="Measure quality, overhead, memory and learning; show what was measured.")
     what = sub.add_subparsers(required=True, metavar="what")
     add_arguments(command("quality", evaluate, what), QualityConfig)
     sub = command("overhead", overhead, what)
@@ -258,6 +271,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("memory", memory, what)
     sub.add_argument("--model", default=EXAMPLES / "emoji-sd", help="pipeline whose training memory is measured")
     sub.add_argument("--full", action="store_true", help="also Stable Diffusion 1.5's UNet, up to an hour on a CPU")
+    sub.add_argument("--json", help="also write the table here")
+    sub = command("train", train, what)
+    sub.add_argument("--networks", nargs="+", choices=NETWORKS, help="default: those of real size; on CPUs emoji-*")
+    sub.add_argument("--batch-size", type=int, default=4, help="pairs of an update")
+    sub.add_argument("--steps", type=int, help="of all solvers; default: 3, and 5 of a table by gradients")
+    sub.add_argument("--updates", type=int, default=2, help="timed ones of each way of learning, after one to warm up")
+    sub.add_argument("--device", help="default: cuda, if there is one")
     sub.add_argument("--json", help="also write the table here")
     sub = command("distill", learning, what, conflict_handler="resolve")
     add_arguments(sub, DistillConfig)
