@@ -20,10 +20,12 @@ from tqdm.auto import tqdm
 
 from ..core.check import whole
 from ..distill.config import DistillConfig, LearningConfig
-from ..distill.train import distill, distill_lift
+from ..distill.task import Task, Term
+from ..distill.trainer import distill
 from ..pipelines.memory import peak_bytes
+from ..pipelines.networks import denoisers
 from ..pipelines.pairs import Pairs
-from ..pipelines.rollout import denoisers, sample
+from ..pipelines.rollout import sample
 from ..pipelines.teacher import Teacher
 from ..schedulers.dyweight import DyWeightScheduler
 from .memory import table_student
@@ -242,26 +244,12 @@ def settings(way: Way, updates: int | None, batch_size: int) -> LearningConfig:
 
 def learn(measure: Measure, way: Way, updates: int, log: Callable[[Any, int], None]) -> None:
     """Learn as ``dywspan distill`` does. ``log`` is called after every update; the last has a check of one pair too."""
-    pipe, call, steps = measure.pipe, measure.network.call, way.num_inference_steps
-    options: dict[str, Any] = {"call": call, "config": settings(way, updates, measure.batch_size), "log": log}
-    of = (pipe, measure.teacher, measure.pairs, measure.held_out)
+    term = Term(way.num_inference_steps, measure.network.call, measure.pairs, measure.held_out)
+    config, solver = settings(way, updates, measure.batch_size), way.solver.lower()
+    on: dict[str, Any] = {"base": measure.base, "layout": measure.network.layout} if solver == "spanlift" else {}
     # Its own progress bar would be in the way of that of all networks.
-    with contextlib.redirect_stderr(io.StringIO()), _without_cudnn_attention():
-        if way.solver == "SpanLift":
-            distill_lift(*of, measure.base, [steps], layout=measure.network.layout, **options)
-        else:
-            distill(*of, steps, **options)
-
-
-@contextmanager
-def _without_cudnn_attention() -> Iterator[None]:
-    """The backward pass of attention by cuDNN fails on FLUX's layout (torch 2.11, cuDNN 9.19)."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+    with contextlib.redirect_stderr(io.StringIO()):
+        distill(Task(measure.pipe, measure.teacher, [term], config, solver=solver, **on), log=log)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

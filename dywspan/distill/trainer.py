@@ -183,7 +183,7 @@ def learn(task: Task, student: Student, checkpoints: Checkpoints | None = None, 
     """Move a student to the best that it is on the held-out pairs, see :func:`distill`."""
     progress = Progress(task, student, checkpoints, log)
     method = METHODS[task.config.optimizer](progress)
-    with progress.meter.running(), method.around():
+    with fast_and_safe(), progress.meter.running(), method.around():
         progress.begin(method.optimizer)
         method.begin()
         for update in progress.updates():
