@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .artifact import markdown, shown_tables
 from .core.continuous import FEATURES, GUIDED
 from .evaluate.report import write_results
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"dywspan: {error}. This command needs more packages: pip install 'dywspan[train,eval]'", file=sys.stderr)
         return 2
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         print(f"dywspan: {error}", file=sys.stderr)
         return 2
     return 0
@@ -45,8 +47,6 @@ def _check_here(*paths: str | Path) -> None:
 
 def demo(args: argparse.Namespace) -> None:
     """Learned and classical solvers beside a 50-step reference: a picture and a table."""
-    import torch
-
     from .evaluate.baselines import BASELINES, find_solvers, make_cell
     from .evaluate.compare import compare, summary
     from .pipelines.pairs import make_pairs
@@ -167,8 +167,6 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def overhead(args: argparse.Namespace) -> None:
     """Time and memory of a solver's step beside diffusers' own, and its time beside the network's."""
-    import torch
-
     from .bench.overhead import overhead
 
     _show(overhead(args.sizes, args.steps, args.repeats), args.json, threads=torch.get_num_threads())

@@ -6,10 +6,12 @@ All processes make the same number of network calls, as a network that is sharde
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def _state() -> Any:
@@ -30,9 +32,24 @@ def is_main() -> bool:
     return _state().is_main_process
 
 
+def count() -> int:
+    """How many there are."""
+    return _state().num_processes
+
+
 def wait() -> None:
     """Until all processes are here."""
     _state().wait_for_everyone()
+
+
+def agreed(found: T) -> T:
+    """What the main process found, for all: others may see another process's files come and go at another time."""
+    from accelerate.utils import broadcast_object_list
+
+    if _state().num_processes == 1:
+        return found
+    (result,) = broadcast_object_list([found])
+    return result
 
 
 def in_turn(count: int) -> list[tuple[int, bool]]:
