@@ -1,4 +1,4 @@
-"""Command line: ``dywspan demo | distill | convert | inspect | eval | bench``."""
+"""Command line: ``dywspan demo | distill | merge | convert | inspect | eval | bench``."""
 
 from __future__ import annotations
 
@@ -111,6 +111,17 @@ def convert(args: argparse.Namespace) -> None:
     ends = {"sigma_min": args.sigma_min, "sigma_max": args.sigma_max}
     scheduler = convert(args.source, args.destination, grid=args.grid, **ends)
     print(f"{args.destination}: solvers for {sorted(scheduler.tables)} steps")
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Put solvers that were learned apart into one artefact; for the same number of steps the later one counts."""
+    from .distill.merge import merge_artefacts
+    from .schedulers.merge import learned
+
+    scheduler, told = merge_artefacts(args.sources, args.output)
+    for line in told:
+        print(line)
+    print(f"{args.output}: {type(scheduler).__name__} for {learned(scheduler)} steps")
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -231,6 +242,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", help="also write the table here")
 
     add_arguments(command("distill", distill), DistillConfig)
+
+    sub = command("merge", merge)
+    sub.add_argument("sources", nargs="+", help="artefacts of one class for one model: directories or Hub ids")
+    sub.add_argument("-o", "--output", required=True, help="directory: a new one, an empty one, or one of the sources")
 
     sub = command("convert", convert)
     sub.add_argument("source", help="DyWeight .pt or .pkl file, or a directory of them")
