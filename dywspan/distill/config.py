@@ -77,7 +77,7 @@ class DistillConfig(LearningConfig):
     guidance_scale: float | None = option(None, "short for call.guidance_scale")
 
     prompts: str | list | None = option(
-        None, "file (.txt, .jsonl, .csv), a dataset's name, or a list; none for unconditional models"
+        None, "file (.txt, .jsonl, .csv), a dataset, a list, or 'default'; none for unconditional models"
     )
     prompt_column: str | None = option(None, "of a dataset or file; default 'prompt'")
     prompt_split: str = option("train", "split of the dataset")
