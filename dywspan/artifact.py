@@ -185,16 +185,25 @@ def read_lifts(lifts: Mapping[str, Any] | None) -> dict[int, Lift]:
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """A reader sees the old file or the new one, never half of it."""
-    partial = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+    write_together({path: data})
+
+
+def write_together(files: Mapping[str | os.PathLike[str], bytes]) -> None:
+    """Each file atomically, and all in one moment: none before the last is on the disk."""
+    partials = {path: Path(f"{os.fspath(path)}.{os.getpid()}.tmp") for path in files}
+    path: str | os.PathLike[str] = ""
     try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
+        for path, partial in partials.items():
+            partial.write_bytes(files[path])
+        for path, partial in partials.items():
+            os.replace(partial, path)
     except OSError as error:
         if error.errno is not None and error.filename is None:  # write(2) does not say where
             error.filename = os.fspath(path)
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
 
 
 def warn_if_newer(version: str | None) -> None:

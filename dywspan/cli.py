@@ -1,4 +1,4 @@
-"""Command line: ``dywspan demo | distill | convert | inspect | eval | bench``."""
+"""Command line: ``dywspan demo | distill | merge | convert | inspect | eval | bench``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .artifact import markdown, shown_tables
 from .core.continuous import FEATURES, GUIDED
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"dywspan: {error}. This command needs more packages: pip install 'dywspan[train,eval]'", file=sys.stderr)
         return 2
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         print(f"dywspan: {error}", file=sys.stderr)
         return 2
     return 0
@@ -45,8 +47,6 @@ def _check_here(*paths: str | Path) -> None:
 
 def demo(args: argparse.Namespace) -> None:
     """Learned and classical solvers beside a 50-step reference: a picture and a table."""
-    import torch
-
     from .evaluate.baselines import BASELINES, find_solvers, make_cell
     from .evaluate.compare import compare, summary
     from .pipelines.pairs import make_pairs
@@ -113,6 +113,17 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{args.destination}: solvers for {sorted(scheduler.tables)} steps")
 
 
+def merge(args: argparse.Namespace) -> None:
+    """Put solvers that were learned apart into one artefact; for the same number of steps the later one counts."""
+    from .distill.merge import merge_artefacts
+    from .schedulers.merge import learned
+
+    scheduler, told = merge_artefacts(args.sources, args.output)
+    for line in told:
+        print(line)
+    print(f"{args.output}: {type(scheduler).__name__} for {learned(scheduler)} steps")
+
+
 def inspect(args: argparse.Namespace) -> None:
     """Print an artefact: weights, row sums, time scale, calibrated levels, timesteps; SpanLift's scalars and size."""
     scheduler: Any = load(args.artefact)
@@ -167,8 +178,6 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def overhead(args: argparse.Namespace) -> None:
     """Time and memory of a solver's step beside diffusers' own, and its time beside the network's."""
-    import torch
-
     from .bench.overhead import overhead
 
     _show(overhead(args.sizes, args.steps, args.repeats), args.json, threads=torch.get_num_threads())
@@ -246,6 +255,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", help="also write the table here")
 
     add_arguments(command("distill", distill), DistillConfig)
+
+    sub = command("merge", merge)
+    sub.add_argument("sources", nargs="+", help="artefacts of one class for one model: directories or Hub ids")
+    sub.add_argument("-o", "--output", required=True, help="directory: a new one, an empty one, or one of the sources")
 
     sub = command("convert", convert)
     sub.add_argument("source", help="DyWeight .pt or .pkl file, or a directory of them")

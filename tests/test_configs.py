@@ -29,6 +29,7 @@ from dywspan.distill.config import DistillConfig, LearningConfig
 from dywspan.distill.losses import LATENT
 from dywspan.distill.setup import prepare
 from dywspan.pipelines.features import FEATURES, NETWORKS
+from dywspan.pipelines.inputs import OWN, SETS
 from dywspan.settings import add_arguments, make_config
 
 ROOT = Path(__file__).parent.parent
@@ -287,7 +288,7 @@ def test_every_yaml_of_the_document_is_understood() -> None:
 
 def test_every_setting_the_document_names_exists() -> None:
     """A word in code style is a setting or one of its choices, and so is what stands after its colon."""
-    choices = {*BASES, *GRIDS, *LAYOUTS, *FEATURES, *NETWORKS, *LATENT, "true", "false", "null"}
+    choices = {*BASES, *GRIDS, *LAYOUTS, *FEATURES, *NETWORKS, *LATENT, *SETS, OWN, "true", "false", "null"}
     choices |= {"adam", "adamw", "bf16", "fp16", "bfloat16", "least_squares"}
     known = {f.name for f in fields(DistillConfig)}
     text = re.sub(r"```.*?```|<!-- .*?<!-- end -->", "", DOCUMENT.read_text(encoding="utf-8"), flags=re.S)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dywspan.distill.config import DistillConfig
 from dywspan.distill.split import split_inputs
 from dywspan.pipelines.embeddings import PromptMemory, remembered_prompts
-from dywspan.pipelines.inputs import check_call, read_inputs
+from dywspan.pipelines.inputs import SETS, check_call, read_inputs
 from dywspan.pipelines.rollout import sample
 
 
@@ -146,6 +146,50 @@ def test_without_the_datasets_package_it_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"'org/captions' is no file.*pip install datasets"):
         read_inputs("org/captions")
+
+
+# ------------------------------------------------------------------------------------------------ by name
+
+
+def test_the_packages_own_list_suffices_for_a_run_as_it_comes() -> None:
+    settings = DistillConfig(model="m", output="o", prompts="default")
+    training, held_out = split_inputs(settings)
+    assert len(training) == 256 and len(held_out) == 64
+    found = read_inputs("default")
+    assert found is not None and found[:320] == [*training, *held_out]
+    prompts = [own["prompt"] for own in found]
+    assert len(set(map(str.lower, prompts))) == len(prompts) == 352
+    assert all(prompt == prompt.strip() and 10 < len(prompt) < 90 for prompt in prompts)
+    assert read_inputs("default", "caption", "test", limit=3) == texts(*prompts[:3])
+
+
+def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("default").touch()
+    with pytest.raises(ValueError, match="a file must be one of"):
+        read_inputs("default")
+
+
+@pytest.mark.parametrize("name", sorted(SETS))
+def test_well_known_sets(datasets: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    dataset, column = SETS[name]
+    asked: list[tuple[str, str]] = []
+
+    def load_dataset(path: str, split: str) -> Any:
+        asked.append((path, split))
+        return datasets.Dataset.from_dict({column: ["a cat", "a dog", "a cat", "a cow"], "other": [*"abcd"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_inputs(name) == texts("a cat", "a dog", "a cow"), "each once"
+    assert read_inputs(name, limit=1) == texts("a cat")
+    assert read_inputs(name, "other", "test") == texts(*"abcd")
+    assert asked == [(dataset, "train"), (dataset, "train"), (dataset, "test")]
+
+
+def test_an_unknown_name_is_told_those_that_are_known(datasets: Any) -> None:
+    with pytest.raises(OSError, match="'parti-promts' is neither a file nor a dataset") as error:
+        read_inputs("parti-promts")
+    assert str(error.value).endswith(f"known by name: {sorted(['default', *SETS])}.")
 
 
 # ------------------------------------------------------------------------------------------------ what a run gets

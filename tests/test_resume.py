@@ -176,7 +176,7 @@ def test_processes_with_their_own_teacher_pairs_learn_the_same(whole: Whole, tmp
     assert here(one, **options, cache=str(whole() / "cache")) == 0
     assert here(tmp_path / "accumulated", **options, cache=str(whole() / "cache"), micro_batch_size=1) == 0
     finish(start(two, processes=2, **options), two)
-    assert len(list(two.glob(SHARDS))) == 6 and len(list(two.glob(PROMPTS))) == 24
+    assert len(list(two.glob(SHARDS))) == 24 and len(list(two.glob(PROMPTS))) == 24
     assert_same_numbers(tmp_path / "accumulated", one)
     assert_same_numbers(two, one)
 
@@ -315,14 +315,15 @@ def test_damaged_files_are_said_so_and_made_again(
     whole: Whole, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output = copied(whole(), tmp_path / "out", "cache", "state")
-    shard, state, prompt = min(output.glob(SHARDS)), max(output.glob(STATES)), min(output.glob(PROMPTS))
-    for file in (shard, state, prompt):
+    # All pairs: those of a batch that is not whole round differently.
+    shards, state, prompt = [*output.glob(SHARDS)], max(output.glob(STATES)), min(output.glob(PROMPTS))
+    for file in (*shards, state, prompt):
         file.write_bytes(file.read_bytes()[:-40])
     assert here(output) == 0
     printed = capfd.readouterr().out
-    assert f"{shard} is damaged: it is made again" in printed
+    assert len(shards) == 24 and all(f"{shard} is damaged: it is made again" in printed for shard in shards)
     assert f"{state} is damaged" in printed and "going on from the one before" in printed
-    for file in (shard, prompt):
+    for file in (*shards, prompt):
         own, good = load_file(file), load_file(whole() / file.relative_to(output))
         assert own.keys() == good.keys() and all(torch.equal(own[name], good[name]) for name in own)
     assert learned(output) == learned(whole())
@@ -419,12 +420,12 @@ def test_a_full_disk_keeps_the_pairs_that_are_finished(
     (cache,) = {file.parent for file in output.glob(SHARDS)}
     shutil.rmtree(cache)
     with monkeypatch.context() as patch:
-        _fill_disk(patch, cache, ".safetensors", 3)
+        _fill_disk(patch, cache, ".safetensors", 12)
         assert here(output) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dywspan: ")]
-    assert len(lines) == 1 and str(cache) in lines[0] and "1 of 4 files are kept" in lines[0]
+    assert len(lines) == 1 and str(cache) in lines[0] and "4 of 16 files are kept" in lines[0]
     assert os.strerror(errno.ENOSPC) in lines[0] and "Make room" in lines[0]
-    assert len(list(cache.glob("*.safetensors"))) == 3 and not list(cache.glob("*.tmp"))
+    assert len(list(cache.glob("*.safetensors"))) == 12 and not list(cache.glob("*.tmp"))
     own, calls = Teacher.endpoints, 0
 
     def counted(*args: Any) -> torch.Tensor:
@@ -457,7 +458,7 @@ def test_a_full_disk_leaves_what_was_there_and_says_what_to_do(
     assert len(lines) == 1 and str(output / where) in lines[0] and os.strerror(errno.ENOSPC) in lines[0]
     assert "room" in lines[0], "the way out"
     assert before[0].items() <= finished(output).items() and learned(output) == before[1]
-    assert len(list((output / where).rglob(f"*{names}*"))) == 2 + (len(before[0]) - 6 if where == "state" else 0)
+    assert len(list((output / where).rglob(f"*{names}*"))) == 2 + (len(before[0]) - 24 if where == "state" else 0)
     assert not list(output.rglob("*.tmp"))
     if where == "state":
         new = max(output.glob("state/1-*"))

@@ -49,13 +49,18 @@ result = pipe({arguments}num_inference_steps={steps})
 
 
 def write_card(
-    scheduler: Any, folder: Path, settings: Mapping[str, Any], example: Mapping[str, Any] | None = None
+    scheduler: Any,
+    folder: Path,
+    settings: Mapping[str, Any],
+    example: Mapping[str, Any] | None = None,
+    sources: Sequence[str] = (),
 ) -> None:
     """README.md of an artefact: what it is for, how to use it, its numbers drawn, its errors, how it was made.
 
     Args:
         settings: of the run.
         example: one sample's own arguments of the pipeline's call, shown in the usage.
+        sources: artefacts that it was merged from, named in place of the settings.
     """
     import yaml
     from huggingface_hub import ModelCard, ModelCardData
@@ -103,12 +108,15 @@ def write_card(
 
         plot_tables(scheduler, folder / "solver.png")
         text.append("![The learned numbers](solver.png)")
-    shown = {k: v for k, v in settings.items() if v not in (None, [], {}) and k not in ("output", "cache")}
-    text += [
-        "<details><summary>Settings of the last run</summary>",
-        f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```",
-    ]
-    text += ["</details>"]
+    if sources:
+        text.append(f"Merged from {', '.join(f'`{source}`' for source in sources)} by `dywspan merge`.")
+    else:
+        shown = {k: v for k, v in settings.items() if v not in (None, [], {}) and k not in ("output", "cache")}
+        text += [
+            "<details><summary>Settings of the last run</summary>",
+            f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```",
+            "</details>",
+        ]
     data = ModelCardData(library_name="diffusers", tags=["dywspan", "diffusers", "few-step"])
     if not Path(model).exists():
         data.base_model = model

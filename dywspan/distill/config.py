@@ -78,7 +78,7 @@ class DistillConfig(LearningConfig):
     guidance_scale: float | None = option(None, "short for call.guidance_scale")
 
     prompts: str | list | None = option(
-        None, "file (.txt, .jsonl, .csv), a dataset's name, or a list; none for unconditional models"
+        None, "file (.txt, .jsonl, .csv), a dataset, a list, or 'default'; none for unconditional models"
     )
     prompt_column: str | None = option(None, "of a dataset or file; default 'prompt'")
     prompt_split: str = option("train", "split of the dataset")
@@ -89,7 +89,7 @@ class DistillConfig(LearningConfig):
     teacher_steps: int = option(50, "of the teacher; network evaluations, but for two-stage solvers")
     teacher_order: int = option(2, "of a base solver as teacher")
     teacher_grid: dict[str, Any] | None = option(None, "of a base solver as teacher; the pipeline's own by default")
-    teacher_batch_size: int = option(16, "teacher samples in memory at a time, and in one file of the cache")
+    teacher_batch_size: int = option(16, "teacher samples computed at a time; fewer once memory does not suffice")
     pairs: int = option(256, "teacher pairs to learn from")
     held_out: int = option(64, "teacher pairs to choose the best solver by")
     on_the_fly: bool = option(False, "fresh training pairs for each update, not kept")

@@ -81,7 +81,8 @@ def _rows(setup: Setup, student: Student, per_evaluation: float, per_step: float
     updates, squares = config.number("updates"), config.optimizer not in OPTIMIZERS
 
     def row(part: str, count: int, steps: int, seconds: float = per_evaluation) -> tuple[str, str, int, float]:
-        return part, f"{count} samples", count * steps, count * steps * seconds
+        of = "pairs" if part.startswith("teacher") else "samples"
+        return part, f"{count} {of}", count * steps, count * steps * seconds
 
     made = scales * (config.held_out + (0 if config.on_the_fly else config.pairs))
     rows = [row("teacher", made, (config.path_substeps and max(config.steps) * config.path_substeps) or teacher)]

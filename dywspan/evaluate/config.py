@@ -29,7 +29,7 @@ class QualityConfig:
     )
 
     prompts: str | list | None = option(
-        None, "file (.txt, .jsonl, .csv), a dataset's name, or a list; none for unconditional models"
+        None, "file (.txt, .jsonl, .csv), a dataset, a list, or 'default'; none for unconditional models"
     )
     prompt_column: str | None = option(None, "of a dataset or file; default 'prompt'")
     prompt_split: str = option("train", "split of the dataset")

@@ -160,7 +160,8 @@ def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     options: dict[str, Any] = {"call": call, "batch_size": config.batch_size, "model": task.model}
     reference = None
     if config.base or any(n.startswith("reference") for m in task.metrics for n in m.needs):
-        reference = make_pairs(pipe, task.teacher, task.inputs, seeds, cache=task.cache / "pairs", **options)
+        kept: dict[str, Any] = {"cache": task.cache / "pairs", "setting": "batch_size"}
+        reference = make_pairs(pipe, task.teacher, task.inputs, seeds, **kept, **options)
     options |= {"cache": task.cache, "reference": reference, "layout": config.layout, "shown": {}}
     options["size"] = config.latent_size and tuple(config.latent_size)
     if (alone := [m for m in task.metrics if not _is_paired(m)]) and reference is not None:

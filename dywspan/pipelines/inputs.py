@@ -6,12 +6,22 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..schedulers.bind import call_arguments, required_arguments
 from .rollout import Inputs
+
+# Sets of prompts that are known by name: the dataset, and its column. All have a split "train".
+SETS = {
+    "coco-captions": ("sentence-transformers/coco-captions", "caption1"),
+    "drawbench": ("sayakpaul/drawbench", "Prompts"),
+    "parti-prompts": ("nateraw/parti-prompts", "Prompt"),
+    "stable-diffusion-prompts": ("Gustavosta/Stable-Diffusion-Prompts", "Prompt"),
+}
+OWN = "default"  # the list in this package
 
 
 def read_inputs(
@@ -21,7 +31,8 @@ def read_inputs(
 
     Args:
         source: a list; a .txt file (a prompt a line); a .jsonl file (a text, or a mapping of arguments, a line); a .csv
-            file; or what ``datasets.load_dataset`` takes.
+            file; "default", the list in this package; a name of ``SETS``, of which each text is read once; or what
+            ``datasets.load_dataset`` takes.
         column: of a mapping, CSV file or dataset, that holds the prompt.
         split: of a dataset.
         limit: read no more than these.
@@ -32,7 +43,16 @@ def read_inputs(
     """
     if source is None:
         return None
-    rows = list(islice(_rows(source, split, column or "prompt"), limit))
+    rows: Iterable[Any]
+    if source == OWN and not Path(OWN).exists():
+        rows = (resources.files("dywspan") / "data" / "prompts.txt").read_text("utf-8").splitlines()
+    elif isinstance(source, str) and source in SETS and not Path(source).exists():
+        name, own = SETS[source]
+        column = column or own
+        rows = _once(_rows(name, split, column), column)
+    else:
+        rows = _rows(source, split, column or "prompt")
+    rows = list(islice(rows, limit))
     if not rows:
         raise ValueError(f"prompts={source!r} holds no prompts.")
     # Only a list or JSON names its arguments; elsewhere, other columns are nobody's business.
@@ -55,16 +75,29 @@ def _rows(source: Any, split: str, column: str) -> Iterable[Any]:
         import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"prompts={source!r} is no file, and reading a dataset needs `pip install datasets`"
+            f"prompts={source!r} is no file, and reading a dataset needs `pip install datasets`; {OWN!r} needs nothing"
         ) from error
     try:
         data = datasets.load_dataset(str(source), split=split)
     except Exception as error:  # of many kinds, none of which names the way out
-        raise OSError(f"prompts={source!r} is neither a file nor a dataset with split {split!r}: {error}") from error
+        said = str(error).rstrip(". ")
+        raise OSError(
+            f"prompts={source!r} is neither a file nor a dataset with split {split!r}: {said}. Sets that are known by "
+            f"name: {sorted([OWN, *SETS])}."
+        ) from error
     names = data.column_names or []
     if column not in names:
         raise ValueError(f"Dataset {source!r} has no column {column!r}: set prompt_column to one of {sorted(names)}.")
     return ({column: value} for value in data[column])  # the other columns, images often, are not even read
+
+
+def _once(rows: Iterable[Any], column: str) -> Iterable[Any]:
+    """Without repeated texts, which would be learned from and held out at once."""
+    seen: set[str] = set()
+    for row in rows:
+        if row[column] not in seen:
+            seen.add(row[column])
+            yield row
 
 
 def _lines(path: Path) -> io.StringIO:

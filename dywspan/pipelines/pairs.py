@@ -17,9 +17,10 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..artifact import write_atomically
+from ..artifact import write_atomically, write_together
 from .hashes import checksum, digest, fingerprint
-from .processes import in_turn, is_main, wait
+from .memory import Parts, is_sharded
+from .processes import agreed, in_turn, is_main, wait
 from .rollout import Inputs
 from .teacher import Teacher
 
@@ -95,26 +96,23 @@ def shuffled(pairs: Pairs, seed: int) -> Source:
 
 def fresh(pipe: Any, teacher: Teacher, inputs: Inputs, first_seed: int, call: Mapping[str, Any]) -> Source:
     """New noise for every position, and the teacher's endpoint computed when it is asked for."""
+    parts = Parts(None, "teacher samples", "micro_batch_size", sharded=is_sharded(pipe))
 
     def make(positions: Sequence[int]) -> Pairs:
         own, seeds = [inputs[p % len(inputs)] for p in positions], [first_seed + p for p in positions]
-        return Pairs(own, seeds, teacher.endpoints(pipe, own, seeds, call))
+        return Pairs(own, seeds, torch.cat(parts.run(len(seeds), _endpoints(pipe, teacher, own, seeds, call))))
 
     return make
 
 
 class Rows:
-    """Rows of tensors that lie in files of ``size`` rows each, read when asked for."""
+    """Tensors of one file each, read when asked for."""
 
-    def __init__(self, files: Sequence[Path], size: int) -> None:
-        self.files, self.size = files, size
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
 
     def __getitem__(self, indices: Sequence[int]) -> Tensor:
-        rows = []
-        for i in indices:
-            with safe_open(self.files[i // self.size], "pt") as file:
-                rows.append(file.get_slice("targets")[i % self.size])
-        return torch.stack(rows)
+        return torch.stack([_read(self.files[i])[0] for i in indices])
 
 
 def make_pairs(
@@ -127,56 +125,66 @@ def make_pairs(
     batch_size: int = 16,
     cache: str | os.PathLike[str] | None = None,
     model: str | None = None,
+    setting: str = "teacher_batch_size",
 ) -> Pairs:
     """The teacher's endpoints, from ``cache`` where the same were made before, shared out over the processes.
 
-    The cache has one folder for each (model, call, teacher) and in it one file a batch, named by a hash of the batch's
-    inputs and seeds: a run that was stopped goes on where it was, and a longer list reuses what a shorter one made. A
-    file that cannot be read, or whose contents are not what was written, is made again.
+    The cache has one folder for each (model, call, teacher) and in it one file a sample, named by a hash of its own
+    inputs and seed: what is there is not computed again, whatever the batches, the order or the number of processes
+    were. A file that cannot be read, or whose contents are not what was written, is made again.
 
     Args:
         call: arguments of the pipeline's call (guidance_scale, height, width, ...), the same for teacher and student.
+        batch_size: samples computed at a time; fewer once memory does not suffice.
         model: what stands for the pipeline in the hash; :func:`fingerprint` of its weights by default.
+        setting: what ``batch_size`` is called where it was set.
 
     Raises:
         OSError: the cache cannot be written; what is finished stays.
+        torch.OutOfMemoryError: there is no room for one sample, or in a sharded network for a batch.
     """
-    batches = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
     title, is_path = f"teacher, {teacher.num_inference_steps} steps", bool(teacher.substeps)
+    parts = Parts(batch_size, "teacher samples", setting, sharded=is_sharded(pipe))
+    endpoints = _endpoints(pipe, teacher, inputs, seeds, call)
     if cache is None:
-        made = [
-            teacher.endpoints(pipe, inputs[part], seeds[part], call)
-            for part in tqdm(batches, title, disable=not is_main())
-        ]
-        return Pairs(inputs, seeds, torch.cat(made), is_path)
+        with tqdm(total=len(seeds), desc=title, disable=not is_main()) as progress:
+
+            def shown(part: Sequence[int]) -> Tensor:
+                targets = endpoints(part)
+                progress.update(len(part))
+                return targets
+
+            return Pairs(inputs, seeds, torch.cat(parts.run(len(seeds), shown)), is_path)
 
     key = {"model": model or fingerprint(pipe), "pipeline": type(pipe).__name__, "call": dict(call)}
     key |= {"teacher": teacher.describe()}
     folder = Path(cache) / digest(key)
-    digests = [digest([list(inputs[part]), list(seeds[part])]) for part in batches]
-    files = [folder / f"{digest}.safetensors" for digest in digests]
-    missing = [j for j, file in enumerate(files) if not _is_whole(file)]
-    wait()  # before anybody writes: all processes must find the same files missing
+    files = [folder / f"{digest([own, seed])}.safetensors" for own, seed in zip(inputs, seeds, strict=True)]
+    first = {file: i for i, file in reversed([*enumerate(files)])}  # of those that are the same
+    missing = agreed([i for i in sorted(first.values()) if not _is_whole(files[i])] if is_main() else [])
+    done, batches = len(first) - len(missing), range(0, len(missing), batch_size)
     try:
         if is_main():
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "key.json", (json.dumps(key, indent=1, default=str) + "\n").encode())
         wait()
-        done = len(files) - len(missing)
-        shown = {"initial": done, "desc": title, "disable": not missing or not is_main()}
-        with tqdm(total=len(files), **shown) as progress:
-            for turn, is_mine in in_turn(len(missing)):
-                j = missing[turn]
-                targets = teacher.endpoints(pipe, inputs[batches[j]], seeds[batches[j]], call).contiguous()
-                if is_mine:
-                    write_atomically(files[j], save({"targets": targets}, metadata={"sha256": checksum(targets)}))
-                progress.update(min(len(missing), turn + 1) + done - progress.n)
+        options = {"initial": done, "desc": title, "disable": not missing or not is_main()}
+        with tqdm(total=len(first), **options) as progress:
+            for turn, is_mine in in_turn(len(batches)):
+
+                def keep(part: Sequence[int], is_mine: bool = is_mine) -> None:
+                    targets = endpoints(part)
+                    if is_mine:  # a batch at once: one that is cut in two would round differently when it is repeated
+                        write_together({files[i]: _packed(own) for i, own in zip(part, targets)})
+
+                parts.run(missing[batches[turn] :][:batch_size], keep)
+                progress.update(min(len(missing), (turn + 1) * batch_size) + done - progress.n)
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        kept = sum(file.exists() for file in files)
+        kept = sum(file.exists() for file in first)
         raise OSError(
-            f"The teacher cache {folder} cannot be written ({error.strerror}): {kept} of {len(files)} files are kept. "
+            f"The teacher cache {folder} cannot be written ({error.strerror}): {kept} of {len(first)} files are kept. "
             "Make room, or choose another cache directory, and run the same command again."
         ) from error
     wait()
@@ -185,7 +193,24 @@ def make_pairs(
             f"{lost[0]} was made by another process but is not here: the cache must be on a file system that all "
             "machines share. Choose another cache directory."
         )
-    return Pairs(inputs, seeds, Rows(files, batch_size), is_path)
+    return Pairs(inputs, seeds, Rows(files), is_path)
+
+
+def _endpoints(
+    pipe: Any, teacher: Teacher, inputs: Inputs, seeds: Sequence[int], call: Mapping[str, Any]
+) -> Callable[[Sequence[int]], Tensor]:
+    return lambda part: teacher.endpoints(pipe, [inputs[i] for i in part], [seeds[i] for i in part], call)
+
+
+def _packed(targets: Tensor) -> bytes:
+    targets = targets.contiguous()
+    return save({"targets": targets}, metadata={"sha256": checksum(targets)})
+
+
+def _read(file: Path) -> tuple[Tensor, str | None]:
+    """What a file holds, and the checksum that it should have."""
+    with safe_open(file, "pt") as opened:
+        return opened.get_tensor("targets"), (opened.metadata() or {}).get("sha256")
 
 
 def _is_whole(file: Path) -> bool:
@@ -193,11 +218,10 @@ def _is_whole(file: Path) -> bool:
     if not file.exists():
         return False
     try:
-        with safe_open(file, "pt") as opened:
-            if (opened.metadata() or {}).get("sha256") == checksum(opened.get_tensor("targets")):
-                return True
+        targets, expected = _read(file)
+        if expected == checksum(targets):
+            return True
     except (SafetensorError, OSError, KeyError):
         pass
-    if is_main():
-        print(f"{file} is damaged: it is made again.")
+    print(f"{file} is damaged: it is made again.")
     return False

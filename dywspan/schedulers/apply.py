@@ -96,7 +96,7 @@ def apply(
             f"This solver was learned for {type(scheduler.host.prediction).__name__} networks, and that of "
             f"{type(pipe).__name__} is of kind {type(own).__name__}, with other {wrong}: load a solver of this model."
         )
-    model, trained = str(getattr(pipe, "name_or_path", "") or ""), _models(scheduler)
+    model, trained = str(getattr(pipe, "name_or_path", "") or ""), models(scheduler)
     if model and trained and model not in trained:
         warnings.warn(
             f"This solver was learned on {', '.join(sorted(trained))}, and the pipeline is {model}: on another model "
@@ -106,7 +106,7 @@ def apply(
     return Applied(pipe, scheduler)
 
 
-def _models(scheduler: DyWeightScheduler) -> set[str]:
+def models(scheduler: DyWeightScheduler) -> set[str]:
     """The base models that its numbers were learned on, as far as they say."""
     parts: list[Any] = [*scheduler.tables.values(), scheduler.continuous]
     if isinstance(scheduler, SpanLiftScheduler):
