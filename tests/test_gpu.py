@@ -27,8 +27,10 @@ from torch import Tensor
 import dywspan
 from dywspan import DyWeightScheduler, SpanLiftScheduler
 from dywspan.cli import main
+from dywspan.distill import DistillConfig, SolverTrainer
 from dywspan.distill.least_squares import Problem
 from dywspan.distill.losses import latent_mse
+from dywspan.distill.progress import Progress
 from dywspan.distill.student import TableStudent, initial_table
 from dywspan.distill.task import Term
 from dywspan.evaluate.report import read_results
@@ -221,3 +223,81 @@ def test_a_chain_needs_what_its_backward_pass_was_promised(length: int, device: 
 def test_a_checkpoint_holds_one_piece_and_the_bounds_between_pieces(pieces: int, device: str) -> None:
     assert peak_bytes(_gradient(device, 5, pieces), device)[1] == (pieces * 5 + 2) * BYTES
     assert peak_bytes(_gradient(device, 5, pieces, recompute=True), device)[1] == (pieces + 4 + 2) * BYTES
+
+
+# ---------------------------------------------------------------------- whole runs, of a pipeline that is there
+
+SETTINGS: dict[str, Any] = {"steps": [2], "pairs": 8, "held_out": 4, "teacher_steps": 8, "batch_size": 8, "pictures": 0}
+SETTINGS |= {"prompts": ["a cat", "a red apple", "a house", "a tree"] * 3, "call": {"guidance_scale": 1.0}}
+LIFTED: dict[str, Any] = {"solver": "spanlift", "updates": 6, "evaluate_every": 3, "checkpoint_every": 1}
+
+
+def learned(pipe: Any, output: Path, **settings: Any) -> Any:
+    return SolverTrainer(pipe, DistillConfig(output=str(output), **{**SETTINGS, **settings})).train()
+
+
+@gpu
+def test_an_operator_goes_on_where_its_learning_was_stopped(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the optimiser's state where the operator is."""
+    pipe, done = load_pipeline(str(EMOJI)), Progress.done
+
+    def stop(self: Progress, *args: Any) -> None:
+        done(self, *args)
+        if self.update == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Progress, "done", stop)
+        learned(pipe, tmp_path / "stopped", **LIFTED)
+    again, whole = (learned(pipe, tmp_path / name, **LIFTED) for name in ("stopped", "whole"))
+    near(again.lifts[2].alpha, whole.lifts[2].alpha)
+    for found, expected in zip(again.state_dict().values(), whole.state_dict().values()):
+        near(found, expected, 1e-2)
+
+
+@gpu
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_gradients_learn_in_every_precision(precision: str, tmp_path: Path, device: str) -> None:
+    scheduler = learned(load_pipeline(str(EMOJI)), tmp_path, updates=12, evaluate_every=4, mixed_precision=precision)
+    error = scheduler.tables[2].provenance["held_out_error"]
+    assert error["after"] < error["before"]
+
+
+@gpu
+@pytest.mark.parametrize("way", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+@pytest.mark.parametrize("optimizer", ["least_squares", "adamw"])
+def test_offloaded_pipelines_learn_what_others_learn(way: str, optimizer: str, tmp_path: Path, device: str) -> None:
+    settings: dict[str, Any] = {"optimizer": optimizer, "updates": 2, "evaluate_every": 1}
+    plain = learned(load_pipeline(str(EMOJI)), tmp_path / "plain", **settings).tables[2]
+    pipe = load_pipeline(str(EMOJI), device="cpu")
+    getattr(pipe, way)()
+    other = learned(pipe, tmp_path / "offloaded", **settings).tables[2]
+    near(other.weights, plain.weights, 1e-2)
+    spent, expected = (dict(table.provenance["evaluations"]) for table in (other, plain))
+    assert spent.pop("seconds") and expected.pop("seconds")
+    if optimizer == "adamw":
+        assert spent == expected
+
+
+@gpu
+def test_memory_that_runs_out_makes_batches_smaller(
+    tmp_path: Path, device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The device says so itself, as its memory is limited to what a quarter of the batch takes."""
+    pipe = load_pipeline(str(EMOJI))
+    settings: dict[str, Any] = {"updates": 1, "batch_size": 64, "pairs": 64, "recompute": False}
+    settings["prompts"] = SETTINGS["prompts"] * 6
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    small = learned(pipe, tmp_path / "small", micro_batch_size=16, **settings).tables[2]
+    most, there = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.2 * most / there)
+    try:
+        found = learned(pipe, tmp_path / "found", **settings).tables[2]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "Out of memory with" in capsys.readouterr().out
+    near(found.weights, small.weights)

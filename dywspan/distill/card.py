@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..artifact import for_every_count, markdown, provenances, steps_of, write_atomically
+from ..pipelines.memory import Parts, is_sharded
 from ..pipelines.processes import is_main
 from ..pipelines.rollout import Inputs, sample
 
@@ -23,10 +24,16 @@ def sample_images(
 
     if not inputs:
         return None
-    with torch.no_grad():
-        _, output = sample(pipe, scheduler, steps, inputs, seeds, call, decode=True)
-    images = getattr(output, "images", None)
-    return images if isinstance(images, list) and all(isinstance(image, Image.Image) for image in images) else None
+
+    def drawn(positions: Sequence[int]) -> Any:
+        own = [inputs[i] for i in positions]
+        with torch.no_grad():
+            _, output = sample(pipe, scheduler, steps, own, [seeds[i] for i in positions], call, decode=True)
+        return getattr(output, "images", output)
+
+    parts = Parts(None, "pictures", "pictures", sharded=is_sharded(pipe)).run(len(inputs), drawn)
+    images = [image for part in parts if isinstance(part, list) for image in part]
+    return images if images and all(isinstance(image, Image.Image) for image in images) else None
 
 
 def draw_samples(rows: Mapping[str, Images | None], inputs: Inputs, path: Path) -> None:

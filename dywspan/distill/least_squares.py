@@ -183,20 +183,26 @@ class Problem:
 
     def check_replay(self) -> None:
         """Compute one batch again: a network that answers otherwise than before cannot be replayed."""
-        first = self.student, *self._least()
-        with self.replay.installed():
+        term, pairs = self._least()
+
+        def repeats(positions: Sequence[int]) -> bool:
+            first = self.student, term, pairs.choose(positions)
             with self.replay.recording() as tape:
                 base = self._endpoint(*first)
             with self.replay.playing(tape):
                 replayed = self._endpoint(*first)
-            again = self._endpoint(*first)
-        self.replays = torch.equal(base, replayed) and torch.equal(base, again)
+            return torch.equal(base, replayed) and torch.equal(base, self._endpoint(*first))
+
+        with self.replay.installed():
+            self.replays = all(self.parts.run(len(pairs), repeats))
         if not self.replays and is_main():
             print(f"{type(self.pipe).__name__}'s network does not answer the same question the same way: no replay.")
 
     def _precision(self) -> torch.dtype:
         """The coarsest that a sampling passes through."""
-        endpoint = self._endpoint(self.student, *self._least())
+        term, pairs = self._least()
+        sampled = lambda positions: self._endpoint(self.student, term, pairs.choose(positions))  # noqa: E731
+        endpoint, *_ = self.parts.run(len(pairs), sampled)
         networks = [getattr(m, "dtype", torch.bfloat16) for m in denoisers(self.pipe).values()]
         mixed = PRECISIONS[self.config.mixed_precision or "no"]
         passed = [d for d in (endpoint.dtype, mixed, *networks) if d is not None]
