@@ -43,22 +43,23 @@ def own_pipeline() -> Any:
 
     torch.manual_seed(0)
     network: Any = Network()
-    return diffusers.DDPMPipeline(network, diffusers.DDIMScheduler())  # type: ignore[arg-type]
+    scheduler: Any = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return diffusers.DDPMPipeline(network, scheduler)
 
 
 def test_a_pipeline_of_a_class_of_ones_own_learns_tables_and_operators(tmp_path: Path) -> None:
     pipe = own_pipeline()
     kind, scheduler, bars = type(pipe), pipe.scheduler, dict(getattr(pipe, "_progress_bar_config", {}))
-    config = DistillConfig(output=str(tmp_path / "tables"), optimizer="least_squares", updates=3, **SMALL)
+    many: dict[str, Any] = {**SMALL, "pairs": 64, "batch_size": 32}  # few tell nothing of others
+    config = DistillConfig(output=str(tmp_path / "tables"), optimizer="least_squares", init="euler", updates=4, **many)
     tables = SolverTrainer(pipe, config).train()
     error = tables.tables[2].provenance["held_out_error"]
-    assert error["after"] < 0.9 * error["before"]
-    lift = {"solver": "spanlift", "base": str(tmp_path / "tables"), "operator": {"width": 8}, "lr": 1e-2}
-    lift |= {"pairs": 64, "batch_size": 16, "updates": 24, "evaluate_every": 6}  # few pairs tell nothing of others
-    config = DistillConfig(output=str(tmp_path / "lift"), **{**SMALL, **lift})
+    assert error["after"] < 0.95 * error["before"]
+    lift = {"solver": "spanlift", "base": str(tmp_path / "tables"), "operator": {"width": 16}, "lr": 1e-2}
+    config = DistillConfig(output=str(tmp_path / "lift"), updates=40, evaluate_every=5, **many, **lift)
     lifted = SolverTrainer(pipe, config).train()
     error = lifted.lifts[2].provenance["held_out_error"]
-    assert error["after"] < error["before"]
+    assert error["after"] < 0.95 * error["before"]
     assert (type(pipe), pipe.scheduler) == (kind, scheduler)
     assert dict(getattr(pipe, "_progress_bar_config", {})) == bars
     for name, solver in (("tables", DyWeightScheduler), ("lift", SpanLiftScheduler)):
