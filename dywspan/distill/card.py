@@ -55,6 +55,21 @@ result = pipe({arguments}num_inference_steps={steps})
 ```"""
 
 
+def errors(scheduler: Any) -> list[dict[str, Any]]:
+    """A row for each number of steps that was learned, or learned from: what a table of them shows."""
+    return [
+        {
+            "steps": n,
+            "held-out error before": f"{p['held_out_error']['before']:.5g}",
+            "after": f"{p['held_out_error']['after']:.5g}",
+            "loss": p.get("loss", ""),
+            "pairs": p.get("pairs", {}).get("train", ""),
+        }
+        for n, p in provenances(scheduler).items()
+        if "held_out_error" in p
+    ]
+
+
 def write_card(
     scheduler: Any,
     folder: Path,
@@ -74,37 +89,29 @@ def write_card(
 
     kind = type(scheduler).__name__
     made = provenances(scheduler)
-    model = str(settings["model"])
-    rows = [
-        {
-            "steps": n,
-            "held-out error before": f"{p['held_out_error']['before']:.5g}",
-            "after": f"{p['held_out_error']['after']:.5g}",
-            "loss": p.get("loss", ""),
-            "pairs": p.get("pairs", {}).get("train", ""),
-        }
-        for n, p in made.items()
-        if "held_out_error" in p
-    ]
+    model, rows = str(settings["model"]), errors(scheduler)
     own = ({"prompt": "..."} if settings["prompts"] is not None else {}) if example is None else example
     arguments = {k: v if isinstance(v, str) else [v] for k, v in own.items()} | settings["call"]
     if variants := [*settings["variants"].values()]:
         arguments |= variants[len(variants) // 2]
     given = [f"{k}={v!r}, " for k, v in arguments.items()]
     steps = [*dict.fromkeys(map(steps_of, made))]
-    use = {"kind": kind, "imports": kind, "load": f'DiffusionPipeline.from_pretrained("{model}")'}
+    use = {"kind": kind, "imports": kind}
+    use["load"] = f'DiffusionPipeline.from_pretrained("{model}")' if model else "..."
     use |= {"where": settings["push_to_hub"] or folder.name, "steps": steps[len(steps) // 2]}
     if any(getattr(f, "guidance_scale", None) is not None for f in (for_every_count(scheduler), scheduler.continuous)):
         use |= {"imports": f"{kind}, bind", "load": f"bind({use['load']})  # tells the solver the guidance scale"}
+    title = (Path(model).name if Path(model).exists() else model) or "a pipeline of one's own"
     counts = ", ".join(map(str, steps))
     if for_every_count(scheduler) is not None:
         counts += " and any other number of"
     text = [
-        f"# Few-step solvers for {Path(model).name if Path(model).exists() else model}",
+        f"# Few-step solvers for {title}",
         f"Learned with dywspan (`pip install dywspan`): `{kind}` for {counts} steps. "
         "The network is unchanged; only the solver is learned.",
         _USE.format(**use, arguments="".join(given)),
-        "Error of the endpoint to the teacher's, from the same noise, on pairs never learned from:",
+        "Error of the endpoint to the teacher's, from the same noise, on held-out pairs. The best update was chosen by "
+        "these errors, so they are validation figures:",
         markdown(rows) if rows else "",
     ]
     for n in steps:
@@ -125,7 +132,7 @@ def write_card(
             "</details>",
         ]
     data = ModelCardData(library_name="diffusers", tags=["dywspan", "diffusers", "few-step"])
-    if not Path(model).exists():
+    if model and not Path(model).exists():
         data.base_model = model
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in text if part) + "\n")
     write_atomically(folder / "README.md", str(card).encode())

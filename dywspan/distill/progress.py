@@ -124,7 +124,8 @@ class Progress:
     @property
     def label(self) -> str:
         """What is learned."""
-        return f"{', '.join(term.name for term in self.task.terms)} steps"
+        part = f" ({self.task.part})" if self.task.part else ""
+        return f"{', '.join(term.name for term in self.task.terms)} steps{part}"
 
     def errors(self, precision: str | None) -> dict[str, float]:
         """Held-out loss by term."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from ..pipelines.pairs import Pairs, Source, common_path, ends, fresh, make_pair
 from ..pipelines.processes import share
 from ..pipelines.rollout import Inputs, set_timesteps
 from ..pipelines.teacher import Teacher, find_teacher
-from ..schedulers.bind import bind, guidance_argument
+from ..schedulers.bind import bind, call_arguments, guidance_argument
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import BASE, SpanLiftScheduler
 from .checks import check_extension, check_model, check_operator, check_variants, find_base
@@ -107,6 +106,7 @@ class Setup:
             layout=config.layout,
             operator=config.operator,
             name="continuous" if config.continuous else "shared" if config.shared else name,
+            part=f"{config.groups.index(group) + 1} of {len(config.groups)}" if len(config.groups) > 1 else "",
         )
 
     def pairs(self, teacher: Teacher) -> tuple[Any, Any]:
@@ -176,7 +176,7 @@ def prepare(pipe: Any, config: DistillConfig) -> Setup:
             bind(pipe)
     for own in config.variants.values() or [{}]:
         check_call(pipe, inputs, {**config.call, **own})
-    if config.late_starts and "latents" not in inspect.signature(type(pipe).__call__).parameters:
+    if config.late_starts and "latents" not in call_arguments(pipe):
         raise ValueError(f"late_starts={config.late_starts} need a pipeline that takes latents: leave them out.")
     base = find_base(config, pipe) if config.solver == "spanlift" else None
     if isinstance(base, SpanLiftScheduler):  # its operators stay of their size
@@ -188,7 +188,7 @@ def prepare(pipe: Any, config: DistillConfig) -> Setup:
     size: Any = config.latent_size and tuple(config.latent_size)
     loss = make_loss(pipe, config.loss, config.features, config.latent_weight, config.layout, size)
     if config.optimizer in OPTIMIZERS:
-        check_gradients(pipe)
+        check_gradients(pipe, config.recompute)
     else:
         residuals_of(loss)
     setup = Setup(config, pipe, inputs, held_out_inputs, teacher, loss, base, fingerprint(pipe))

@@ -74,6 +74,7 @@ class Task:
             middle one of several variants.
         base: of SpanLift: tables or a classical solver for every number of steps; a SpanLift solver is gone on with.
         layout, operator, name: of SpanLift: the latents' layout, size of the operator, and its name in the artefact.
+        part: which of several tasks this is, "2 of 3", for progress bars.
     """
 
     pipe: Any
@@ -89,6 +90,7 @@ class Task:
     layout: str = "image"
     operator: Mapping[str, Any] = field(default_factory=dict)
     name: str = "shared"
+    part: str = ""
 
     @property
     def steps(self) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..artifact import provenances, steps_of
+from ..artifact import markdown, provenances, steps_of
 from ..core.layout import LAYOUTS, Packed
 from ..pipelines.embeddings import remembered_prompts
 from ..pipelines.precision import fast_and_safe
@@ -20,7 +20,7 @@ from ..pipelines.processes import is_main, wait
 from ..pipelines.rollout import blocks, denoisers, load_pipeline, sample
 from ..schedulers.bind import unbind
 from ..schedulers.spanlift import SpanLiftScheduler
-from .card import Images, draw_samples, sample_images, write_card
+from .card import Images, draw_samples, errors, sample_images, write_card
 from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, DistillConfig, missing
 from .gradients import Gradients
@@ -113,7 +113,9 @@ class SolverTrainer:
                 for n in group:
                     _show(setup, result, n, teacher)
             if is_main():
-                write_card(result, output, asdict(config), setup.inputs[0])
+                model = config.model or str(getattr(setup.pipe, "name_or_path", "") or "")
+                write_card(result, output, {**asdict(config), "model": model}, setup.inputs[0])
+                print(markdown(errors(result)))
                 if config.push_to_hub:
                     push(config.push_to_hub, output)
             wait()
@@ -245,8 +247,8 @@ def _check_sample(setup: Setup) -> None:
 def _show(setup: Setup, result: Any, n: int, teacher: Images | None) -> None:
     """Say and draw what was learned for n steps."""
     output = Path(setup.config.output)
-    errors = {name: made["held_out_error"] for name, made in provenances(result).items() if steps_of(name) == n}
-    for name, error in errors.items() if is_main() else ():
+    found = {name: made["held_out_error"] for name, made in provenances(result).items() if steps_of(name) == n}
+    for name, error in found.items() if is_main() else ():
         print(f"{name} steps: held-out error {error['before']:.4g} -> {error['after']:.4g}, saved to {output}")
     rows = {f"teacher, {setup.teacher.num_inference_steps} steps": teacher}
     for label, scheduler in {"base": setup.untrained(n), "learned": result}.items() if teacher else ():
