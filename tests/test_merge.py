@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from dywspan.distill.run import SPARE
+from dywspan.distill.output import SPARE
 
 import dywspan
 from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
