@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from dywspan.distill.output import SPARE
 
 import dywspan
 from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
@@ -19,6 +18,7 @@ from dywspan.cli import main
 from dywspan.core.continuous import ContinuousLift, ContinuousTable
 from dywspan.core.operator import Lift
 from dywspan.distill.merge import merge_artefacts
+from dywspan.distill.output import SPARE
 from dywspan.schedulers.merge import merge
 
 GRID = {"name": "flow", "shift": 3.0}

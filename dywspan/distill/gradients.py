@@ -86,6 +86,7 @@ class Gradients(Method):
                     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
             return fraction.detach().double().cpu()
 
+        before = progress.meter.counts["student"]
         own = share(range(update * config.batch_size, (update + 1) * config.batch_size))
         value = float(total(sum(progress.parts.run(own, add), start=torch.zeros((), dtype=torch.float64))))
         for parameter in self.parameters:
@@ -104,6 +105,8 @@ class Gradients(Method):
             )
         self.scale.update(bool(norm.isfinite()))
         progress.own, counts = vars(self.scale).copy(), progress.meter.counts
+        if config.recompute and config.recompute_blocks:  # blocks are run again, the network is not asked again
+            counts["student"] += counts["student"] - before
         counts["backward"] = counts["student"] // (1 + config.recompute)
         return {f"loss/{term.name}": value, "lr": rate}
 
