@@ -145,7 +145,7 @@ def test_two_processes_and_one_share_a_cache(tmp_path: Path) -> None:
 
     def two(count: int, batch_size: int) -> list[str]:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+        path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent), *sys.path])
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         run = subprocess.run(
             [*launcher, str(script), str(tmp_path / "cache"), str(count), str(batch_size)],
