@@ -87,6 +87,7 @@ def test_mistakes_end_in_one_clear_line(
     assert said in error and "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_distill_then_demo_in_processes_of_their_own(tmp_path: Path) -> None:
     """The two commands of the README, small: learn a table, then see it beside the classical solvers."""
     prompts = ROOT / "examples" / "prompts" / "emoji-train.txt"
@@ -143,6 +144,7 @@ def test_the_example_script_draws_an_image(tmp_path: Path) -> None:
     assert red > green + 20, "a red heart is red"
 
 
+@pytest.mark.slow
 def test_the_digits_example_learns(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     small = ["--steps", "3", "--pairs", "32", "--updates", "6", "--held-out", "64"]
@@ -154,6 +156,7 @@ def test_the_digits_example_learns(tmp_path: Path) -> None:
     assert row[0] == "3" and max(after) < 0.3 * before
 
 
+@pytest.mark.slow
 def test_the_example_for_any_number_of_steps_learns(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     script, picture = str(ROOT / "examples" / "any_steps.py"), tmp_path / "any.png"
@@ -185,6 +188,7 @@ def test_the_example_for_any_number_of_steps_learns(tmp_path: Path) -> None:
         assert image.convert("L").getextrema() == pytest.approx((0, 255), abs=60)
 
 
+@pytest.mark.slow
 def test_the_image_to_image_example_compares_at_equal_evaluations(tmp_path: Path) -> None:
     own = DyWeightScheduler.from_config(DyWeightScheduler.load_config(ROOT / "examples" / "emoji-sd" / "scheduler"))
     grid = {"name": "discrete", "sigma_min": 0.0, "sigma_max": 14.6}

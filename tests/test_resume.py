@@ -155,6 +155,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 # ---------------------------------------------------------------------- one process or many
 
 
+@pytest.mark.slow
 def test_accumulated_batches_and_processes_learn_the_same_table(whole: Whole, tmp_path: Path) -> None:
     """1 process x 4 samples = 4 accumulated ones = 2 processes x 2: two mains would quarrel about the folder's lock."""
     cache, two = str(whole() / "cache"), tmp_path / "two"
@@ -239,6 +240,7 @@ def _killed_and_repeated(reference: Path, output: Path, kills: int, processes: i
     assert learned(output) == learned(reference)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_in_every_phase_ends_in_the_same_bits(whole: Whole, tmp_path: Path) -> None:
     """The lock of the killed run does not keep the next out."""
     _killed_and_repeated(whole(), tmp_path / "out", 1)
