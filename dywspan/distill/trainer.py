@@ -18,7 +18,7 @@ from ..pipelines.embeddings import remembered_prompts
 from ..pipelines.precision import fast_and_safe
 from ..pipelines.processes import is_main, wait
 from ..pipelines.rollout import blocks, denoisers, load_pipeline, sample
-from ..schedulers.bind import unbind
+from ..schedulers.bind import bind, unbind
 from ..schedulers.spanlift import SpanLiftScheduler
 from .card import Images, draw_samples, errors, sample_images, write_card
 from .checkpoints import Checkpoints
@@ -52,11 +52,7 @@ def run(config: DistillConfig) -> Any:
     # A network that is to be sharded may not fit on one device: each block moves there when it is.
     place = "cpu" if config.fsdp else accelerator.device
     pipe = load_pipeline(config.model, getattr(torch, config.dtype), place, config.revision)
-    trainer = SolverTrainer(pipe, config)
-    if not config.dry_run:
-        return trainer.train()
-    print_plan(trainer.setup)
-    return None
+    return SolverTrainer(pipe, config).train()
 
 
 class SolverTrainer:
@@ -82,6 +78,7 @@ class SolverTrainer:
         self.accelerator, self._own_class = _accelerator(config), type(pipe)
         precision: Any = config.mixed_precision or self.accelerator.mixed_precision
         self.setup = prepare(pipe, replace(config, mixed_precision=precision))
+        self._is_told = type(pipe) is not self._own_class
         if config.fsdp:
             _shard(pipe)
             pipe.to(self.accelerator.device)
@@ -93,14 +90,17 @@ class SolverTrainer:
         Every result is written as soon as it is there, and found again when the same is repeated.
 
         Returns:
-            The scheduler with all that ``config.output`` holds.
+            The scheduler with all that ``config.output`` holds; None after ``dry_run``, which only prints the plan.
 
         Raises:
             OSError: files that cannot be written.
             FloatingPointError: the loss is not finite.
         """
         setup, config = self.setup, self.setup.config
-        output, result = Path(config.output), None
+        if config.dry_run:
+            print_plan(setup)
+            return None
+        output = Path(config.output)
         output.mkdir(parents=True, exist_ok=True)
         with written(), locked(output), self._at_work(), self._tracked() as log:
             result = find_artefact(config)  # again: another run may have ended since
@@ -131,6 +131,8 @@ class SolverTrainer:
         """Every prompt is encoded once, and then the text encoders may go; all is put back at the end."""
         setup, pipe = self.setup, self.setup.pipe
         bars = getattr(pipe, "_progress_bar_config", {})
+        if self._is_told:  # this may not be the first time
+            bind(pipe)
         pipe.set_progress_bar_config(disable=True)
         try:
             with fast_and_safe(), remembered_prompts(pipe, setup.cache / "prompts", setup.model) as memory:
@@ -143,7 +145,7 @@ class SolverTrainer:
                 yield
         finally:
             pipe.set_progress_bar_config(**bars)
-            if type(pipe) is not self._own_class:
+            if self._is_told:
                 unbind(pipe)
 
     @contextmanager
