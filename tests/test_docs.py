@@ -139,7 +139,8 @@ def test_the_readmes_overhead_is_the_recorded_measurement() -> None:
     assert f"{min(ratios):.2f} to {max(ratios):.2f} of the time of diffusers' DPM-Solver++(2M)" in text
     assert sorted({r["num_inference_steps"] for r in ours}) == [3, 10, 50] and len(ours) == 2 * 3 * 3
     for r in ours:
-        assert r["syncs"] == 0 and r["state_bytes"] == int(r["scheduler"][-1]) * 4 * math.prod(r["shape"])
+        held = min(int(r["scheduler"][-1]), r["num_inference_steps"] - 1)  # the last step lets go
+        assert r["syncs"] == 0 and r["state_bytes"] == held * 4 * math.prod(r["shape"])
 
 
 def test_memory_of_learning_is_flat_in_the_number_of_steps_as_the_docs_say() -> None:

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from ..core.operator import Lift
 from ..core.table import SolverTable
 from ..schedulers.dyweight import DyWeightScheduler
-from ..schedulers.plan import State
 from ..schedulers.spanlift import SpanLiftScheduler
 from .memory import sd15
 
@@ -117,7 +116,7 @@ def overhead(
 
 def state_bytes(scheduler: Any, shape: Sequence[int]) -> int:
     """Bytes of the tensors of this shape among a scheduler's attributes and its state, each counted once."""
-    leaves = tree_leaves([*vars(scheduler).values(), *vars(getattr(scheduler, "state", None) or State()).values()])
+    leaves = tree_leaves([*vars(scheduler).values(), getattr(scheduler, "state", None)])
     held = [v for v in leaves if isinstance(v, Tensor) and v.shape == torch.Size(shape)]
     return sum({v.data_ptr(): v.nbytes for v in held}.values())
 

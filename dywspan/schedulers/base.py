@@ -99,13 +99,13 @@ class SolverScheduler(Configured):
     @property
     def init_noise_sigma(self) -> float:
         """What unit noise is multiplied by to become the first sample; a tensor's product carries its gradient."""
-        if self.plan is None or self.state.index is not None:
+        if self.plan is None or self.state.step is not None:
             return 1.0  # to pipelines that ask before set_timesteps, the last run is nothing
         return Factor.of(self.plan.start, self._scaled)
 
     def _scaled(self) -> None:
-        if self.state.index is None:
-            self.state = replace(self.state, scaled=True)
+        if self.state.step is None:
+            self.state = self.state._replace(scaled=True)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """Identity: the sample is kept as the network wants it.
@@ -122,7 +122,7 @@ class SolverScheduler(Configured):
 
     # ------------------------------------------------------------------ where in the plan
 
-    step_index = property(lambda self: self.state.index)
+    step_index = property(lambda self: self.state.step)
     begin_index = property(lambda self: self.state.begin)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -131,14 +131,14 @@ class SolverScheduler(Configured):
         Raises:
             LateStart: a continuous solver is another one there, with other ``timesteps``: see :meth:`begin_at`.
         """
-        self.state = replace(self.state, begin=begin_index)
+        self.state = self.state._replace(begin=begin_index)
         if self._is_another(begin_index):
             raise LateStart(begin_index)
 
     def begin_at(self, begin_index: int) -> None:
         """Plan the run anew, to begin at this step. ``timesteps`` is another tensor then: take it again."""
         if self.plan is not None:
-            self.state = replace(self.state, begin=begin_index)
+            self.state = self.state._replace(begin=begin_index)
             self._publish(self._plan(begin_index, self.plan.timesteps.device))
 
     def _is_another(self, begin: int) -> bool:
@@ -193,14 +193,14 @@ class SolverScheduler(Configured):
         options.pop("use_clipped_model_output", None)  # the direction always follows the clipped estimate
         if on := {k: v for k, v in options.items() if isinstance(v, Tensor) or v not in (None, False, 0)}:
             raise ValueError(f"step has no {on}: it solves an ODE, without noise and without another estimate of x0.")
-        i = self.index_for_timestep(timestep)
-        plan = self.plan
+        i, plan = self.index_for_timestep(timestep), self.plan
         assert plan is not None and self.request is not None
         if not 0 <= i < len(plan.times):
             raise ValueError(f"Step {i} is past the end of {len(plan.times)} steps: call set_timesteps again.")
-        if i != self.state.index:  # a first step, or a jump: the past derivatives are not this state's past
-            plan, self.state = self._starting(i), self.state.remember((), (), self.state.index)
-            self.request = replace(self.request, latent_size=self.latent_size)
+        if i != self.state.step:  # a first step, or a jump: the past derivatives are not this state's past
+            plan, self.state = self._starting(i), self.state.remember((), (), None)
+            if self.request.latent_size != self.latent_size:
+                self.request = replace(self.request, latent_size=self.latent_size)
         self.plan = plan = plan.on(sample.device)
         if per_token_timesteps is not None:
             model_output = -model_output  # their velocity has the other sign
@@ -212,7 +212,7 @@ class SolverScheduler(Configured):
 
     def _ended(self) -> None:
         """What a run remembers ends with it: nothing stays on a device that the pipeline leaves."""
-        self.state = self.state.remember((), (), self.state.index)
+        self.state = self.state.remember((), (), self.state.step)
 
     def _starting(self, i: int) -> Plan:
         """The plan for a run that begins at step ``i``, with the same levels and times."""

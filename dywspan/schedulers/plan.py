@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -171,36 +171,35 @@ class Plan:
         return exact[-1] if exact else min(rounded, key=lambda i: abs(value - self.times[i]))
 
 
-@dataclass(frozen=True, eq=False)
-class State:
+class State(NamedTuple):
     """Where a run is.
 
     Attributes:
         history: what earlier evaluations left, newest first.
         derivatives: for an operator, where ``history`` is of data predictions.
-        index: the step that comes next; None before the first.
+        step: the one that comes next; None before the first.
         begin: the step that the pipeline said it would begin at.
         scaled: the noise was multiplied by ``init_noise_sigma``, or added by ``add_noise``.
     """
 
     history: History = ()
     derivatives: History = ()
-    index: int | None = None
+    step: int | None = None
     begin: int | None = None
     scaled: bool = False
 
     @property
     def expected(self) -> int | None:
         """The step that comes next, as far as is known."""
-        return self.index if self.index is not None else self.begin
+        return self.begin if self.step is None else self.step
 
-    def remember(self, history: History, derivatives: History, index: int | None) -> State:
-        """The same run, at another step: PyTorch 2.6 compiles no ``replace`` of what another one made."""
-        return State(history, derivatives, index, self.begin, self.scaled)
+    def remember(self, history: History, derivatives: History, step: int | None) -> State:
+        """The same run, at another step."""
+        return State(history, derivatives, step, self.begin, self.scaled)
 
     def detach(self) -> State:
         history, derivatives = (tuple(v.detach() for v in values) for values in (self.history, self.derivatives))
-        return self.remember(history, derivatives, self.index)
+        return self.remember(history, derivatives, self.step)
 
 
 def make_plan(
@@ -274,7 +273,7 @@ def advance(
         makes the estimate of x0.
     """
     row, dtype = i + plan.skipped, torch.promote_types(sample.dtype, torch.float32)
-    x, output, history = sample.to(dtype), output.to(dtype), state.history
+    x, output, history = _cast(sample, dtype), _cast(output, dtype), state.history
     if i == 0 and not state.scaled and plan.start != 1:
         x = x * plan.start  # this pipeline does not scale its noise by init_noise_sigma
     if plan.analytic is not None and i == 0:
@@ -308,7 +307,12 @@ def advance(
         correction = _correction(lift, row, x, derivatives or history, size)
         following = following + lift.beta[row] * lift.sizes[row] * next_scale * correction
     state = state.remember(history, derivatives, i + 1)
-    return following.to(sample.dtype), state, lambda: estimate().to(sample.dtype)
+    return _cast(following, sample.dtype), state, lambda: _cast(estimate(), sample.dtype)
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value.to(dtype)``, which takes microseconds even where there is nothing to do."""
+    return value if value.dtype == dtype else value.to(dtype)
 
 
 def _derivative(plan: Plan, row: int, x: Tensor, x0: Tensor) -> Tensor:
