@@ -150,8 +150,14 @@ def provenances(scheduler: Any) -> dict[int | str, Mapping[str, Any]]:
     """
     own, function = getattr(scheduler, "lifts", scheduler.tables), for_every_count(scheduler)
     shared = function.provenance if function is not None else {}
-    errors = {int(name) if name.isdigit() else name: e for name, e in shared.get("held_out_error", {}).items()}
-    made = {name: {**shared, "held_out_error": error} for name, error in errors.items()}
+    kinds = [kind for kind in ("held_out_error", "test_error") if kind in shared]
+    made = {
+        int(name) if name.isdigit() else name: {
+            **shared,
+            **{kind: shared[kind][name] for kind in kinds if name in shared[kind]},
+        }
+        for name in shared.get("held_out_error", {})
+    }
     return dict(sorted((made | {n: part.provenance for n, part in own.items()}).items(), key=lambda m: steps_of(m[0])))
 
 

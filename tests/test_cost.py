@@ -15,12 +15,17 @@ from test_trainer import TINY, pixels  # noqa: F401  (a fixture)
 from dywspan import DyWeightScheduler
 from dywspan.bench.cost import learning_cost, plot
 from dywspan.cli import main
+from dywspan.core.table import SolverTable
 from dywspan.distill import trainer
 from dywspan.distill.config import DistillConfig
+from dywspan.distill.progress import endpoint_error
+from dywspan.distill.setup import HELD_OUT_SEED
 from dywspan.distill.split import split_inputs
+from dywspan.distill.task import default_grid
 from dywspan.evaluate.report import read_results, table
+from dywspan.pipelines.pairs import make_pairs
 from dywspan.pipelines.rollout import load_pipeline
-from dywspan.pipelines.teacher import Teacher
+from dywspan.pipelines.teacher import Teacher, find_teacher
 from dywspan.settings import make_config
 
 ROOT = Path(__file__).parent.parent
@@ -44,8 +49,8 @@ def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def both(pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """A folder with both configurations, what they learned, and their cost, by the command."""
     folder = tmp_path_factory.mktemp("both")
-    write(folder, "adam", pixels, **ADAM, steps=[2, 3])
-    write(folder, "squares", pixels, **SQUARES, steps=[2, 3])
+    write(folder, "adam", pixels, **ADAM, steps=[2, 3], test=5)
+    write(folder, "squares", pixels, **SQUARES, steps=[2, 3], test=5)
     files = ["--config", str(folder / "adam.yaml"), "--config", str(folder / "squares.yaml")]
     assert main(["bench", "distill", *files, "--held-out", "3", "--output", str(folder / "cost.json"), "--plot"]) == 0
     return folder
@@ -85,7 +90,7 @@ def test_evaluations_are_those_of_the_network(
     rows = learning_cost([write(tmp_path, "only", pixels, **settings)])
     assert len({row["evaluations"] for row in rows}) == 1, "learned together, one cost"
     row = rows[0]
-    assert row["evaluations"] == asked["forward"] + 2 * asked["backward"]
+    assert row["evaluations"] == asked["forward"] + asked["backward"]
     assert row["evaluations"] == row["teacher"] + row["learning"] + row["held_out"]
     fresh = settings.get("on_the_fly", False)
     pairs = 4 * 4 if fresh else 4
@@ -117,6 +122,38 @@ def test_a_curve_is_what_a_run_had_when_it_had_spent_so_much(both: Path) -> None
         matching = [spent for spent, error in row["curve"] if error <= other]
         assert row["evaluations_to_match"] == (min(matching) if matching else None)
     assert 2 <= sum(row["evaluations_to_match"] is not None for row in rows) < 4, "of two, one is the better"
+
+
+def test_the_test_error_is_of_pairs_that_nothing_else_saw(both: Path, pixels: Path) -> None:  # noqa: F811
+    """Of seeds after the three held-out ones, before and after; a run without test pairs learns the same numbers."""
+    pipe = load_pipeline(str(pixels))
+    teacher = find_teacher(pipe, "ipndm", TINY["teacher_steps"])
+    seeds = range(HELD_OUT_SEED + 3, HELD_OUT_SEED + 8)
+    pairs = make_pairs(pipe, teacher, [{}] * 5, seeds, call={})
+    for row in read_results(both / "cost.json")["rows"]:
+        solver, n = DyWeightScheduler.from_pretrained(both / Path(row["config"]).stem), row["num_inference_steps"]
+        error = solver.tables[n].provenance["test_error"]
+        assert error["pairs"] == 5 and row["test_error"] == error["after"] != row["held_out_error"]
+        assert error["after"] == pytest.approx(endpoint_error(pipe, solver, n, pairs, {}), rel=1e-5)
+        start = solver.with_tables([SolverTable.initial(n, 2, default_grid(solver), solver.host.prediction)])
+        assert error["before"] == pytest.approx(endpoint_error(pipe, start, n, pairs, {}), rel=1e-3)
+
+
+def test_a_finished_run_is_tested_when_that_is_asked_for_later(
+    both: Path,
+    pixels: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    def row(**settings: Any) -> dict[str, Any]:
+        folder = tmp_path / "late"
+        folder.mkdir(exist_ok=True)
+        return learning_cost([write(folder, "squares", pixels, **SQUARES, held_out=3, **settings)])[0]
+
+    untested, tested = row(), row(test=5)
+    whole = read_results(both / "cost.json")["rows"][2]
+    assert untested["test_error"] is None and tested["test_error"] == whole["test_error"]
+    assert timeless([tested | {"test_error": None}]) == timeless([untested])
+    assert (tested["evaluations"], tested["held_out_error"]) == (whole["evaluations"], whole["held_out_error"])
 
 
 def test_a_finished_run_is_found_and_a_stopped_one_goes_on_to_the_same_cost(
@@ -188,9 +225,9 @@ def test_the_embedded_pipelines_files_share_teacher_and_held_out_pairs(monkeypat
     monkeypatch.chdir(ROOT)
     files = [f"training/configs/emoji_sd_{name}.yaml" for name in ("adam", "least_squares")]
     gradients, squares = (make_config({"config": file}, DistillConfig) for file in files)
-    (training, held_out), (few, same) = split_inputs(gradients), split_inputs(squares)
-    assert same == held_out and few == training[: len(few)] and len(few) == 64
+    (training, *others), (few, *same) = split_inputs(gradients), split_inputs(squares)
+    assert same == others and few == training[: len(few)] and len(few) == 64
     shared = ("model", "call", "cache", "teacher", "teacher_steps", "teacher_order", "teacher_batch_size", "loss")
-    shared += ("held_out", "steps", "order", "init")
+    shared += ("held_out", "test", "steps", "order", "init")
     assert [getattr(squares, key) for key in shared] == [getattr(gradients, key) for key in shared]
     assert squares.optimizer == "least_squares" and squares.mixed_precision == "no"

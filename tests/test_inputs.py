@@ -153,7 +153,7 @@ def test_without_the_datasets_package_it_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_the_packages_own_list_suffices_for_a_run_as_it_comes() -> None:
     settings = DistillConfig(model="m", output="o", prompts="default")
-    training, held_out = split_inputs(settings)
+    training, held_out, _ = split_inputs(settings)
     assert len(training) == 256 and len(held_out) == 64
     found = read_inputs("default")
     assert found is not None and found[:320] == [*training, *held_out]
@@ -203,15 +203,22 @@ def configure(prompts: Any, held_out_prompts: Any = None, **settings: Any) -> Di
 
 def test_training_and_held_out_inputs_share_no_line() -> None:
     lines = list("abcdef")
-    assert split_inputs(configure(lines)) == (texts("a", "b", "c"), texts("d", "e"))
-    assert split_inputs(configure(lines, lines[::-1])) == (texts("a", "b", "c"), texts("f", "e"))
-    assert split_inputs(configure(None)) == ([{}] * 3, [{}] * 2)
+    assert split_inputs(configure(lines)) == (texts("a", "b", "c"), texts("d", "e"), [])
+    assert split_inputs(configure(lines, test=1)) == (texts("a", "b", "c"), texts("d", "e"), texts("f"))
+    assert split_inputs(configure(lines, lines[::-1], test=3)) == (
+        texts("a", "b", "c"),
+        texts("f", "e"),
+        texts("d", "c", "b"),
+    )
+    apart = configure(lines, test=2, test_prompts=["y", "z"])
+    assert split_inputs(apart) == (texts("a", "b", "c"), texts("d", "e"), texts("y", "z"))
+    assert split_inputs(configure(None, test=1)) == ([{}] * 3, [{}] * 2, [{}])
 
 
 @pytest.mark.parametrize(
     ("prompts", "held_out", "said"),
     [
-        (list("abcd"), None, "has 4 prompts, 5 are needed: add some, or lower pairs=3 or held_out=2"),
+        (list("abcd"), None, "has 4 prompts, 5 are needed: add some, or lower pairs=3, held_out=2 or test=0"),
         (list("ab"), list("cd"), "has 2 prompts, 3 are needed"),
         (list("abc"), ["d"], r"held_out_prompts=\['d'\] has 1 prompts, 2 are needed"),
         ([PROMPTED, *"abcd"], None, r"same arguments: some have \['negative_prompt', 'prompt'\], some \['prompt'\]"),

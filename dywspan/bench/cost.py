@@ -9,7 +9,6 @@ from typing import Any
 
 from ..artifact import provenances
 from ..distill.config import DistillConfig
-from ..distill.progress import WORTH
 from ..distill.split import split_inputs
 from ..distill.trainer import run
 from ..pipelines.hashes import digest
@@ -24,14 +23,14 @@ PARTS = {
 # Errors are only compared where these agree: the same pipeline, the same held-out pairs, the same loss.
 _SAME = (
     *("model", "revision", "dtype", "call", "teacher", "teacher_steps", "teacher_order", "teacher_grid"),
-    *("held_out", "path_substeps", "loss", "features", "latent_weight"),
+    *("held_out", "test", "path_substeps", "loss", "features", "latent_weight"),
 )
 
 
 def learning_cost(paths: Sequence[str | os.PathLike[str]], **overrides: Any) -> list[dict[str, Any]]:
     """Run each configuration, or go on with it, or find it finished, and say what it cost.
 
-        evaluations = teacher + learning + held_out,        learning = forward passes + 2 * backward passes
+        evaluations = teacher + learning + held_out,        learning = forward + backward passes
 
     One evaluation is one sample in one call of the denoiser, guidance's second sample being another. Every row has the
     cost it would have alone: teacher pairs that several numbers of steps share are counted in each of their rows; what
@@ -47,11 +46,11 @@ def learning_cost(paths: Sequence[str | os.PathLike[str]], **overrides: Any) -> 
 
     Returns:
         A row for every configuration and number of steps: ``optimizer``, ``num_inference_steps``, ``pairs``,
-        ``evaluations`` and its three parts, ``held_out_error``, ``evaluations_to_match`` (the least after which it had
-        reached what the best of the other optimizers ended at; None if it never had, or there is none), ``seconds``,
-        ``config`` (the file's name) and ``curve``: ``[[evaluations, held_out_error], ...]``, teacher pairs included,
-        whenever the solver was the best so far. The curve's first and last errors are in the pipeline's own precision,
-        those between in that of learning.
+        ``evaluations`` and its three parts, ``held_out_error``, ``test_error`` (None without ``test``; that is
+        not counted), ``evaluations_to_match`` (the least after which it had reached what the best of the other
+        optimizers ended at; None if it never had, or there is none), ``seconds``, ``config`` (the file's name) and
+        ``curve``: ``[[evaluations, held_out_error], ...]``, teacher pairs included, whenever the solver was the best so
+        far. The curve's first and last errors are in the pipeline's own precision, those between in that of learning.
 
     Raises:
         ValueError, OSError: settings that cannot work, or whose errors cannot be compared.
@@ -120,12 +119,13 @@ def _rows(name: str, config: DistillConfig) -> list[dict[str, Any]]:
     made, rows = provenances(run(config)), []
     for n in config.steps:
         spent, error = made[n]["evaluations"], made[n]["held_out_error"]
-        parts = {p: sum(WORTH.get(key, 1) * spent.get(key, 0) for key in keys) for p, keys in PARTS.items()}
+        parts = {p: sum(spent.get(key, 0) for key in keys) for p, keys in PARTS.items()}
         evaluations = sum(parts.values())
         before = spent["teacher"] + spent.get("regression", 0)
         curve = [[before + at, value] for at, value in zip(*error["curve"]) if before + at < evaluations]
         row = {"optimizer": config.optimizer, "num_inference_steps": n, "pairs": made[n]["pairs"]["train"]}
         row |= {"evaluations": evaluations, **parts, "held_out_error": error["after"], "evaluations_to_match": None}
+        row["test_error"] = made[n].get("test_error", {}).get("after")
         row |= {"seconds": spent["seconds"], "config": name, "curve": [*curve, [evaluations, error["after"]]]}
         rows.append(row)
     return rows

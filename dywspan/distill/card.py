@@ -57,16 +57,21 @@ result = pipe({arguments}num_inference_steps={steps})
 
 def errors(scheduler: Any) -> list[dict[str, Any]]:
     """A row for each number of steps that was learned, or learned from: what a table of them shows."""
+    made = {n: p for n, p in provenances(scheduler).items() if "held_out_error" in p}
+    kinds = {"validation": "held_out_error", "test": "test_error"}
+    shown = {name: kind for name, kind in kinds.items() if any(kind in p for p in made.values())}
+
+    def error(p: Mapping[str, Any], kind: str, when: str) -> str:
+        return f"{p[kind][when]:.5g}" if kind in p else ""
+
     return [
         {
             "steps": n,
-            "held-out error before": f"{p['held_out_error']['before']:.5g}",
-            "after": f"{p['held_out_error']['after']:.5g}",
+            **{f"{name} error {w}": error(p, kind, w) for name, kind in shown.items() for w in ("before", "after")},
             "loss": p.get("loss", ""),
             "pairs": p.get("pairs", {}).get("train", ""),
         }
-        for n, p in provenances(scheduler).items()
-        if "held_out_error" in p
+        for n, p in made.items()
     ]
 
 
@@ -110,8 +115,8 @@ def write_card(
         f"Learned with dywspan (`pip install dywspan`): `{kind}` for {counts} steps. "
         "The network is unchanged; only the solver is learned.",
         _USE.format(**use, arguments="".join(given)),
-        "Error of the endpoint to the teacher's, from the same noise, on held-out pairs. The best update was chosen by "
-        "these errors, so they are validation figures:",
+        "Error of the endpoint to the teacher's, from the same noise. The best update was chosen by the validation "
+        "error; pairs of a test error were used for nothing else:",
         markdown(rows) if rows else "",
     ]
     for n in steps:

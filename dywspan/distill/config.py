@@ -83,6 +83,7 @@ class DistillConfig(LearningConfig):
     prompt_column: str | None = option(None, "of a dataset or file; default 'prompt'")
     prompt_split: str = option("train", "split of the dataset")
     held_out_prompts: str | list | None = option(None, "for held-out pairs; default: the lines after")
+    test_prompts: str | list | None = option(None, "for pairs to test on; default: the lines after those held out")
     release_text_encoders: bool = option(False, "drop the text encoders once every prompt is encoded")
 
     teacher: str = option("ipndm", "base solver, or a diffusers scheduler's class name")
@@ -92,6 +93,7 @@ class DistillConfig(LearningConfig):
     teacher_batch_size: int = option(16, "teacher samples computed at a time; fewer once memory does not suffice")
     pairs: int = option(256, "teacher pairs to learn from")
     held_out: int = option(64, "teacher pairs to choose the best solver by")
+    test: int = option(0, "teacher pairs after those, for the reported error only: neither learned from nor chosen by")
     on_the_fly: bool = option(False, "fresh training pairs for each update, not kept")
     cache: str | None = option(None, "directory of teacher pairs, to share between runs; by default in output")
 
@@ -173,6 +175,8 @@ class DistillConfig(LearningConfig):
             raise ValueError("path_substeps supervises tables: leave it at 0 for SpanLift.")
         if self.optimizer == "least_squares" and self.path_substeps:
             raise ValueError("least_squares learns from endpoints: set path_substeps to 0.")
+        if self.test_prompts is not None and not self.test:
+            raise ValueError(f"test_prompts={self.test_prompts!r} are for test={self.test} pairs: set test as well.")
         if self.path_substeps and self.on_the_fly:
             raise ValueError("path_substeps needs teacher paths from the cache: set on_the_fly to false.")
 
@@ -209,10 +213,13 @@ _POSITIVE = (
     *("updates", "batch_size", "micro_batch_size", "order", "evaluate_every", "pairs", "held_out"),
     *("teacher_steps", "teacher_order", "teacher_batch_size", "checkpoint_every", "keep_checkpoints"),
 )
-_NOT_NEGATIVE = ("patience", "path_substeps", "pictures", "regression", "weight_decay", "ridge", "latent_weight")
+_NOT_NEGATIVE = (
+    *("patience", "path_substeps", "pictures", "regression", "weight_decay", "ridge", "latent_weight", "test"),
+)
 _LEAST = dict.fromkeys(_POSITIVE, 1) | dict.fromkeys(_NOT_NEGATIVE, 0)
 _DO_NOT_MATTER = {
     *("output", "cache", "checkpoint_every", "keep_checkpoints", "trackers", "pictures", "push_to_hub", "dry_run"),
     *("steps", "micro_batch_size", "recompute", "recompute_blocks", "fsdp", "release_text_encoders", "guidance_scale"),
     *("model", "revision", "base", "prompts", "held_out_prompts", "prompt_column", "prompt_split"),  # by their contents
+    *("test", "test_prompts"),
 }

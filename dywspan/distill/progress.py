@@ -27,8 +27,9 @@ from .student import Student
 from .task import Task, Term
 
 Log = Callable[[Mapping[str, float], int], None]
-# What is counted, in denoiser evaluations: a backward pass takes two. Teacher pairs made while learning are "fresh".
-WORTH = {"fresh": 1, "student": 1, "jacobian": 1, "backward": 2, "held_out": 1}
+# What denoiser evaluations are counted for. With frozen weights a backward pass takes the time of about one (measured:
+# 0.96 and 1.03), and counts as one. Teacher pairs made while learning are "fresh".
+PURPOSES = ("fresh", "student", "jacobian", "backward", "held_out")
 BACK, TRIES = 0.2, 20  # of the way back to the best numbers, and how often, until some are a solver
 T = TypeVar("T")
 
@@ -95,7 +96,8 @@ class Progress:
         self.found: dict[str, float] = {}
         self.curve: dict[int, list[float]] = {}
         self.own: dict[str, Any] = {}  # what a way of learning keeps besides
-        self.best = student.snapshot()
+        self.first = self.best = student.snapshot()
+        self.tested: dict[str, dict[str, Any]] = {}  # by term: how many pairs, and losses before and after learning
 
     def begin(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Go on from the latest checkpoint, or measure where learning starts."""
@@ -127,17 +129,18 @@ class Progress:
         part = f" ({self.task.part})" if self.task.part else ""
         return f"{', '.join(term.name for term in self.task.terms)} steps{part}"
 
-    def errors(self, precision: str | None) -> dict[str, float]:
-        """Held-out loss by term."""
+    def errors(self, precision: str | None, pairs: str = "held_out") -> dict[str, float]:
+        """Loss by term, on pairs of it: "held_out" ones, or those to "test" on, of terms that have some."""
         with torch.no_grad():
             self.student.apply()
         task, scheduler, errors = self.task, self.student.scheduler, {}
         options: dict[str, Any] = {"loss": task.loss, "parts": self.held_out_parts}
-        with autocast(task.pipe, precision), self.meter.counting("held_out"):
+        with autocast(task.pipe, precision), self.meter.counting(pairs):
             for t in self.task.terms:
-                scheduler.whole = t.whole
-                errors[t.name] = endpoint_error(task.pipe, scheduler, t.steps, t.held_out, t.call, **options)
-                self.checked += len(t.held_out) * t.steps
+                if (own := getattr(t, pairs)) is not None:
+                    scheduler.whole = t.whole
+                    errors[t.name] = endpoint_error(task.pipe, scheduler, t.steps, own, t.call, **options)
+                    self.checked += len(own) * t.steps if pairs == "held_out" else 0
             return errors
 
     def valid(self, sampled: Callable[[], T]) -> T:
@@ -212,16 +215,26 @@ class Progress:
             self.log({**numbers} | {f"held_out/{name}": e for name, e in self.last.items()}, self.update)
 
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Put the best parameters back, with their losses in full precision."""
+        """Put the best parameters back, with their losses in full precision, and those on the pairs to test on."""
+        known, pairs = (self.after, self.tested), {t.name: len(t.test) for t in self.task.terms if t.test is not None}
+        if {name: found["pairs"] for name, found in self.tested.items()} != pairs:
+            first, best = self._tested(self.first), self._tested(self.best)
+            self.tested = {name: {"pairs": n, "before": first[name], "after": best[name]} for name, n in pairs.items()}
         self.student.restore(self.best)
         if self.after is None:
             self.after = self.found if self._in_full else self.errors("no")
+        if known != (self.after, self.tested):
             self.save(optimizer)
+
+    def _tested(self, numbers: Any) -> dict[str, float]:
+        self.student.restore(numbers)
+        return self.errors("no", "test")
 
     def provenance(self, name: str | None = None) -> dict[str, Any]:
         """Where what was learned comes from, with the errors of one term, or of all by name."""
-        errors = self._errors_by_term()
-        return provenance(self.task, self.peak_rate, errors if name is None else errors[name], self.cost())
+        errors = {"held_out_error": self._errors_by_term(), "test_error": self.tested}
+        own = {kind: by if name is None else by[name] for kind, by in errors.items() if by}
+        return provenance(self.task, self.peak_rate, own, self.cost())
 
     def _errors_by_term(self) -> dict[str, dict[str, Any]]:
         """Held-out loss before and after learning, in full precision, and :attr:`curve`, in that of learning."""
@@ -241,11 +254,11 @@ class Progress:
 
     def spent(self) -> int:
         """What learning took until now, held-out checks included, as so many denoiser evaluations."""
-        return sum(WORTH[name] * count for name, count in self._counts().items())
+        return sum(self._counts().values())
 
     def _counts(self) -> dict[str, int]:
-        counts = torch.tensor([self.meter.counts[name] for name in WORTH])
-        return dict(zip(WORTH, total(counts).tolist()))
+        counts = torch.tensor([self.meter.counts[name] for name in PURPOSES])
+        return dict(zip(PURPOSES, total(counts).tolist()))
 
     def _seconds(self) -> float:
         return self.seconds + time.monotonic() - self.started
@@ -263,6 +276,7 @@ _KEPT = {
     "found",
     "curve",
     "after",
+    "tested",
     "own",
     "seconds",
 }

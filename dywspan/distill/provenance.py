@@ -18,7 +18,7 @@ def provenance(task: Task, peak_rate: float, errors: Mapping[str, Any], cost: Co
 
     Args:
         peak_rate: the learning rate.
-        errors: held-out losses before and after learning.
+        errors: losses before and after learning, "held_out_error" and perhaps "test_error".
         cost: denoiser evaluations by purpose, those a step of one sample takes, and seconds.
     """
     pipe, config, teacher, terms = task.pipe, task.config, task.teacher, task.terms
@@ -41,7 +41,7 @@ def provenance(task: Task, peak_rate: float, errors: Mapping[str, Any], cost: Co
         "loss": getattr(task.loss, "__name__", type(task.loss).__name__),
         "learning": {**config.learning, "lr": peak_rate},
         "pairs": {"train": kept or drawn, "held_out": held_out},
-        "held_out_error": dict(errors),
+        **{kind: dict(own) for kind, own in errors.items()},
         "evaluations": _evaluations(task, kept + held_out, cost),
         "dywspan_version": __version__,
     }

@@ -46,6 +46,7 @@ class Setup:
     pipe: Any
     inputs: Inputs
     held_out_inputs: Inputs
+    test_inputs: Inputs
     teacher: Teacher
     loss: Loss
     base: DyWeightScheduler | None
@@ -95,7 +96,7 @@ class Setup:
         return Task(
             self.pipe,
             teacher,
-            make_terms(self.pipe, group, train, held_out, calls, self.late()),
+            make_terms(self.pipe, group, train, held_out, calls, self.late(), self.tests(teacher)),
             config,
             self.loss,
             solver=config.solver,
@@ -117,6 +118,14 @@ class Setup:
             held_out[name] = self._made(teacher, self.held_out_inputs, HELD_OUT_SEED, call)
             train[name] = self._fresh(teacher, call) if self.config.on_the_fly else self._trained(teacher, call)
         return (train, held_out) if self.config.variants else (train[None], held_out[None])
+
+    def tests(self, teacher: Teacher) -> Any:
+        """The pairs that only the reported error is of; of several variants by name; None: there are none."""
+        if not self.test_inputs:
+            return None
+        first = HELD_OUT_SEED + len(self.held_out_inputs)
+        made = {name: self._made(teacher, self.test_inputs, first, call) for name, call in self.calls.items()}
+        return made if self.config.variants else made[None]
 
     def paths(self, n: int) -> Pairs:
         """What the first weights of a table of n steps are fitted to."""
@@ -169,7 +178,7 @@ def prepare(pipe: Any, config: DistillConfig) -> Setup:
         ValueError, OSError: settings that cannot work, files that cannot be read.
     """
     share(range(config.batch_size))
-    inputs, held_out_inputs = split_inputs(config)
+    inputs, held_out_inputs, test_inputs = split_inputs(config)
     existing = find_artefact(config)
     if isinstance(LAYOUTS[config.layout], Packed) or guidance_argument(pipe) is not None:
         with suppress(TypeError):  # it cannot be told: that counts where it must be, and is said there
@@ -191,7 +200,7 @@ def prepare(pipe: Any, config: DistillConfig) -> Setup:
         check_gradients(pipe, config.recompute)
     else:
         residuals_of(loss)
-    setup = Setup(config, pipe, inputs, held_out_inputs, teacher, loss, base, fingerprint(pipe))
+    setup = Setup(config, pipe, inputs, held_out_inputs, test_inputs, teacher, loss, base, fingerprint(pipe))
     check_variants(pipe, config, {**inputs[0]}, [*setup.calls.values()])
     if base is not None:
         check_operator(config)

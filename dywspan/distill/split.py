@@ -7,30 +7,39 @@ from ..pipelines.rollout import Inputs
 from .config import DistillConfig
 
 
-def split_inputs(config: DistillConfig) -> tuple[Inputs, Inputs]:
-    """Training and held-out inputs, which share no line.
+def split_inputs(config: DistillConfig) -> tuple[Inputs, Inputs, Inputs]:
+    """Inputs to learn from, to choose by and to test on, which share no line.
 
     Raises:
         ValueError, OSError: they cannot be read, or are fewer than are needed.
     """
-    column, split, apart = config.prompt_column, config.prompt_split, config.held_out_prompts is not None
-    needed = {"prompts": config.pairs + (0 if apart else config.held_out), "held_out_prompts": config.held_out * apart}
-    read: list[Inputs] = []
-    for name, count in needed.items():
-        inputs = read_inputs(getattr(config, name), column, split, count)
+    column, split = config.prompt_column, config.prompt_split
+    counts = {"prompts": config.pairs, "held_out_prompts": config.held_out, "test_prompts": config.test}
+    sources: list[tuple[str, list[int]]] = []  # a setting, and how many it gives to each part in turn
+    for name, count in counts.items():
+        if name == "prompts" or getattr(config, name) is not None:
+            sources.append((name, [count]))
+        else:  # the lines after those of the part before
+            sources[-1][1].append(count)
+    parts: list[Inputs] = []
+    for name, shares in sources:
+        needed = sum(shares)
+        inputs = read_inputs(getattr(config, name), column, split, needed)
         if inputs is None:
-            inputs = [{}] * count
-        if len(inputs) < count:
+            inputs = [{}] * needed
+        if len(inputs) < needed:
             raise ValueError(
-                f"{name}={getattr(config, name)!r} has {len(inputs)} prompts, {count} are needed: add some, or lower "
-                f"pairs={config.pairs} or held_out={config.held_out}."
+                f"{name}={getattr(config, name)!r} has {len(inputs)} prompts, {needed} are needed: add some, or lower "
+                f"pairs={config.pairs}, held_out={config.held_out} or test={config.test}."
             )
-        read.append(inputs)
-    first = read[0][0]
-    for own in (*read[0], *read[1]):
+        for count in shares:
+            parts.append(inputs[:count])
+            inputs = inputs[count:]
+    training, held_out, test = parts
+    first = training[0]
+    for own in (*training, *held_out, *test):
         if own.keys() != first.keys():
             raise ValueError(
                 f"All samples must have the same arguments: some have {sorted(first)}, some {sorted(own)}."
             )
-    training, held_out = read[0][: config.pairs], read[1] if apart else read[0][config.pairs :]
-    return training, held_out
+    return training, held_out, test

@@ -32,6 +32,7 @@ class Term:
         steps: number of steps.
         call: arguments of the pipeline's call.
         train, held_out: teacher pairs made with this call; of several terms as many.
+        test: those that only the reported error is of; None: no such error.
         variant: its name, where calls differ.
         guidance_scale: of the call, where terms differ in it.
         whole: steps of the whole way, where these are the end of it only, as in img2img; the pairs start there.
@@ -44,6 +45,7 @@ class Term:
     variant: str | None = None
     guidance_scale: float | None = None
     whole: int | None = None
+    test: Pairs | None = None
 
     @property
     def name(self) -> str:
@@ -122,6 +124,7 @@ def make_terms(
     held_out: Pairs | Variants[Pairs],
     call: Call | Variants[Call],
     late: Late | None = None,
+    test: Pairs | Variants[Pairs] | None = None,
 ) -> list[Term]:
     """What is learned together: every number of steps, of every variant; and ends of the way.
 
@@ -130,7 +133,8 @@ def make_terms(
     ends = [Term(n, call, *pairs, whole=whole) for (n, whole), pairs in (late or {}).items()]
     if not isinstance(train, Mapping) or not isinstance(held_out, Mapping):
         assert not isinstance(train, Mapping) and not isinstance(held_out, Mapping)
-        return [Term(n, call, train, held_out) for n in steps] + ends
+        assert not isinstance(test, Mapping)
+        return [Term(n, call, train, held_out, test=test) for n in steps] + ends
     scales: dict[str, float | None] = {
         name: guidance_scale(pipe, {**held_out[name].inputs[0], **call[name]}) for name in train
     }
@@ -138,7 +142,12 @@ def make_terms(
         bind(pipe)
     else:
         scales = dict.fromkeys(train)
-    return [Term(n, call[name], train[name], held_out[name], name, scales[name]) for n in steps for name in train]
+    tests: Any = test or dict.fromkeys(train)
+    return [
+        Term(n, call[name], train[name], held_out[name], name, scales[name], test=tests[name])
+        for n in steps
+        for name in train
+    ]
 
 
 def default_grid(scheduler: DyWeightScheduler) -> dict[str, Any]:

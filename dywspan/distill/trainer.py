@@ -138,7 +138,7 @@ class SolverTrainer:
             with fast_and_safe(), remembered_prompts(pipe, setup.cache / "prompts", setup.model) as memory:
                 if memory is not None:
                     for call in setup.calls.values():
-                        inputs = [*setup.held_out_inputs, *setup.inputs]
+                        inputs = [*setup.held_out_inputs, *setup.inputs, *setup.test_inputs]
                         memory.fill(inputs, call, setup.config.teacher_batch_size)
                     if setup.config.release_text_encoders:
                         memory.release()
