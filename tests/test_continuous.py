@@ -493,6 +493,7 @@ def test_columns_by_the_tables_numbers_are_those_of_the_coefficients(
     assert float(((by_table - direct)[1:].norm(dim=1) / scale)[moved].max()) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("order", "n"), [(1, 1), (2, 2), (3, 4), (2, 7), (3, 12)])
 def test_calls_are_those_really_made(order: int, n: int) -> None:
     subject = fresh("StableDiffusionPipeline")
@@ -518,6 +519,7 @@ def test_gradients_are_those_of_central_differences(name: str) -> None:
     assert int(acts.sum()) == acts.numel() - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline (v-prediction)", "FluxPipeline"])
 def test_late_pairs_start_on_the_teachers_way_and_can_be_learned_from(name: str) -> None:
     """Fine steps from there reach the endpoint, and coarse ones learn to."""

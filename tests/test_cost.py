@@ -80,8 +80,8 @@ def test_evaluations_are_those_of_the_network(
         if output.requires_grad:
             output.register_hook(lambda _: asked.update(backward=len(output)))
 
-    def load(*arguments: Any) -> Any:
-        pipe = load_pipeline(*arguments)
+    def load(*arguments: Any, **named: Any) -> Any:
+        pipe = load_pipeline(*arguments, **named)
         pipe.unet.conv_in.register_forward_hook(lambda _, inputs, output: asked.update(forward=len(output)))
         pipe.unet.conv_out.register_forward_hook(backward)
         return pipe

@@ -384,6 +384,7 @@ def test_a_variant_that_cannot_be_is_found_before_anything_is_computed(
         prepare(load_pipeline(config.model, device="cpu"), replace(config, pairs=1, held_out=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", [False, True], ids=["SD", "FLUX"])
 def test_sizes_are_learned_together(flow: bool, tmp_path: Path) -> None:
     """Each on its own latents and, for flow networks, its own shift; no guidance scale is followed."""

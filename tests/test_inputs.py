@@ -372,7 +372,7 @@ def test_remembered_prompts_sample_as_before(name: str, tmp_path: Path) -> None:
         endpoints(pipe, inputs[:2], call)
         of_a_batch = len(calls)
         for prompts in (len(inputs), 0):  # in the first run and the second
-            with remembered_prompts(pipe, tmp_path, "weights") as memory:
+            with remembered_prompts(pipe, tmp_path) as memory:
                 assert memory is not None
                 calls.clear()
                 memory.fill(inputs, call, 2)
@@ -389,7 +389,7 @@ def test_a_list_that_is_no_list_of_prompts_is_not_taken_apart(tmp_path: Path) ->
     pipe, call = pipeline("SanaPipeline")
     inputs = texts(*PROMPTS, *map(str.upper, PROMPTS))
     plain = endpoints(pipe, inputs, call)
-    with no_fallback(), remembered_prompts(pipe, tmp_path, "weights") as memory:
+    with no_fallback(), remembered_prompts(pipe, tmp_path) as memory:
         assert memory is not None
         memory.fill(inputs, call, 3)
         with counting(pipe) as calls:
@@ -400,7 +400,7 @@ def test_embeddings_padded_to_the_longest_prompt_are_not_remembered(tmp_path: Pa
     pipe, call = pipeline("QwenImagePipeline")
     inputs = texts(*PROMPTS)
     plain = endpoints(pipe, inputs, call)
-    with remembered_prompts(pipe, tmp_path, "weights") as memory:
+    with remembered_prompts(pipe, tmp_path) as memory:
         assert memory is not None
         with pytest.warns(UserWarning, match="QwenImagePipeline's prompts are encoded anew.*lengths differ"):
             memory.fill(inputs, call, 4)
@@ -413,7 +413,7 @@ def test_lengths_that_differ_later_bring_a_released_encoder_back(tmp_path: Path)
     pipe, call = pipeline("QwenImagePipeline")
     alike, mixed = texts("a cat", "a cow", "long cats", "long cows"), texts("a cat", "long cows")
     plain = endpoints(pipe, mixed, call)
-    with remembered_prompts(pipe, tmp_path, "weights") as memory:
+    with remembered_prompts(pipe, tmp_path) as memory:
         assert memory is not None
         with no_fallback():
             memory.fill(alike, call, 2)
@@ -434,7 +434,7 @@ def test_negative_prompts(name: str, negative: str, tmp_path: Path) -> None:
     if negative == "one for all":
         inputs, call = texts("a cat", "a dog", "a cow", "a hen"), {**call, "negative_prompt": "dull"}
     plain = endpoints(pipe, inputs[:2], call)
-    with no_fallback(), counting(pipe) as calls, remembered_prompts(pipe, tmp_path, "weights") as memory:
+    with no_fallback(), counting(pipe) as calls, remembered_prompts(pipe, tmp_path) as memory:
         assert memory is not None
         memory.fill(inputs, call, 2)
         memory.release()
@@ -451,7 +451,7 @@ def test_released_text_encoders_are_gone_until_they_are_needed(tmp_path: Path) -
     inputs, unseen = texts(*PROMPTS), texts("a yak", "a cat")
     encoders = text_encoders(pipe)
     plain, other = endpoints(pipe, inputs, call), endpoints(pipe, unseen, call)
-    with no_fallback(), remembered_prompts(pipe, tmp_path, "weights") as memory:
+    with no_fallback(), remembered_prompts(pipe, tmp_path) as memory:
         assert memory is not None
         memory.release()
         assert text_encoders(pipe) == encoders, "nothing is encoded yet"
@@ -477,7 +477,7 @@ def test_batches_that_are_encoded_differently_are_found_out(tmp_path: Path, monk
 
     monkeypatch.setattr(type(pipe), "encode_prompt", whitened)
     plain = endpoints(pipe, texts(*PROMPTS), call)
-    with remembered_prompts(pipe, tmp_path, "weights") as memory:
+    with remembered_prompts(pipe, tmp_path) as memory:
         assert memory is not None
         with pytest.warns(UserWarning, match="encoded anew in every call: a batch's embeddings differ"):
             assert torch.equal(endpoints(pipe, texts(*PROMPTS), call), plain)
@@ -490,7 +490,7 @@ def test_a_damaged_file_is_made_again(damage: str, tmp_path: Path) -> None:
     pipe, call = pipeline("StableDiffusionPipeline")
     inputs = texts(*PROMPTS)
     plain = endpoints(pipe, inputs, call)
-    with remembered_prompts(pipe, tmp_path, "weights") as memory:
+    with remembered_prompts(pipe, tmp_path) as memory:
         assert memory is not None
         memory.fill(inputs, call, 4)
         assert len(list(tmp_path.iterdir())) == 4
@@ -509,10 +509,18 @@ def test_a_damaged_file_is_made_again(damage: str, tmp_path: Path) -> None:
 
 def test_other_weights_are_another_memory(tmp_path: Path) -> None:
     pipe, call = pipeline("StableDiffusionPipeline")
-    for model, encodes in (("one", True), ("two", True), ("one", False)):
-        with counting(pipe) as calls, remembered_prompts(pipe, tmp_path, model):
+
+    def encodes() -> bool:
+        with counting(pipe) as calls, remembered_prompts(pipe, tmp_path):
             endpoints(pipe, texts("a cat"), call)
-        assert bool(calls) is encodes
+        return bool(calls)
+
+    assert encodes() and not encodes()
+    with torch.no_grad():
+        pipe.unet.conv_in.weight *= 2
+        assert not encodes(), "text encoders do not know the denoiser"
+        pipe.text_encoder.get_input_embeddings().weight *= 2
+    assert encodes() and not encodes()
 
 
 def test_embeddings_given_by_the_caller_are_left_alone(tmp_path: Path) -> None:
@@ -525,7 +533,7 @@ def test_embeddings_given_by_the_caller_are_left_alone(tmp_path: Path) -> None:
         "latents": torch.ones(2, 4, 16, 16),
     }
     plain = pipe(**arguments)[0]
-    with remembered_prompts(pipe, tmp_path, "weights"):
+    with remembered_prompts(pipe, tmp_path):
         assert torch.equal(pipe(**arguments)[0], plain)
     assert list(tmp_path.iterdir()) == []
 
@@ -533,7 +541,7 @@ def test_embeddings_given_by_the_caller_are_left_alone(tmp_path: Path) -> None:
 def test_encode_prompt_is_the_pipelines_own_afterwards_even_after_an_error(tmp_path: Path) -> None:
     pipe, call = pipeline("StableDiffusionPipeline")
     encoder, own = pipe.text_encoder, pipe.encode_prompt
-    with pytest.raises(ZeroDivisionError), remembered_prompts(pipe, tmp_path, "weights") as memory:
+    with pytest.raises(ZeroDivisionError), remembered_prompts(pipe, tmp_path) as memory:
         assert isinstance(memory, PromptMemory) and pipe.encode_prompt is memory
         memory.fill(texts(*PROMPTS), call, 2)
         memory.release()
@@ -543,7 +551,7 @@ def test_encode_prompt_is_the_pipelines_own_afterwards_even_after_an_error(tmp_p
 
 
 def test_a_pipeline_without_prompts_has_nothing_to_remember(tmp_path: Path) -> None:
-    with remembered_prompts(build("DDPMPipeline").pipe, tmp_path, "weights") as memory:
+    with remembered_prompts(build("DDPMPipeline").pipe, tmp_path) as memory:
         assert memory is None
 
 
@@ -551,7 +559,7 @@ def test_a_single_text_is_remembered_as_it_is_returned(tmp_path: Path) -> None:
     pipe, _ = pipeline("QwenImagePipeline")
     with torch.no_grad():
         plain, _ = pipe.encode_prompt("a cat")
-    with counting(pipe) as calls, remembered_prompts(pipe, tmp_path, "weights") as memory:
+    with counting(pipe) as calls, remembered_prompts(pipe, tmp_path) as memory:
         assert memory is not None
         for _ in range(2):
             assert torch.equal(memory("a cat")[0], plain)

@@ -240,6 +240,7 @@ def test_memory_is_that_of_sampling(pipe: Any, pairs: Any) -> None:
     assert sampling < learning < 1.1 * sampling + kept
 
 
+@pytest.mark.slow
 def test_few_iterations_learn_more_than_many_gradient_steps(pipe: Any, pairs: Any) -> None:
     teacher, train, held_out = pairs
     table = distill(
@@ -288,6 +289,7 @@ def test_a_stopped_fit_ends_with_the_same_numbers(pipe: Any, pairs: Any, tmp_pat
     assert whole.provenance["evaluations"]["jacobian"] == rest.provenance["evaluations"]["jacobian"]
 
 
+@pytest.mark.slow
 def test_fresh_pairs_are_learned_from_too(pipe: Any, pairs: Any) -> None:
     """Each is made once, though two updates see it."""
     teacher, _, held_out = pairs
@@ -301,6 +303,7 @@ def test_fresh_pairs_are_learned_from_too(pipe: Any, pairs: Any) -> None:
     assert spent["fresh"] * len(held_out) == 20 * spent["teacher"]
 
 
+@pytest.mark.slow
 def test_alpha_and_beta_are_fitted_and_the_operator_stays(pipe: Any, pairs: Any) -> None:
     """For another guidance scale than that which the operator was learned for."""
     learned = SpanLiftScheduler.from_pretrained(EMOJI.parent / "emoji-sd-spanlift")

@@ -183,6 +183,7 @@ def test_outputs_and_sources_that_cannot_be(save: Save, tmp_path: Path, capsys: 
     assert main(["merge", a, b, "-o", str(empty)]) == 0 and [*dywspan.load(empty).tables] == [2, 3]
 
 
+@pytest.mark.slow
 def test_the_command_in_a_process_of_its_own(save: Save, tmp_path: Path) -> None:
     a, b = save("a", dyweight(table(2), table(3))), save("b", dyweight(table(3, 0.5)))
     run = subprocess.run(

@@ -157,6 +157,7 @@ def test_rows_are_those_of_samples_made_by_hand(tmp_path: Path) -> None:
     assert torch.equal(again["latent_mse"], rows["latent_mse"])
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path) -> None:
     process = start(tmp_path)
     deadline = time.monotonic() + 900
@@ -479,6 +480,7 @@ def test_images_already_there_give_the_numbers_of_their_samples(tmp_path: Path) 
     assert [f.name for f in find_images(str(tmp_path / "mine"))] == [f"{i}.png" for i in (6, 7, 8, 9, 10, 11)]
 
 
+@pytest.mark.slow
 def test_variants_of_the_call_are_compared_each_alone(whole: Path, tmp_path: Path) -> None:
     """Each has its own reference: what has the call of another run has its rows, and is shown as it is."""
     variants = {"as it is": {}, "with guidance 3": {"guidance_scale": 3.0}}

@@ -206,6 +206,7 @@ def test_processes_that_do_not_see_each_other_are_refused(
     assert "2 processes were started" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_does_not_inherit_the_precision_of_an_earlier_one_in_its_process(whole: Whole, tmp_path: Path) -> None:
     output = copied(whole(), tmp_path / "out", "cache", "state")
     assert here(tmp_path / "other", cache=str(output / "cache"), mixed_precision="bf16", updates=1) == 0
@@ -246,6 +247,7 @@ def test_a_run_that_is_killed_in_every_phase_ends_in_the_same_bits(whole: Whole,
     _killed_and_repeated(whole(), tmp_path / "out", 1)
 
 
+@pytest.mark.slow
 def test_updates_that_are_taken_back_are_so_after_a_stop(whole: Whole, tmp_path: Path) -> None:
     settings = {"lr": 30.0, "evaluate_every": 3}
     reference = whole(**settings)

@@ -608,6 +608,7 @@ def test_no_byte_goes_unnoticed(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- inside a saved pipeline
 
 
+@pytest.mark.slow
 def test_saved_pipeline_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import StableDiffusionPipeline
 

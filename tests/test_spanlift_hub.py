@@ -134,6 +134,7 @@ def online(hub: Hub, folder: Path) -> dict[str, dict[str, Any]]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "expected"),
     [("main", NEW), ("tag", OLD), ("commit", OLD), ("subfolder", DEEP), ("private", SECRET), ("local_files_only", NEW)],
@@ -153,6 +154,7 @@ def test_push_then_pull(online: dict[str, Any], hub: Hub, folder: Path) -> None:
     assert refused["error"] == "ValueError" and "repository of its own" in refused["message"]
 
 
+@pytest.mark.slow
 def test_the_first_version_by_its_commit(online: dict[str, Any], hub: Hub, folder: Path) -> None:
     """Both files of the commit asked for, after a second version was pushed."""
     repo = hub.repos["org/mine"]
@@ -201,6 +203,7 @@ def test_failure_is_named_and_quick(online: dict[str, Any], call: str, kind: str
     assert result["seconds"] < 30
 
 
+@pytest.mark.slow
 def test_offline_from_the_cache(online: dict[str, Any], folder: Path) -> None:
     """With no server at all: what was downloaded loads, and half a solver says which half is missing."""
     nobody, home = "http://127.0.0.1:9", folder / "home"

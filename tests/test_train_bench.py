@@ -109,6 +109,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Network]:
     return own
 
 
+@pytest.mark.slow
 def test_bench_train_measures_every_way_and_goes_on_after_a_failure(
     registry: dict[str, Network], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

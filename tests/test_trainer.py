@@ -36,7 +36,7 @@ from dywspan.distill.gradients import batch_loss
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.setup import prepare
 from dywspan.distill.student import TableStudent
-from dywspan.pipelines import processes
+from dywspan.pipelines import encoders, processes
 from dywspan.pipelines.pairs import Pairs
 from dywspan.pipelines.rollout import load_pipeline, sample
 from dywspan.pipelines.teacher import Teacher
@@ -510,6 +510,7 @@ def continuous(request: pytest.FixtureRequest, pixels: Path, tmp_path_factory: p
     return output, ANY[request.param]
 
 
+@pytest.mark.slow
 def test_one_function_is_learned_from_several_counts_and_samples_at_any(pixels: Path, continuous: Any) -> None:
     folder, settings = continuous
     scheduler = DyWeightScheduler.from_pretrained(folder)
@@ -542,6 +543,7 @@ def test_its_card_names_what_it_was_learned_from_and_its_code_runs(
     assert len(run_usage(card, folder, monkeypatch)["result"].images) == 1
 
 
+@pytest.mark.slow
 def test_a_function_half_learned_is_gone_on_with(pixels: Path, continuous: Any, tmp_path: Path) -> None:
     """From its first checkpoint, as after a kill: bit for bit the same."""
     folder, settings = continuous
@@ -559,6 +561,7 @@ def test_a_function_half_learned_is_gone_on_with(pixels: Path, continuous: Any, 
     assert whole.provenance["held_out_error"] == rest.provenance["held_out_error"]
 
 
+@pytest.mark.slow
 def test_a_function_and_tables_lie_in_one_artefact(
     pixels: Path, learned: Path, continuous: Any, tmp_path: Path
 ) -> None:
@@ -627,6 +630,7 @@ def test_a_shared_operator_on_learned_tables(pixels: Path, learned: Path, lifted
         assert table_to_json(scheduler.tables[n]) == table_to_json(base)
 
 
+@pytest.mark.slow
 def test_more_steps_leave_a_shared_operator_as_it_is(
     pixels: Path, learned: Path, lifted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -977,14 +981,14 @@ def test_prompts_are_encoded_once_and_then_the_text_encoder_may_go(
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(settings | {"release_text_encoders": True}), encoding="utf-8")  # JSON is YAML
     calls: list[int] = []
-    load = trainer.load_pipeline
+    load = encoders.load_pipeline
 
-    def counted(*args: Any) -> Any:
-        pipe = load(*args)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        pipe = load(*args, **kwargs)
         pipe.text_encoder.register_forward_hook(lambda _, __, output: calls.append(len(output[0])))
         return pipe
 
-    monkeypatch.setattr(trainer, "load_pipeline", counted)
+    monkeypatch.setattr(encoders, "load_pipeline", counted)
     assert learn(tmp_path / "sd", tmp_path / "out", config=file, pictures=2) == 0
     # Each alone, and the first batch once more as it is; beside them the empty one for guidance.
     assert sum(calls) == 2 * (8 + 8)
@@ -1033,6 +1037,7 @@ UPLOADED = {
 }
 
 
+@pytest.mark.slow
 def test_an_artefact_its_card_and_its_pictures_arrive_in_one_repository(published: Any) -> None:
     hub, results, folder = published
     assert "error" not in results["taken"], results["taken"]

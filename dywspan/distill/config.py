@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -84,7 +85,9 @@ class DistillConfig(LearningConfig):
     prompt_split: str = option("train", "split of the dataset")
     held_out_prompts: str | list | None = option(None, "for held-out pairs; default: the lines after")
     test_prompts: str | list | None = option(None, "for pairs to test on; default: the lines after those held out")
-    release_text_encoders: bool = option(False, "drop the text encoders once every prompt is encoded")
+    release_text_encoders: bool = option(
+        False, "encode all prompts, drop the text encoders, and only then load the denoiser"
+    )
 
     teacher: str = option("ipndm", "base solver, or a diffusers scheduler's class name")
     teacher_steps: int = option(50, "of the teacher; network evaluations, but for two-stage solvers")
@@ -185,6 +188,21 @@ class DistillConfig(LearningConfig):
         """Step counts that are learned together: all where they share an operator or a function."""
         together = self.continuous or (self.solver == "spanlift" and self.shared)
         return [self.steps] if together else [[n] for n in self.steps]
+
+    @property
+    def calls(self) -> dict[str | None, dict[str, Any]]:
+        """Arguments of the pipeline's call for each variant by name; None: the only one."""
+        return {name: {**self.call, **own} for name, own in self.variants.items()} or {None: self.call}
+
+    @property
+    def prompts_cache(self) -> Path:
+        """Of prompts' embeddings."""
+        return self.pairs_cache / "prompts"
+
+    @property
+    def pairs_cache(self) -> Path:
+        """Of teacher pairs."""
+        return Path(self.cache or Path(self.output) / "cache")
 
     @property
     def ends(self) -> list[tuple[int, int]]:

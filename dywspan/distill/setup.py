@@ -40,6 +40,7 @@ class Setup:
     Attributes:
         base: of SpanLift; None where tables are learned.
         model: hash of the pipeline's weights.
+        left_out: text encoders that the pipeline was loaded without.
     """
 
     config: DistillConfig
@@ -51,23 +52,18 @@ class Setup:
     loss: Loss
     base: DyWeightScheduler | None
     model: str
+    left_out: Mapping[str, bytes]
 
     @property
     def calls(self) -> dict[str | None, dict[str, Any]]:
         """That of each variant by name; None: the only one."""
-        config = self.config
-        return {name: {**config.call, **own} for name, own in config.variants.items()} or {None: config.call}
+        return self.config.calls
 
     @property
     def call(self) -> dict[str, Any]:
         """The one that is shown: the middle one."""
         calls = [*self.calls.values()]
         return calls[len(calls) // 2]
-
-    @property
-    def cache(self) -> Path:
-        """Of teacher pairs and prompts."""
-        return Path(self.config.cache or Path(self.config.output) / "cache")
 
     def key(self, group: list[int]) -> str:
         """Hash of everything that the result for these numbers of steps depends on."""
@@ -166,10 +162,10 @@ class Setup:
     def _made(self, teacher: Teacher, inputs: Inputs, first_seed: int, call: Mapping[str, Any]) -> Pairs:
         seeds = range(first_seed, first_seed + len(inputs))
         options: dict[str, Any] = {"batch_size": self.config.teacher_batch_size, "model": self.model}
-        return make_pairs(self.pipe, teacher, inputs, seeds, call=call, cache=self.cache, **options)
+        return make_pairs(self.pipe, teacher, inputs, seeds, call=call, cache=self.config.pairs_cache, **options)
 
 
-def prepare(pipe: Any, config: DistillConfig) -> Setup:
+def prepare(pipe: Any, config: DistillConfig, left_out: Mapping[str, bytes] | None = None) -> Setup:
     """Find whatever is wrong with a configuration for a pipeline.
 
     The pipeline is bound where its solver is to be told what it is called with, see :func:`dywspan.bind`.
@@ -183,8 +179,8 @@ def prepare(pipe: Any, config: DistillConfig) -> Setup:
     if isinstance(LAYOUTS[config.layout], Packed) or guidance_argument(pipe) is not None:
         with suppress(TypeError):  # it cannot be told: that counts where it must be, and is said there
             bind(pipe)
-    for own in config.variants.values() or [{}]:
-        check_call(pipe, inputs, {**config.call, **own})
+    for call in config.calls.values():
+        check_call(pipe, inputs, call)
     if config.late_starts and "latents" not in call_arguments(pipe):
         raise ValueError(f"late_starts={config.late_starts} need a pipeline that takes latents: leave them out.")
     base = find_base(config, pipe) if config.solver == "spanlift" else None
@@ -200,7 +196,8 @@ def prepare(pipe: Any, config: DistillConfig) -> Setup:
         check_gradients(pipe, config.recompute)
     else:
         residuals_of(loss)
-    setup = Setup(config, pipe, inputs, held_out_inputs, test_inputs, teacher, loss, base, fingerprint(pipe))
+    model, left_out = fingerprint(pipe, left_out), left_out or {}
+    setup = Setup(config, pipe, inputs, held_out_inputs, test_inputs, teacher, loss, base, model, left_out)
     check_variants(pipe, config, {**inputs[0]}, [*setup.calls.values()])
     if base is not None:
         check_operator(config)

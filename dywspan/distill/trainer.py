@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import torch
 
 from ..artifact import markdown, provenances, steps_of
 from ..core.layout import LAYOUTS, Packed
-from ..pipelines.embeddings import remembered_prompts
+from ..pipelines.embeddings import PromptMemory, remembered_prompts
+from ..pipelines.encoders import encode_apart
 from ..pipelines.precision import fast_and_safe
 from ..pipelines.processes import is_main, wait
 from ..pipelines.rollout import blocks, denoisers, load_pipeline, sample
@@ -47,12 +48,17 @@ def run(config: DistillConfig) -> Any:
         raise ValueError(missing("model"))
     accelerator = _accelerator(config)
     # What can be found out before gigabytes are loaded.
-    split_inputs(config)
+    inputs = [own for part in split_inputs(config) for own in part]
     find_artefact(config)
     # A network that is to be sharded may not fit on one device: each block moves there when it is.
-    place = "cpu" if config.fsdp else accelerator.device
-    pipe = load_pipeline(config.model, getattr(torch, config.dtype), place, config.revision)
-    return SolverTrainer(pipe, config).train()
+    device = "cpu" if config.fsdp else accelerator.device
+    how: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "device": device, "revision": config.revision}
+    left_out: dict[str, bytes] = {}
+    if config.release_text_encoders:
+        size = config.teacher_batch_size
+        left_out = encode_apart(config.model, inputs, config.calls.values(), config.prompts_cache, size, **how)
+    pipe = load_pipeline(config.model, **how, parts=dict.fromkeys(left_out))
+    return SolverTrainer(pipe, config, left_out).train()
 
 
 class SolverTrainer:
@@ -66,6 +72,7 @@ class SolverTrainer:
         pipe: a diffusers pipeline, where it is: on its device, offloaded, quantised or compiled. It is given back as it
             was.
         config: what is learned, how, and where it is saved; ``model`` may stay empty.
+        left_out: text encoders that the pipeline was loaded without, as :func:`encode_apart` says them.
 
     Attributes:
         setup: all of it, checked.
@@ -74,15 +81,16 @@ class SolverTrainer:
         ValueError, OSError: settings that cannot work, files that cannot be read.
     """
 
-    def __init__(self, pipe: Any, config: DistillConfig) -> None:
+    def __init__(self, pipe: Any, config: DistillConfig, left_out: Mapping[str, bytes] | None = None) -> None:
         self.accelerator, self._own_class = _accelerator(config), type(pipe)
         precision: Any = config.mixed_precision or self.accelerator.mixed_precision
-        self.setup = prepare(pipe, replace(config, mixed_precision=precision))
+        self.setup = prepare(pipe, replace(config, mixed_precision=precision), left_out)
         self._is_told = type(pipe) is not self._own_class
         if config.fsdp:
             _shard(pipe)
             pipe.to(self.accelerator.device)
-        _check_sample(self.setup)
+        with self._remembered():
+            _check_sample(self.setup)
 
     def train(self) -> Any:
         """Learn and save.
@@ -98,7 +106,8 @@ class SolverTrainer:
         """
         setup, config = self.setup, self.setup.config
         if config.dry_run:
-            print_plan(setup)
+            with self._remembered():
+                print_plan(setup)
             return None
         output = Path(config.output)
         output.mkdir(parents=True, exist_ok=True)
@@ -121,6 +130,9 @@ class SolverTrainer:
             wait()
         return result
 
+    def _remembered(self) -> AbstractContextManager[PromptMemory | None]:
+        return remembered_prompts(self.setup.pipe, self.setup.config.prompts_cache, self.setup.left_out)
+
     def _checkpoints(self, group: list[int]) -> Checkpoints:
         config = self.setup.config
         folder = Path(config.output) / "state" / f"{'-'.join(map(str, group))}-{self.setup.key(group)}"
@@ -135,10 +147,10 @@ class SolverTrainer:
             bind(pipe)
         pipe.set_progress_bar_config(disable=True)
         try:
-            with fast_and_safe(), remembered_prompts(pipe, setup.cache / "prompts", setup.model) as memory:
+            with fast_and_safe(), self._remembered() as memory:
                 if memory is not None:
+                    inputs = [*setup.held_out_inputs, *setup.inputs, *setup.test_inputs]
                     for call in setup.calls.values():
-                        inputs = [*setup.held_out_inputs, *setup.inputs, *setup.test_inputs]
                         memory.fill(inputs, call, setup.config.teacher_batch_size)
                     if setup.config.release_text_encoders:
                         memory.release()

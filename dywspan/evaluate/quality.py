@@ -140,7 +140,7 @@ def run(config: QualityConfig) -> dict[str, Any]:
     task = prepare(config, device())
     results = _facts(config, task.metrics) | {"reference": task.teacher.summary(), "notes": [*task.notes]}
     rows: list[dict[str, Any]] = []
-    with remembered_prompts(task.pipe, task.cache / "prompts", task.model) as memory:
+    with remembered_prompts(task.pipe, task.cache / "prompts") as memory:
         for variant, call in config.calls.items():
             if memory is not None:
                 memory.fill(task.inputs, call, config.batch_size)

@@ -81,7 +81,7 @@ def prepare(config: QualityConfig, device: torch.device | str = "cpu") -> Task:
     first = next(iter(config.calls.values()))
     cells: list[Cell] = []
     notes: list[str] = []
-    with remembered_prompts(pipe, _cache(config) / "prompts", model):
+    with remembered_prompts(pipe, _cache(config) / "prompts"):
         begin(pipe, teacher.scheduler, teacher.num_inference_steps, inputs[0], first)
         for solver in solvers:
             made, refused = make_cells(pipe, solver, sorted(config.steps), inputs[0], first)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..artifact import write_atomically
-from .networks import hooks_of, left_at_first_call, place
+from .hashes import digest, extracts
+from .networks import denoisers, hooks_of, left_at_first_call, place
 from .processes import in_turn, is_main, wait
 from .rollout import Inputs, sample
 
@@ -27,16 +28,18 @@ _OF_EACH_PROMPT = ("prompt", "negative_prompt")  # how arguments with an entry f
 
 
 @contextmanager
-def remembered_prompts(pipe: Any, folder: Path, model: str) -> Iterator[PromptMemory | None]:
+def remembered_prompts(
+    pipe: Any, folder: Path, left_out: Mapping[str, bytes] | None = None
+) -> Iterator[PromptMemory | None]:
     """Within, ``pipe.encode_prompt`` computes each prompt once and reads it from ``folder`` afterwards.
 
     Args:
-        model: stands for the pipeline in the files' names, see :func:`dywspan.pipelines.hashes.fingerprint`.
+        left_out: text encoders that the pipeline was loaded without, as :func:`.encoders.encode_apart` says them.
     """
     if not hasattr(pipe, "encode_prompt"):
         yield None
         return
-    memory = PromptMemory(pipe, folder, model)
+    memory = PromptMemory(pipe, folder, left_out or {})
     pipe.encode_prompt = functools.update_wrapper(memory, memory.encode)
     try:
         yield memory
@@ -51,13 +54,21 @@ class PromptMemory:
     Pipelines agree neither on what it takes nor on what it returns. So prompts are encoded one at a time, and what is
     returned is joined along the batch, whatever its structure. The first batch is also encoded as the pipeline does it;
     where the two differ (embeddings padded to the longest prompt, say) nothing is remembered and all works as before.
+
+    Attributes:
+        encoders: :func:`.hashes.extracts` of the networks that embeddings may depend on.
+        released: text encoders that were taken out of the pipeline.
     """
 
-    def __init__(self, pipe: Any, folder: Path, model: str) -> None:
-        self.pipe, self.folder, self.model = pipe, folder, model
+    def __init__(self, pipe: Any, folder: Path, left_out: Mapping[str, bytes]) -> None:
+        self.pipe, self.folder, self.left_out = pipe, folder, left_out
+        others = {*denoisers(pipe)} | {name for name, part in pipe.components.items() if hasattr(part, "decode")}
+        own = {name: extract for name, extract in extracts(pipe).items() if name not in others}
+        self.encoders: dict[str, bytes] = {**own, **left_out}
+        self.key = digest([type(pipe).__name__, {k: hashlib.sha256(v).hexdigest() for k, v in self.encoders.items()}])
         self.encode = pipe.encode_prompt
         self.signature = inspect.signature(self.encode)
-        self.works, self.checked = True, False
+        self.works, self.checked = True, bool(left_out)  # which are left out where all this was found to work
         self.released: dict[str, nn.Module] = {}
 
     @torch.no_grad()
@@ -85,16 +96,22 @@ class PromptMemory:
             return self._plain(bound) if plain is None else plain
         return joined
 
-    def fill(self, inputs: Inputs, call: Mapping[str, Any], batch_size: int) -> None:
-        """Encode all prompts now, the processes in turn, by running the pipeline up to its first denoiser call."""
+    def fill(self, inputs: Inputs, call: Mapping[str, Any], batch_size: int, alone: bool = False) -> None:
+        """Encode all prompts now, the processes in turn, by running the pipeline up to its first denoiser call.
+
+        Args:
+            alone: the other processes do not.
+        """
         size = max(2, batch_size)  # one prompt does not tell how a batch is encoded
         starts = range(0, len(inputs), size)
-        for j, _ in tqdm(in_turn(len(starts)), "prompts", disable=not is_main()):
+        turns = [(j, True) for j in range(len(starts))] if alone else in_turn(len(starts))
+        for j, _ in tqdm(turns, "prompts", disable=not is_main()):
             if self.works:
                 own = inputs[starts[j] : starts[j] + size]
                 with torch.no_grad(), left_at_first_call(self.pipe):
                     sample(self.pipe, self.pipe.scheduler, 1, own, range(len(own)), call)
-        wait()
+        if not alone:
+            wait()
 
     def release(self) -> None:
         """Take the text encoders out of the pipeline; a prompt that was never seen brings them back."""
@@ -112,6 +129,11 @@ class PromptMemory:
             self.pipe.__dict__[name] = _moved(part, place(self.pipe))
 
     def _plain(self, bound: inspect.BoundArguments) -> Any:
+        if self.left_out:
+            raise RuntimeError(
+                f"The prompt {bound.arguments.get('prompt')!r} was not among those encoded before {[*self.left_out]} "
+                "went: set release_text_encoders to false."
+            )
         self.bring_back()
         return self.encode(*bound.args, **bound.kwargs)
 
@@ -123,8 +145,8 @@ class PromptMemory:
             for k, v in bound.arguments.items()
         }
         key = {k: v for k, v in own.items() if k != "device"}
-        digest = hashlib.sha256(json.dumps([self.model, key], sort_keys=True, default=str).encode()).hexdigest()
-        file = self.folder / f"{digest[:32]}.safetensors"
+        name = hashlib.sha256(json.dumps([self.key, key], sort_keys=True, default=str).encode()).hexdigest()
+        file = self.folder / f"{name[:32]}.safetensors"
         try:
             with safe_open(file, "pt") as opened:
                 facts, tensors = opened.metadata() or {}, [opened.get_tensor(str(j)) for j in range(len(opened.keys()))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,43 +14,55 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .networks import stored
 
 
-def fingerprint(pipe: Any) -> str:
+def fingerprint(pipe: Any, left_out: Mapping[str, bytes] | None = None) -> str:
     """A hash of the pipeline's networks: names, shapes, types and the first numbers of every tensor.
 
     Unlike a path or a name it changes when the weights do, and only then: not with where they are, nor when a network
     is compiled. Quantised weights count by what they hold. A LoRA's counts too, and how strongly it acts.
+
+    Args:
+        left_out: :func:`extracts` of networks that the pipeline was loaded without.
     """
-    digest = hashlib.sha256()
-    for name, module in sorted(pipe.components.items()):
-        if isinstance(module, nn.Module):
-            module = getattr(module, "_orig_mod", module)
-            for key, value in module.state_dict().items():
-                _add(digest, f"{name}.{key}", stored(module, key, value))
-            for key, strengths in _adapters(module):
-                digest.update(f"{name}.{key} {strengths}".encode())
-    return digest.hexdigest()[:16]
+    found = {**extracts(pipe), **(left_out or {})}
+    return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
 
 
-def _add(digest: Any, name: str, value: Any) -> None:
+def extracts(pipe: Any) -> dict[str, bytes]:
+    """By name, what of each network the hash is made of."""
+    return {
+        name: b"".join(_extract(name, getattr(module, "_orig_mod", module)))
+        for name, module in pipe.components.items()
+        if isinstance(module, nn.Module)
+    }
+
+
+def _extract(name: str, module: nn.Module) -> Iterator[bytes]:
+    for key, value in module.state_dict().items():
+        yield from _parts(f"{name}.{key}", stored(module, key, value))
+    for key, strengths in _adapters(module):
+        yield f"{name}.{key} {strengths}".encode()
+
+
+def _parts(name: str, value: Any) -> Iterator[bytes]:
     """What a tensor holds; of one that is made of others, those."""
     if isinstance(value, (tuple, list)):
         for i, part in enumerate(value):
-            _add(digest, f"{name}.{i}", part)
+            yield from _parts(f"{name}.{i}", part)
     elif not isinstance(value, Tensor):
-        digest.update(f"{name} {value}".encode())
+        yield f"{name} {value}".encode()
     elif is_traceable_wrapper_subclass(value):
-        digest.update(f"{name} {type(value).__name__} {tuple(value.shape)} {value.dtype}".encode())
+        yield f"{name} {type(value).__name__} {tuple(value.shape)} {value.dtype}".encode()
         for part in value.__tensor_flatten__()[0]:
-            _add(digest, f"{name}.{part}", getattr(value, part))
+            yield from _parts(f"{name}.{part}", getattr(value, part))
     else:
         if value.is_quantized:
             value = value.dequantize()
         if type(value) not in (Tensor, nn.Parameter):  # packed numbers, that would say other shapes and operators
-            digest.update(f"{getattr(value, 'quant_type', '')}".encode())
+            yield f"{getattr(value, 'quant_type', '')}".encode()
             value = value.detach().as_subclass(Tensor)
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        yield f"{name} {tuple(value.shape)} {value.dtype}".encode()
         if value.device.type != "meta" and value.numel():
-            digest.update(value.detach().flatten()[:8].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            yield value.detach().flatten()[:8].cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _adapters(module: nn.Module) -> Iterator[tuple[str, list[Any]]]:

@@ -32,6 +32,11 @@ def is_main() -> bool:
     return _state().is_main_process
 
 
+def is_local_main() -> bool:
+    """Whether this process does what a machine need do only once."""
+    return _state().is_local_main_process
+
+
 def count() -> int:
     """How many there are."""
     return _state().num_processes

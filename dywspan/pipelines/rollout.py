@@ -27,11 +27,16 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     revision: str | None = None,
+    parts: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A pipeline, all parts in one dtype, on the accelerator if there is one, without a progress bar per call."""
+    """A pipeline, all parts in one dtype, on the accelerator if there is one, without a progress bar per call.
+
+    Args:
+        parts: components that are taken instead of the model's own; None: left out.
+    """
     name = "dtype" if release(diffusers.__version__) >= (0, 42) else "torch_dtype"
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, revision=revision, **{name: dtype})
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, revision=revision, **{name: dtype}, **(parts or {}))
     except OSError:
         if (pipe := _load_modular(model, revision)) is None:
             raise
@@ -39,7 +44,13 @@ def load_pipeline(
     for part in (pipe, *blocks_of(pipe)):  # a loop of blocks has a bar of its own
         if hasattr(part, "set_progress_bar_config"):
             part.set_progress_bar_config(disable=True)
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not parts:
+        return pipe.to(device)
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and parts.get(name) is not part:
+            part.to(device)
+    return pipe
 
 
 def _load_modular(model: str, revision: str | None) -> Any:
