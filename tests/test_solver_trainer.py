@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from test_distill import EMOJI
 from torch import Tensor, nn
 
 from dywspan import DyWeightScheduler, SpanLiftScheduler
-from dywspan.distill import DistillConfig, SolverTrainer
+from dywspan.distill import DistillConfig, SolverTrainer, pictures
 from dywspan.pipelines.rollout import load_pipeline
 
 FLOW = EMOJI.parent / "emoji-flow"
@@ -134,3 +135,55 @@ def test_a_trackers_step_never_goes_back(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(SolverTrainer, "_tracked", tracked)
     trainer.train()
     assert steps == [1, 2, 3, 4] and all(b > a for a, b in itertools.pairwise(steps))
+
+
+class Tracker:
+    """Of Accelerate's kind."""
+
+    def __init__(self, name: str, *_: Any, **__: Any) -> None:
+        self.name, self.images, self.options = name, dict[str, list[tuple[int, Any]]](), list[dict[str, Any]]()
+
+    def log_images(self, values: dict[str, Any], step: int, **options: Any) -> None:
+        for name, images in values.items():
+            self.images.setdefault(name, []).append((step, images))
+        self.options.append(options)
+
+
+def test_pictures_are_there_before_the_pairs_and_follow_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers are those of a run without pictures, bit for bit."""
+    settings: dict[str, Any] = {**SMALL, "steps": [2, 3], "optimizer": "least_squares", "init": "euler", "updates": 4}
+    settings |= {"evaluate_every": 1, "pairs": 64, "batch_size": 32}
+    plain = SolverTrainer(own_pipeline(), DistillConfig(output=str(tmp_path / "plain"), **settings)).train()
+    draw, drawn = pictures.draw_samples, list[tuple[str, list[str], bool]]()
+    output = tmp_path / "shown"
+
+    def watched(rows: Any, inputs: Any, path: Path) -> Any:
+        drawn.append((path.name, [*rows], any((output / "cache").rglob("*.safetensors"))))
+        return draw(rows, inputs, path)
+
+    monkeypatch.setattr(pictures, "draw_samples", watched)
+    trainer = SolverTrainer(own_pipeline(), DistillConfig(output=str(output), **{**settings, "pictures": 2}))
+    trackers = [Tracker("tensorboard"), Tracker("wandb")]
+    monkeypatch.setattr(trainer.accelerator, "trackers", trackers)
+    shown = trainer.train()
+    for n in (2, 3):
+        assert torch.equal(shown.tables[n].weights, plain.tables[n].weights)
+        first, *between, last = (labels for name, labels, _ in drawn if name == f"samples-{n}.png")
+        assert first == ["teacher, 8 steps", f"base, {n} steps"] and last == [*first, f"learned, {n} steps"]
+        updates = [int(labels[2].removeprefix("update ").partition(",")[0]) for labels in between]
+        assert updates and updates == sorted({*updates}) and updates[-1] <= 4
+        for tracker in trackers:
+            steps, images = zip(*tracker.images[f"samples/{n}"])
+            assert [*steps] == [4 * (n - 2) + update for update in updates], "steps never go back"
+            assert images[0].shape == (1, 44 + 3 * 98, 190 + 2 * 98, 3)
+    assert not drawn[0][2] and drawn[-1][2], "the first picture comes before the pairs"
+    assert [{*map(str, t.options)} for t in trackers] == [{"{'dataformats': 'NHWC'}"}, {"{}"}]
+
+
+def test_bars_say_what_is_left_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings: dict[str, Any] = {**SMALL, "steps": [2, 4], "optimizer": "least_squares", "init": "euler", "updates": 3}
+    SolverTrainer(own_pipeline(), DistillConfig(output=str(tmp_path), **settings)).train()
+    first, last = (part for part in capsys.readouterr().err.split("4 steps (2 of 2)", 1))
+    assert re.search(r"2 steps \(1 of 2\).*all=\d\d:\d\d left", first) and "all=" not in last

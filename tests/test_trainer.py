@@ -370,9 +370,11 @@ def test_trackers_get_every_loss(learned: Path) -> None:
     events = accumulator.EventAccumulator(str(learned / "dywspan")).Reload()
     for n, table in DyWeightScheduler.from_pretrained(learned).tables.items():
         losses, held_out = events.Scalars(f"loss/{n}"), events.Scalars(f"held_out/{n}")
-        assert [e.step for e in losses] == list(range(1, 7))
+        assert [e.step for e in losses] == [6 * (n - 2) + i for i in range(1, 7)], "steps never go back"
         assert losses[-1].value < losses[0].value
         assert min(e.value for e in held_out) == pytest.approx(table.provenance["held_out_error"]["after"], rel=1e-5)
+        pictures = events.Images(f"samples/{n}")
+        assert [e.step for e in pictures] == sorted({e.step for e in pictures}) and pictures[-1].width == 190 + 2 * 98
     rates = [e.value for e in events.Scalars("lr")]
     assert max(rates) == pytest.approx(3e-2)
 

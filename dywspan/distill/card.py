@@ -6,44 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..artifact import for_every_count, markdown, provenances, steps_of, write_atomically
-from ..pipelines.memory import Parts, is_sharded
-from ..pipelines.processes import is_main
-from ..pipelines.rollout import Inputs, sample
-
-Images = Sequence[Any]  # PIL
-
-
-def sample_images(
-    pipe: Any, scheduler: Any, steps: int, inputs: Inputs, seeds: Sequence[int], call: Mapping[str, Any]
-) -> Images | None:
-    """What a solver samples; None from pipelines that make no images. All processes do, as a sharded network needs."""
-    from PIL import Image
-
-    if not inputs:
-        return None
-
-    def drawn(positions: Sequence[int]) -> Any:
-        own = [inputs[i] for i in positions]
-        with torch.no_grad():
-            _, output = sample(pipe, scheduler, steps, own, [seeds[i] for i in positions], call, decode=True)
-        return getattr(output, "images", output)
-
-    parts = Parts(None, "pictures", "pictures", sharded=is_sharded(pipe)).run(len(inputs), drawn)
-    images = [image for part in parts if isinstance(part, list) for image in part]
-    return images if images and all(isinstance(image, Image.Image) for image in images) else None
-
-
-def draw_samples(rows: Mapping[str, Images | None], inputs: Inputs, path: Path) -> None:
-    """One solver a row, one sample a column; nothing where there is nothing to see."""
-    from ..plot import picture
-
-    shown = [(label, images) for label, images in rows.items() if images is not None]
-    if shown and is_main():
-        picture(shown, [str(own.get("prompt", "")) for own in inputs]).save(path)
-
 
 _USE = """```python
 from diffusers import DiffusionPipeline

@@ -27,6 +27,7 @@ from .student import Student
 from .task import Task, Term
 
 Log = Callable[[Mapping[str, float], int], None]
+Show = Callable[[Any, int], None]
 # What denoiser evaluations are counted for. With frozen weights a backward pass takes the time of about one (measured:
 # 0.96 and 1.03), and counts as one. Teacher pairs made while learning are "fresh".
 PURPOSES = ("fresh", "student", "jacobian", "backward", "held_out")
@@ -59,7 +60,8 @@ def endpoint_error(
         endpoint, _ = sample(pipe, scheduler, steps, part.inputs, part.seeds, call)
         return len(part) * loss(pipe, endpoint.float(), part.endpoints.to(endpoint.device)).cpu().double()
 
-    for j, counts in in_turn(len(starts)):
+    quiet: dict[str, Any] = {"leave": False, "delay": 5, "disable": not is_main()}
+    for j, counts in tqdm(in_turn(len(starts)), f"{steps} steps, held out", **quiet):
         own = range(starts[j], min(starts[j] + batch_size, len(pairs)))
         error += counts * sum(parts.run(own, computed))
     return float(total(error)) / len(pairs)
@@ -79,9 +81,14 @@ class Progress:
     """
 
     def __init__(
-        self, task: Task, student: Student, checkpoints: Checkpoints | None = None, log: Log | None = None
+        self,
+        task: Task,
+        student: Student,
+        checkpoints: Checkpoints | None = None,
+        log: Log | None = None,
+        show: Show | None = None,
     ) -> None:
-        self.task, self.student, self.checkpoints, self.log = task, student, checkpoints, log
+        self.task, self.student, self.checkpoints, self.log, self.show = task, student, checkpoints, log, show
         self.meter, self.started, self.seconds = Meter(task.pipe), time.monotonic(), 0.0
         sharded = is_sharded(task.pipe)
         size = task.config.micro_batch_size
@@ -168,6 +175,10 @@ class Progress:
         if mean < self.best_error:
             self.best, self.best_error, self.stale, self.found = self.student.snapshot(), mean, 0, self.last
             self.curve[self.spent()] = [*self.last.values()]
+            if self.show is not None:
+                self.student.scheduler.whole = None
+                with self.meter.counting("pictures"):
+                    self.show(self.student.scheduler, self.update)
         return bool(self.task.config.patience) and self.stale >= self.task.config.patience
 
     def save(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -210,7 +221,12 @@ class Progress:
         held_out = " ".join(f"{e:.4f}" for e in self.last.values())
         loss = " ".join(f"{v:.4f}" for k, v in numbers.items() if k.startswith("loss"))
         self.bar.update()
-        self.bar.set_postfix(loss=loss, held_out=held_out, best=f"{self.best_error:.3f} of the start")
+        shown = {"loss": loss, "held_out": held_out, "best": f"{self.best_error:.3f} of the start"}
+        if self.task.later:
+            whole = self._seconds() / self.update * self.task.config.number("updates")
+            left = whole * (1 + self.task.later) - self._seconds()
+            shown["all"] = f"{tqdm.format_interval(max(left, 0))} left"
+        self.bar.set_postfix(shown)
         if self.log is not None:
             self.log({**numbers} | {f"held_out/{name}": e for name, e in self.last.items()}, self.update)
 

@@ -85,6 +85,7 @@ class Setup:
     def task(self, group: list[int]) -> Task:
         """What is learned for some numbers of steps together, with the teacher's pairs made."""
         config, name = self.config, "-".join(map(str, group))
+        after = config.groups[config.groups.index(group) + 1 :]
         substeps = config.path_substeps
         teacher = self.path_teacher(group[0], substeps) if substeps else self.teacher
         train, held_out = self.pairs(teacher)
@@ -104,6 +105,7 @@ class Setup:
             operator=config.operator,
             name="continuous" if config.continuous else "shared" if config.shared else name,
             part=f"{config.groups.index(group) + 1} of {len(config.groups)}" if len(config.groups) > 1 else "",
+            later=sum(map(sum, after)) / sum(group),
         )
 
     def pairs(self, teacher: Teacher) -> tuple[Any, Any]:

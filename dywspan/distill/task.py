@@ -77,6 +77,7 @@ class Task:
         base: of SpanLift: tables or a classical solver for every number of steps; a SpanLift solver is gone on with.
         layout, operator, name: of SpanLift: the latents' layout, size of the operator, and its name in the artefact.
         part: which of several tasks this is, "2 of 3", for progress bars.
+        later: about how many times as long as this one all tasks after it take.
     """
 
     pipe: Any
@@ -93,6 +94,7 @@ class Task:
     operator: Mapping[str, Any] = field(default_factory=dict)
     name: str = "shared"
     part: str = ""
+    later: float = 0.0
 
     @property
     def steps(self) -> list[int]:

@@ -21,16 +21,17 @@ from ..pipelines.processes import is_main, wait
 from ..pipelines.rollout import blocks, denoisers, load_pipeline, sample
 from ..schedulers.bind import bind, unbind
 from ..schedulers.spanlift import SpanLiftScheduler
-from .card import Images, draw_samples, errors, sample_images, write_card
+from .card import errors, write_card
 from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, DistillConfig, missing
 from .gradients import Gradients
 from .kinds import STUDENTS
 from .least_squares import LeastSquares
 from .output import find_artefact, locked, push, save_artefact, written
+from .pictures import Pictures
 from .plan import print_plan
-from .progress import Log, Method, Progress
-from .setup import HELD_OUT_SEED, Setup, prepare
+from .progress import Log, Method, Progress, Show
+from .setup import Setup, prepare
 from .split import split_inputs
 from .student import Student
 from .task import Task
@@ -113,14 +114,20 @@ class SolverTrainer:
         output.mkdir(parents=True, exist_ok=True)
         with written(), locked(output), self._at_work(), self._tracked() as log:
             result = find_artefact(config)  # again: another run may have ended since
-            teacher = _samples(setup, setup.teacher.scheduler, setup.teacher.num_inference_steps)
+            pictures = Pictures(setup, self.accelerator.trackers)
             for done, group in enumerate(config.groups):
-                learned = distill(setup.task(group), self._checkpoints(group), _after(log, done, config))
+                for n in group:
+                    pictures.show(n)  # the first ones come before the pairs
+                before = done * config.number("updates")  # a tracker's step never goes back
+                logged = None if log is None else lambda numbers, update, log=log, b=before: log(numbers, b + update)
+                shown = _best_so_far(pictures, group, before)
+                learned = distill(setup.task(group), self._checkpoints(group), logged, shown)
                 kind = STUDENTS[config.solver, config.continuous]
                 result = learned if result is None else kind.merge(result, learned)
                 save_artefact(result, output)
                 for n in group:
-                    _show(setup, result, n, teacher)
+                    pictures.show(n, "learned", result)
+                    _say(result, n, output)
             if is_main():
                 model = config.model or str(getattr(setup.pipe, "name_or_path", "") or "")
                 write_card(result, output, {**asdict(config), "model": model}, setup.inputs[0])
@@ -176,12 +183,15 @@ class SolverTrainer:
             accelerator.end_training()
 
 
-def distill(task: Task, checkpoints: Checkpoints | None = None, log: Log | None = None) -> Any:
+def distill(
+    task: Task, checkpoints: Checkpoints | None = None, log: Log | None = None, show: Show | None = None
+) -> Any:
     """Learn the solver of one task, through the pipeline's own call.
 
     Args:
         checkpoints: where to go on from and to save to.
         log: gets losses by name, and the update.
+        show: gets the best solver so far, and the update, whenever there is a better one.
 
     Returns:
         A ``DyWeightScheduler`` or ``SpanLiftScheduler`` that holds what was learned, with its provenance, and nothing
@@ -192,12 +202,18 @@ def distill(task: Task, checkpoints: Checkpoints | None = None, log: Log | None 
         FloatingPointError: the loss or its gradient is not finite.
     """
     student = STUDENTS[task.solver, task.continuous].start(task)
-    return student.result(learn(task, student, checkpoints, log).provenance)
+    return student.result(learn(task, student, checkpoints, log, show).provenance)
 
 
-def learn(task: Task, student: Student, checkpoints: Checkpoints | None = None, log: Log | None = None) -> Progress:
+def learn(
+    task: Task,
+    student: Student,
+    checkpoints: Checkpoints | None = None,
+    log: Log | None = None,
+    show: Show | None = None,
+) -> Progress:
     """Move a student to the best that it is on the held-out pairs, see :func:`distill`."""
-    progress = Progress(task, student, checkpoints, log)
+    progress = Progress(task, student, checkpoints, log, show)
     method = METHODS[task.config.optimizer](progress)
     with fast_and_safe(), progress.meter.running(), method.around():
         progress.begin(method.optimizer)
@@ -228,12 +244,21 @@ def _accelerator(config: DistillConfig) -> Any:
     return accelerator
 
 
-def _after(log: Log | None, groups: int, config: DistillConfig) -> Log | None:
-    """The log of a group that comes after others: a tracker's step never goes back."""
-    if log is None:
-        return None
-    before = groups * config.number("updates")
-    return lambda numbers, update: log(numbers, before + update)
+def _best_so_far(pictures: Pictures, group: list[int], before: int) -> Show:
+    """Draws it, at each number of steps; ``before``: updates of the groups before this one."""
+
+    def show(scheduler: Any, update: int) -> None:
+        for n in group:
+            pictures.show(n, f"update {update}", scheduler, before + update)
+
+    return show
+
+
+def _say(result: Any, n: int, output: Path) -> None:
+    """What was learned for n steps."""
+    found = {name: made["held_out_error"] for name, made in provenances(result).items() if steps_of(name) == n}
+    for name, error in found.items() if is_main() else ():
+        print(f"{name} steps: held-out error {error['before']:.4g} -> {error['after']:.4g}, saved to {output}")
 
 
 @torch.no_grad()
@@ -256,24 +281,6 @@ def _check_sample(setup: Setup) -> None:
             setup.loss(setup.pipe, x.float(), x.float())
     except ValueError as error:
         raise ValueError(f"layout={config.layout!r} is not that of {type(setup.pipe).__name__}: {error}") from None
-
-
-def _show(setup: Setup, result: Any, n: int, teacher: Images | None) -> None:
-    """Say and draw what was learned for n steps."""
-    output = Path(setup.config.output)
-    found = {name: made["held_out_error"] for name, made in provenances(result).items() if steps_of(name) == n}
-    for name, error in found.items() if is_main() else ():
-        print(f"{name} steps: held-out error {error['before']:.4g} -> {error['after']:.4g}, saved to {output}")
-    rows = {f"teacher, {setup.teacher.num_inference_steps} steps": teacher}
-    for label, scheduler in {"base": setup.untrained(n), "learned": result}.items() if teacher else ():
-        rows[f"{label}, {n} steps"] = _samples(setup, scheduler, n)
-    draw_samples(rows, setup.held_out_inputs[: setup.config.pictures], output / f"samples-{n}.png")
-
-
-def _samples(setup: Setup, scheduler: Any, steps: int) -> Images | None:
-    own = setup.held_out_inputs[: setup.config.pictures]
-    seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(own))
-    return sample_images(setup.pipe, scheduler, steps, own, seeds, setup.call)
 
 
 def _shard(pipe: Any) -> None:
