@@ -69,13 +69,18 @@ def test_a_pipeline_of_a_class_of_ones_own_learns_tables_and_operators(tmp_path:
     assert "Few-step solvers for" in (tmp_path / "tables" / "README.md").read_text(encoding="utf-8")
 
 
+def modular_flow() -> Any:
+    """emoji-flow as ``FluxModularPipeline``."""
+    pipe = diffusers.ModularPipeline.from_pretrained(str(FLOW))
+    pipe.load_components(torch_dtype=torch.float32)
+    return pipe
+
+
 def test_a_modular_pipeline_learns_what_its_like_learns(tmp_path: Path) -> None:
-    modular = diffusers.ModularPipeline.from_pretrained(str(FLOW))
-    modular.load_components(torch_dtype=torch.float32)
     settings: dict[str, Any] = {"optimizer": "least_squares", "updates": 2, "prompts": PROMPTS, "layout": "packed"}
     call = {"height": 64, "width": 64, "max_sequence_length": 28}
     found = []
-    for name, pipe in {"standard": load_pipeline(str(FLOW), device="cpu"), "modular": modular}.items():
+    for name, pipe in {"standard": load_pipeline(str(FLOW), device="cpu"), "modular": modular_flow()}.items():
         config = DistillConfig(output=str(tmp_path / name), call=call, **SMALL, **settings)
         found.append(SolverTrainer(pipe, config).train().tables[2])
     one, other = found
@@ -83,6 +88,23 @@ def test_a_modular_pipeline_learns_what_its_like_learns(tmp_path: Path) -> None:
     torch.testing.assert_close(other.time_scale, one.time_scale, rtol=1e-3, atol=1e-3)
     errors = [table.provenance["held_out_error"]["after"] for table in found]
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
+def test_a_modular_pipeline_learns_the_operator_that_its_like_learns(tmp_path: Path) -> None:
+    call = {"height": 64, "width": 64, "max_sequence_length": 28}
+    settings: dict[str, Any] = {"solver": "spanlift", "base": "ipndm", "prompts": PROMPTS, "layout": "packed"}
+    settings |= {"operator": {"width": 16}, "updates": 4, "evaluate_every": 1, "lr": 1e-2}
+    found = []
+    for name, pipe in {"standard": load_pipeline(str(FLOW), device="cpu"), "modular": modular_flow()}.items():
+        config = DistillConfig(output=str(tmp_path / name), call=call, **SMALL, **settings)
+        found.append(SolverTrainer(pipe, config).train())
+    one, other = found
+    error = one.lifts[2].provenance["held_out_error"]
+    assert error["after"] < error["before"]
+    assert other.lifts[2].provenance["held_out_error"]["after"] == pytest.approx(error["after"], rel=1e-3)
+    weights = ({k: v for o in s.operators.values() for k, v in o.state_dict().items()} for s in found)
+    for (_, a), (_, b) in zip(*(sorted(w.items()) for w in weights)):
+        torch.testing.assert_close(b, a, rtol=1e-2, atol=1e-3)
 
 
 @contextmanager
