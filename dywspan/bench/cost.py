@@ -71,7 +71,7 @@ def learning_cost(paths: Sequence[str | os.PathLike[str]], **overrides: Any) -> 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Held-out error over evaluations, both logarithmic: a panel a number of steps, a line a configuration."""
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     counts = sorted({row["num_inference_steps"] for row in rows})
     colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["config"] for row in rows))}
@@ -86,6 +86,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Non
             (lines[label],) = panel.plot(x, y, "o-", **style)
         panel.set(title=f"{n} steps", xscale="log", yscale="log")
         panel.grid(alpha=0.25, which="both", lw=0.5)
+        panel.xaxis.set_minor_formatter(ticker.NullFormatter())  # they would overlap
         panel.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("held-out error")
     figure.supxlabel("evaluations of the network until then, the teacher's included", fontsize="medium")
