@@ -454,6 +454,7 @@ def test_pipeline_records_the_package(saved: Path) -> None:
     assert index["scheduler"] == ["dywspan", "DyWeightScheduler"]
 
 
+@pytest.mark.slow
 def test_saved_pipeline_in_a_fresh_process(saved: Path) -> None:
     done = _python("import dywspan\n" + RUN + "torch.save(latents, 'again.pt')\nprint(type(pipe.scheduler))", saved)
     assert done.returncode == 0, done.stderr

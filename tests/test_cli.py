@@ -121,6 +121,7 @@ def test_distill_then_demo_in_processes_of_their_own(tmp_path: Path) -> None:
         assert picture.height > 6 * 96  # the reference and five solvers
 
 
+@pytest.mark.slow
 def test_the_demo_shows_the_flow_pipeline_as_its_solvers_were_learned(tmp_path: Path) -> None:
     """Its call is in the artefact; classical solvers that do not fit it are left out; the hardest prompts are drawn."""
     options = ["--steps", "3", "7", "--samples", "3", "--columns", "2", "--output", str(tmp_path / "demo.png")]
@@ -135,6 +136,7 @@ def test_the_demo_shows_the_flow_pipeline_as_its_solvers_were_learned(tmp_path: 
         assert picture.height > 2 * len(errors) * 96 > picture.width > 2 * 96
 
 
+@pytest.mark.slow
 def test_the_example_script_draws_an_image(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, ROOT / "examples" / "swap_one_line.py", "red heart, noto", tmp_path / "x.png"], check=True

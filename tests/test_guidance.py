@@ -266,6 +266,7 @@ def made() -> Any:
     return subject, *pairs, calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["least_squares", "adamw"])
 def test_learned_at_two_scales_it_is_better_at_both(made: Any, optimizer: Any) -> None:
     subject, train, held_out, calls = made
@@ -308,6 +309,7 @@ def test_a_lift_learns_it_too_and_one_that_does_not_follow_it_can(made: Any) -> 
         distill(Task(pipe, subject.teacher, terms, config, base=base, solver="spanlift"))
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_it_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = ["distill", "--model", str(EMOJI), "--output", str(tmp_path), "--continuous", "--optimizer", "least_squares"]
     told += [

@@ -323,6 +323,7 @@ def test_alpha_and_beta_are_fitted_and_the_operator_stays(pipe: Any, pairs: Any)
         distill(Task(pipe, teacher, [replace(term, steps=6)], config, solver="spanlift", base=learned))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "compiled"])
 def test_pipelines_without_gradients_are_learned_from(kind: str) -> None:
     pipe = load_pipeline(str(EMOJI))

@@ -173,6 +173,7 @@ def test_killed_it_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path) -> N
     assert {name: after[name] for name in before} == before, "nothing was made twice"
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(whole: Path, tmp_path: Path) -> None:
     process = start(tmp_path, processes=2)
     code, log = process.wait(timeout=900), (tmp_path / "log").read_text()

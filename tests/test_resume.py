@@ -272,6 +272,7 @@ def test_a_run_that_is_killed_many_times_ends_in_the_same_bits(
     _killed_and_repeated(reference, tmp_path / "out", kills, processes, **LEARNED[name], updates=10)
 
 
+@pytest.mark.slow
 def test_an_operator_that_is_killed_between_its_two_files_is_learned_on(
     whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +357,7 @@ def test_a_checkpoint_cut_anywhere_falls_back_to_the_one_before(
 # ---------------------------------------------------------------------- two at a time
 
 
+@pytest.mark.slow
 def test_a_second_run_on_the_folder_ends_at_once_and_the_first_goes_on(
     whole: Whole, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -143,6 +143,7 @@ def test_download(online: dict[str, Any], call: str, expected: SpanLiftScheduler
     assert online[call].get("value") == numbers(expected), online[call]
 
 
+@pytest.mark.slow
 def test_push_then_pull(online: dict[str, Any], hub: Hub, folder: Path) -> None:
     assert online["pull"].get("value") == numbers(PUSHED), online["push"]
     assert online["pull again"].get("value") == numbers(PUSHED_AGAIN)
