@@ -30,6 +30,7 @@ from ..pipelines.rollout import Inputs, load_pipeline, sample
 from ..pipelines.teacher import Teacher
 from .config import QualityConfig
 from .images import find_images, read_image
+from .paired import kept_of, with_pairs, write_samples
 from .report import draw_samples, file_stem, plots, table, write_results
 from .rows import measure
 from .statistics import Metric, Sample, numbers
@@ -129,8 +130,9 @@ def run(config: QualityConfig) -> dict[str, Any]:
 
     Returns:
         What is written: ``rows`` of solver, learned, scheduler, num_inference_steps, nfe, a number for each metric,
-        ``interval`` by metric, with a base ``gap_closed`` by metric, and of solvers for every number of steps
-        ``held_out``, whether they were not learned on this one; and all that the numbers depend on.
+        ``interval`` and ``median`` by metric, ``paired`` and ``paired_classical``, see :func:`.paired.with_pairs`, with
+        a base ``gap_closed`` by metric, and of solvers for every number of steps ``held_out``, whether they were not
+        learned on this one; and all that the numbers depend on. The samples' values lie beside it.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: see :func:`prepare`.
@@ -140,22 +142,29 @@ def run(config: QualityConfig) -> dict[str, Any]:
     task = prepare(config, device())
     results = _facts(config, task.metrics) | {"reference": task.teacher.summary(), "notes": [*task.notes]}
     rows: list[dict[str, Any]] = []
+    kept: list[dict[str, Tensor]] = []
     with remembered_prompts(task.pipe, task.cache / "prompts") as memory:
         for variant, call in config.calls.items():
             if memory is not None:
                 memory.fill(task.inputs, call, config.batch_size)
-            for row in _compare(task, call):
+            for row, samples in _compare(task, call):
                 rows.append({"variant": variant} | row if config.variants else row)
+                kept.append(samples)
                 if is_main():
                     write_results(config.output, with_gaps(rows, config.base, task.metrics), **results)
             if config.picture_steps:
                 _draw(task, variant, call)
-    rows = with_gaps(rows, config.base, task.metrics)
+    rows = with_pairs(with_gaps(rows, config.base, task.metrics), kept, task.metrics)
+    if is_main():
+        write_samples(config.output, rows, kept)
     return _finish(config, results | {"rows": rows})
 
 
-def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A row for the reference, where metrics say something of it, and one for every cell, as they are measured."""
+def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """A row for the reference, where metrics say something of it, and one for every cell, as they are measured.
+
+    With each, what every sample adds to its numbers, see :func:`.paired.kept_of`.
+    """
     config, pipe, seeds = task.config, task.pipe, task.seeds
     options: dict[str, Any] = {"call": call, "batch_size": config.batch_size, "model": task.model}
     reference = None
@@ -167,7 +176,8 @@ def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if (alone := [m for m in task.metrics if not _is_paired(m)]) and reference is not None:
         own = {"solver": "reference", "scheduler": type(task.teacher.scheduler).__name__}
         own |= dict.fromkeys(("num_inference_steps", "nfe"), task.teacher.num_inference_steps)
-        yield own | numbers(alone, evaluate(pipe, None, 0, task.inputs, seeds, alone, title="reference", **options))
+        values = evaluate(pipe, None, 0, task.inputs, seeds, alone, title="reference", **options)
+        yield own | numbers(alone, values), kept_of(alone, values)
     options |= {"precision": config.mixed_precision}
     for cell in task.cells:
         steps = cell.num_inference_steps
@@ -175,7 +185,7 @@ def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         values = evaluate(pipe, cell.scheduler, steps, task.inputs, seeds, task.metrics, **own, **options)
         row = {"solver": cell.solver, "learned": cell.learned, "scheduler": type(cell.scheduler).__name__}
         row |= {"num_inference_steps": steps, "nfe": cell.nfe, **_held_out(cell.scheduler, steps)}
-        yield row | numbers(task.metrics, values)
+        yield row | numbers(task.metrics, values), kept_of(task.metrics, values)
 
 
 def _held_out(scheduler: Any, steps: int) -> dict[str, bool]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..artifact import markdown, write_atomically
 from ..version import __version__
+from .paired import is_separable
 
 
 def write_results(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], **facts: Any) -> dict[str, Any]:
@@ -61,8 +62,9 @@ def table(
 ) -> str:
     """Markdown: for every metric, a line a solver and a column a number of evaluations (NFE).
 
-    A cell is the number, plus or minus half its 95 % interval; the best of a column is bold. A bench without metrics is
-    shown by its rows as they are, but for lists and mappings.
+    A cell is the number and its 95 % interval. The best of a column is bold where the paired interval of its difference
+    to every other leaves 0 out; otherwise it and those that cannot be told from it are in italics. A bench without
+    metrics is shown by its rows as they are, but for lists and mappings.
 
     Args:
         results: see :func:`read_results`.
@@ -95,7 +97,7 @@ def table(
             return number(row, name) if intervals else number(row, name).split(" ")[0]
 
         best = {nfe: better(row[name] for row in rows if row.get("nfe") == nfe) for nfe in {r.get("nfe") for r in rows}}
-        cells = [f"**{text(r)}**" if r[name] == best[r.get("nfe")] else text(r) for r in rows]
+        cells = [_marked(text(row), row[name] == best[row.get("nfe")], is_separable(row, name)) for row in rows]
         parts += ["; ".join(title) + ":", _grid(rows, cells)]
         if closing := [row for row in rows if name in row.get("gap_closed", {})]:
             parts.append(f"Share of the way from {results['settings']['base']} to the reference, {name}:")
@@ -117,6 +119,13 @@ def file_stem(name: str, variant: str) -> str:
     return "-".join(filter(None, [name, re.sub(r"\W+", "-", variant).strip("-")]))
 
 
+def _marked(text: str, is_best: bool, separable: bool | None) -> str:
+    """Bold: the best, by more than chance (or not known whether by more); italics: it, or not to be told from it."""
+    if separable is False:
+        return f"*{text}*"
+    return f"**{text}**" if is_best else text
+
+
 def _plain(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None, steps: Sequence[int] | None) -> str:
     columns = [k for k, v in rows[0].items() if not isinstance(v, (list, dict)) and (names is None or k in names)]
     shown = [row for row in rows if steps is None or row.get("num_inference_steps") in steps]
@@ -126,11 +135,17 @@ def _plain(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None, steps
 
 
 def number(row: Mapping[str, Any], metric: str) -> str:
-    """A number and half its interval, to the digits that the interval leaves certain: "0.0620 ±0.0021"."""
+    """A number and its interval, to the digits that the interval leaves certain: "0.0620 ±0.0021", half its width.
+
+    One that is not symmetric, its halves further apart than a quarter, is written with its ends:
+    "0.0093 (0.0041-0.0168)".
+    """
     low, high = row["interval"][metric]
-    half = (high - low) / 2
+    half, value = (high - low) / 2, row[metric]
     digits = max(0, 1 - math.floor(math.log10(half))) if half > 0 else 4
-    return f"{row[metric]:.{digits}f} ±{half:.{digits}f}"
+    if half > 0 and abs(high + low - 2 * value) > half / 4:
+        return f"{value:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+    return f"{value:.{digits}f} ±{half:.{digits}f}"
 
 
 def _grid(rows: Sequence[Mapping[str, Any]], cells: Sequence[str]) -> str:

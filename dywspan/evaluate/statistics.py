@@ -115,10 +115,12 @@ def interval(
 
 
 def numbers(metrics: Sequence[Metric], values: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A row of results: every metric's number by its name, and ``interval``, theirs.
+    """A row of results: every metric's number by its name, ``interval``, theirs, and ``median`` of the means.
 
     Args:
         values: by metric, the rows of all samples.
     """
     found: dict[str, Any] = {m.name: m.value(values[m.name]) for m in metrics}
+    medians = {m.name: float(values[m.name].double().median()) for m in metrics if m.influence is None}
+    found |= {"median": medians} if medians else {}
     return found | {"interval": {m.name: [*interval(m, values[m.name])] for m in metrics}}
