@@ -100,7 +100,8 @@ def test_a_run_learns_the_same_and_never_holds_both(tmp_path: Path, monkeypatch:
         found = trainer.run(write(tmp_path / "apart", release_text_encoders=True))
     assert loaded == [{"transformer", "vae"}]
     torch.testing.assert_close(found.tables[2].weights, plain.tables[2].weights, rtol=1e-3, atol=1e-4)
-    assert trainer.run(write(tmp_path / "apart", release_text_encoders=True, dry_run=True)) is None
+    config = write(tmp_path / "dry", release_text_encoders=True, dry_run=True)
+    assert trainer.run(config) is None and [file.name for file in (tmp_path / "dry").iterdir()] == ["run.yaml"]
 
 
 def test_where_a_stand_in_does_not_do_all_is_loaded_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
