@@ -232,7 +232,8 @@ _POSITIVE = (
     *("teacher_steps", "teacher_order", "teacher_batch_size", "checkpoint_every", "keep_checkpoints"),
 )
 _NOT_NEGATIVE = (
-    *("patience", "path_substeps", "pictures", "regression", "weight_decay", "ridge", "latent_weight", "test"),
+    *("patience", "path_substeps", "pictures", "regression", "test"),
+    *("weight_decay", "ridge", "latent_weight"),
 )
 _LEAST = dict.fromkeys(_POSITIVE, 1) | dict.fromkeys(_NOT_NEGATIVE, 0)
 _DO_NOT_MATTER = {
