@@ -464,6 +464,7 @@ def test_saved_pipeline_in_a_fresh_process(saved: Path) -> None:
     assert torch.equal(torch.load(saved / "again.pt"), expected)
 
 
+@pytest.mark.slow
 def test_saved_pipeline_without_the_import(saved: Path) -> None:
     """diffusers imports no foreign package by itself (since 0.41): the reader is told to ``import dywspan``."""
     done = _python(RUN, saved)

@@ -202,6 +202,7 @@ def rounded(network: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+@pytest.mark.slow
 def test_the_default_difference_stands_out_of_bfloat16s_rounding(pipe: Any, pairs: Any) -> None:
     """Columns of a rounded network beside those of float32, of the same difference."""
     scheduler = DyWeightScheduler.from_config(pipe.scheduler.config)
@@ -274,6 +275,7 @@ def test_a_step_that_harms_the_next_batch_is_tried_shorter_and_given_up(
     assert table.provenance["held_out_error"]["after"] == table.provenance["held_out_error"]["before"]
 
 
+@pytest.mark.slow
 def test_a_stopped_fit_ends_with_the_same_numbers(pipe: Any, pairs: Any, tmp_path: Path) -> None:
     teacher, train, held_out = pairs
     task = Task(pipe, teacher, [Term(2, CALL, train, held_out)], replace(CONFIG, updates=5, bounded=0.1))

@@ -293,6 +293,7 @@ def test_an_operator_that_is_killed_between_its_two_files_is_learned_on(
     assert learned(output)[:2] == learned(other)[:2]
 
 
+@pytest.mark.slow
 def test_patience_that_ran_out_before_a_kill_has_run_out_after_it(
     whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,7 +123,7 @@ def little_memory(pipe: Any, most: int) -> Iterator[list[int]]:
     handle.remove()
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "least_squares"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adam", marks=pytest.mark.slow), "least_squares"])
 def test_a_batch_that_does_not_fit_is_made_smaller_with_the_same_numbers(
     optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

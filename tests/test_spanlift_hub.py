@@ -170,6 +170,7 @@ def test_the_first_version_by_its_commit(online: dict[str, Any], hub: Hub, folde
     assert asked == {f"/org/mine/resolve/{sha}/{WEIGHTS}" for sha in commits[:2]}
 
 
+@pytest.mark.slow
 def test_a_push_in_the_middle_of_a_download(online: dict[str, Any], hub: Hub) -> None:
     """Whenever it comes: the old pair, the new pair, or an error that says they do not belong together."""
     pairs = {numbers(OLD): "old", numbers(NEW): "new"}
