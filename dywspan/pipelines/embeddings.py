@@ -63,8 +63,7 @@ class PromptMemory:
     def __init__(self, pipe: Any, folder: Path, left_out: Mapping[str, bytes]) -> None:
         self.pipe, self.folder, self.left_out = pipe, folder, left_out
         others = {*denoisers(pipe)} | {name for name, part in pipe.components.items() if hasattr(part, "decode")}
-        own = {name: extract for name, extract in extracts(pipe).items() if name not in others}
-        self.encoders: dict[str, bytes] = {**own, **left_out}
+        self.encoders: dict[str, bytes] = {**extracts(pipe, others), **left_out}
         self.key = digest([type(pipe).__name__, {k: hashlib.sha256(v).hexdigest() for k, v in self.encoders.items()}])
         self.encode = pipe.encode_prompt
         self.signature = inspect.signature(self.encode)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,12 +27,12 @@ def fingerprint(pipe: Any, left_out: Mapping[str, bytes] | None = None) -> str:
     return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
 
 
-def extracts(pipe: Any) -> dict[str, bytes]:
-    """By name, what of each network the hash is made of."""
+def extracts(pipe: Any, without: Collection[str] = ()) -> dict[str, bytes]:
+    """By name, what of each network the hash is made of, but for those named in ``without``."""
     return {
         name: b"".join(_extract(name, getattr(module, "_orig_mod", module)))
         for name, module in pipe.components.items()
-        if isinstance(module, nn.Module)
+        if isinstance(module, nn.Module) and name not in without
     }
 
 
