@@ -23,6 +23,7 @@ from .core.check import MAX_STEPS, shown, whole
 from .core.continuous import HIGHEST_ORDER, Continuous, ContinuousLift, ContinuousTable, names
 from .core.operator import Lift
 from .core.table import SolverTable
+from .core.time_lift import TimeLift
 from .version import __version__
 
 LARGEST = 1e6  # weight, time scale, alpha or beta: float32 overflows of larger ones in a few steps
@@ -146,9 +147,10 @@ def for_every_count(scheduler: Any) -> ContinuousTable | ContinuousLift | None:
 def provenances(scheduler: Any) -> dict[int | str, Mapping[str, Any]]:
     """Where the solver of each number of steps comes from that was learned or, for a continuous one, learned from.
 
-    By number of steps, or where there are several guidance scales by "5 @ 7.5", and late starts by "3/5".
+    By number of steps, or where there are several guidance scales by "5 @ 7.5", and late starts by "3/5". Of what was
+    learned on something else that was learned, the last: a SpanLift on a table, a TimeLift on either.
     """
-    own, function = getattr(scheduler, "lifts", scheduler.tables), for_every_count(scheduler)
+    own, function = getattr(scheduler, "lifts", scheduler.tables) | scheduler.time_lifts, for_every_count(scheduler)
     shared = function.provenance if function is not None else {}
     kinds = [kind for kind in ("held_out_error", "test_error") if kind in shared]
     made = {
@@ -186,6 +188,27 @@ def read_lifts(lifts: Mapping[str, Any] | None) -> dict[int, Lift]:
             result[_count(key)] = Lift(alpha, beta, data.get("operator", "shared"), _provenance(data))
         except (ValueError, TypeError) as error:
             raise _damaged(f'SpanLift entry "{_key(key)}"', error) from error
+    return result
+
+
+def time_lifts_to_json(lifts: Mapping[int, TimeLift]) -> dict[str, Any] | None:
+    """The JSON form of time lifts, whose offsets are in a file of their own."""
+    return {str(n): {"provenance": dict(lift.provenance)} for n, lift in sorted(lifts.items())} or None
+
+
+def read_time_lifts(lifts: Mapping[str, Any] | None) -> dict[int, TimeLift]:
+    """Time lifts without their offsets, keyed by ``num_inference_steps``; errors name the entry."""
+    if not isinstance(lifts, Mapping | None):
+        raise ValueError(f"time_lifts must map numbers of steps to TimeLift entries; got a {type(lifts).__name__}.")
+    result = {}
+    for key, data in (lifts or {}).items():
+        try:
+            if not isinstance(data, Mapping):
+                raise ValueError("it is a mapping")
+            _warn_of_unknown(data, {"provenance"}, "TimeLift entry")
+            result[_count(key)] = TimeLift(provenance=_provenance(data))
+        except (ValueError, TypeError) as error:
+            raise _damaged(f'TimeLift entry "{_key(key)}"', error) from error
     return result
 
 

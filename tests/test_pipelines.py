@@ -24,6 +24,8 @@ from torch import Tensor
 
 import dywspan
 from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
+from dywspan.core.time_lift import TimeLift
+from dywspan.pipelines.conditioning import Found, looking_for_modulation
 
 # (test, pipeline, scheduler) -> whether it passed, filled in as the tests run: what the written results are made of.
 OUTCOMES: dict[tuple[str, str, str], bool] = {}
@@ -100,6 +102,48 @@ def result(trace: tp.Trace, batch: int) -> list[Tensor]:
 def skip_unlifted(name: str, scheduler: str = "SpanLiftScheduler") -> None:
     if scheduler == "SpanLiftScheduler" and tp.build(name).unlifted:
         pytest.skip("SpanLift refuses it, as test_swap sees")
+
+
+@functools.cache
+def modulation(name: str) -> Found:
+    """What a row's networks are modulated by; a step cache is looked for without it."""
+    tiny = tp.build(name)
+    if getattr(getattr(tiny.pipe, "transformer", None), "is_cache_enabled", False):
+        return modulation(name.partition(" (")[0])
+    with looking_for_modulation(tiny.pipe) as found:
+        tp.run(tiny, DyWeightScheduler.from_config(tiny.pipe.scheduler), [0])
+    return found
+
+
+def timelift(name: str, size: float) -> DyWeightScheduler:
+    """The table, and offsets of some size."""
+    tiny, draw = tp.build(name), torch.Generator().manual_seed(5)
+    base = dyweight(tiny.pipe.scheduler.config, tiny.steps, tiny.flow)
+    offsets = {k: size * torch.randn(tiny.steps, *shape, generator=draw) for k, shape in modulation(name).items()}
+    return base.with_time_lifts({tiny.steps: TimeLift(offsets)})
+
+
+@rows
+def test_time_lift(name: str) -> None:
+    """Offsets change what is sampled; zeros do not, by a bit; and the networks are left as they were."""
+    tiny = tp.build(name)
+    if tiny.unmodulated:
+        with outcome("time lift", name), pytest.raises(ValueError, match="TimeLift finds nothing"):
+            modulation(name)
+        return
+    state = {f"{i}.{k}": v.clone() for i, network in enumerate(tiny.networks) for k, v in network.state_dict().items()}
+    with outcome("time lift", name):
+        outputs = [sampled(name, "DyWeightScheduler", tiny.samples)]
+        for scheduler in (timelift(name, 0.0), timelift(name, 0.2)):
+            with dywspan.apply(tiny.pipe, scheduler):
+                outputs.append(tp.run(tiny, scheduler, tiny.samples))
+        base, zero, moved = (result(trace, tiny.batch)[1] for trace in outputs)
+        assert torch.equal(zero, base)
+        assert distance(moved, base) > 1e-3, "the offsets changed nothing"
+        for i, network in enumerate(tiny.networks):
+            own = network.state_dict()
+            assert all(torch.equal(v, state[f"{i}.{k}"]) for k, v in own.items()), "the network was left changed"
+            assert len(own) == sum(k.startswith(f"{i}.") for k in state)
 
 
 @rows
@@ -393,7 +437,7 @@ def test_times_apart_from_levels_are_refused() -> None:
 
 def test_results_are_written_down() -> None:
     """The committed list is the registry's; a run of the whole file with DYWSPAN_WRITE_DOCS=1 writes it anew."""
-    names = [name for name, _ in SCHEDULERS]
+    names = [*(name for name, _ in SCHEDULERS), "TimeLift"]
     if os.environ.get("DYWSPAN_WRITE_DOCS") == "1":
         report.write(OUTCOMES, names)
     report.check(names)

@@ -190,7 +190,7 @@ def test_a_push_in_the_middle_of_a_download(online: dict[str, Any], hub: Hub) ->
     ("call", "kind", "words"),
     [
         ("private without token", "os", ["org/secret", "token"]),
-        ("half", "os", ["org/half has a SpanLift configuration but no", WEIGHTS]),
+        ("half", "os", ["org/half has a solver's configuration but no", WEIGHTS]),
         ("cut", "os", ["org/cut", "broke off", "local_files_only=True"]),
         ("wrong subfolder", "os", ["org/solvers", CONFIG]),
         ("not cached", "os", ["org/other"]),

@@ -10,12 +10,23 @@ from ..artifact import for_every_count, markdown, provenances, steps_of, write_a
 
 _USE = """```python
 from diffusers import DiffusionPipeline
-from dywspan import {imports}
+{imports}
 
 pipe = {load}
-pipe.scheduler = {kind}.from_pretrained("{where}")
+{swap}
 result = pipe({arguments}num_inference_steps={steps})
 ```"""
+
+
+def _network(scheduler: Any) -> str:
+    """What becomes of the network."""
+    if not scheduler.time_lifts:
+        return "The network is unchanged; only the solver is learned."
+    lifted = ", ".join(map(str, sorted(scheduler.time_lifts)))
+    return (
+        f"For {lifted} steps it has a TimeLift: in a call of the pipeline the network's few parameters that tell its "
+        "layers the time are moved at each step, and put back. All others are unchanged."
+    )
 
 
 def errors(scheduler: Any) -> list[dict[str, Any]]:
@@ -64,19 +75,26 @@ def write_card(
         arguments |= variants[len(variants) // 2]
     given = [f"{k}={v!r}, " for k, v in arguments.items()]
     steps = [*dict.fromkeys(map(steps_of, made))]
-    use = {"kind": kind, "imports": kind}
+    where = settings["push_to_hub"] or folder.name
+    use = {"imports": f"from dywspan import {kind}", "steps": steps[len(steps) // 2]}
     use["load"] = f'DiffusionPipeline.from_pretrained("{model}")' if model else "..."
-    use |= {"where": settings["push_to_hub"] or folder.name, "steps": steps[len(steps) // 2]}
-    if any(getattr(f, "guidance_scale", None) is not None for f in (for_every_count(scheduler), scheduler.continuous)):
-        use |= {"imports": f"{kind}, bind", "load": f"bind({use['load']})  # tells the solver the guidance scale"}
+    use["swap"] = f'pipe.scheduler = {kind}.from_pretrained("{where}")'
+    if scheduler.time_lifts:
+        use |= {"imports": "import dywspan", "swap": f'dywspan.apply(pipe, "{where}")'}
+    elif any(
+        getattr(f, "guidance_scale", None) is not None for f in (for_every_count(scheduler), scheduler.continuous)
+    ):
+        use |= {
+            "imports": f"from dywspan import {kind}, bind",
+            "load": f"bind({use['load']})  # tells the solver the guidance scale",
+        }
     title = (Path(model).name if Path(model).exists() else model) or "a pipeline of one's own"
     counts = ", ".join(map(str, steps))
     if for_every_count(scheduler) is not None:
         counts += " and any other number of"
     text = [
         f"# Few-step solvers for {title}",
-        f"Learned with dywspan (`pip install dywspan`): `{kind}` for {counts} steps. "
-        "The network is unchanged; only the solver is learned.",
+        f"Learned with dywspan (`pip install dywspan`): `{kind}` for {counts} steps. {_network(scheduler)}",
         _USE.format(**use, arguments="".join(given)),
         "Error of the endpoint to the teacher's, from the same noise. The best update was chosen by the validation "
         "error; pairs of a test error were used for nothing else:",

@@ -19,10 +19,11 @@ from .config import OPTIMIZERS, DistillConfig
 from .lift import gone_on_with
 
 _OF_SOLVERS = {*BASE, *("layout", "operator", "lifts", "continuous_lift", "weights_sha256", "dywspan_version")}
+_OF_SOLVERS |= {"time_lifts", "timelift_sha256"}
 
 
 def find_base(config: DistillConfig, pipe: Any) -> Any:
-    """SpanLift's base: a DyWeight or SpanLift artefact, or a classical solver for every number of steps."""
+    """What is lifted: a DyWeight or SpanLift artefact, or a classical solver for every number of steps."""
     classical = config.base in BASES
     found: Any = None if classical else load(config.base)
     lifted = isinstance(found, SpanLiftScheduler)
@@ -43,6 +44,13 @@ def find_base(config: DistillConfig, pipe: Any) -> Any:
         raise ValueError(
             f"base={config.base!r} has tables for {sorted(found.tables)} steps only, and continuous needs a base for "
             "every number: one learned with continuous, or a base solver."
+        )
+    if config.solver == "timelift":
+        return found
+    if known := sorted({*config.steps} & found.time_lifts.keys()):
+        raise ValueError(
+            f"base={config.base!r} has a TimeLift for {known} steps, which was learned without the SpanLift that is to "
+            "be learned: learn SpanLift first, and TimeLift on it."
         )
     return gone_on_with(found, config.steps, config.continuous) if lifted else found
 
@@ -69,16 +77,21 @@ def check_operator(config: DistillConfig) -> None:
         raise ValueError(f"operator={config.operator} does not describe a SpanLift operator: {error}.") from None
 
 
-def check_extension(existing: SpanLiftScheduler | None, base: DyWeightScheduler, config: DistillConfig) -> None:
-    """A SpanLift artefact has one base, one layout and one size of operator: found out now, not after learning."""
+def check_extension(existing: DyWeightScheduler | None, base: DyWeightScheduler, config: DistillConfig) -> None:
+    """An artefact has one base, and a SpanLift artefact one layout and one size of operator: found out now."""
     if existing is None:
         return
-    size = {"order": config.order, **config.operator}
-    wrong = different_bases(existing.config, base.config)
-    wrong += ["layout"] if existing.config["layout"] != config.layout else []
-    wrong += [f"operator.{k}" for k, v in size.items() if existing.config["operator"].get(k, v) != v]
+    wrong, what = [] if config.learn_base else different_bases(existing.config, base.config), "operators"
+    if config.solver == "timelift":
+        what = "solvers on bases"
+        wrong += ["class"] if type(existing) is not type(base) else []
+        wrong += ["lifts"] if existing.config.get("lifts") != base.config.get("lifts") else []
+    else:
+        size = {"order": config.order, **config.operator}
+        wrong += ["layout"] if existing.config["layout"] != config.layout else []
+        wrong += [f"operator.{k}" for k, v in size.items() if existing.config["operator"].get(k, v) != v]
     if wrong:
-        raise ValueError(f"{config.output} holds operators that differ in {wrong}: choose another output.")
+        raise ValueError(f"{config.output} holds {what} that differ in {wrong}: choose another output.")
 
 
 def check_model(existing: DyWeightScheduler, new: DyWeightScheduler, config: DistillConfig) -> None:

@@ -34,7 +34,9 @@ class LearningConfig:
     updates: int | None = option(None, f"for each solver; {_SAID['updates']}")
     batch_size: int = option(8, "pairs an update sees, over all processes: results do not depend on their number")
     micro_batch_size: int | None = option(None, "pairs a process computes at a time; by default all of its share")
-    lr: float | None = option(None, "peak rate, after warm-up and before cosine decay; default 1e-2, SpanLift 1e-3")
+    lr: float | None = option(
+        None, "peak rate, after warm-up and before cosine decay; default 1e-2, SpanLift 1e-3, TimeLift 2e-3"
+    )
     weight_decay: float = option(0.0, "of the optimiser")
     clip: float = option(1.0, "gradient norm")
     order: int = option(2, "K, derivatives a step may use")
@@ -45,6 +47,7 @@ class LearningConfig:
     bounded: float = option(0.0, "s = 1 + this (2 sigmoid(phi) - 1): 0.5 is the paper's for FLUX; 0: s is free")
     time_shifting: bool = option(True, "levels follow the weights' sums (DyWeight eq. 9); off for the ablation")
     time_scaling: bool = option(True, "learn s; off for the ablation")
+    learn_base: bool = option(False, "timelift: learn the base's table together with the offsets")
     path_substeps: int = option(0, "substeps of a teacher for every step (DyWeight eq. A.15); 0: endpoint only")
     ridge: float = option(0.0, "least_squares: weight of the squared distance to the start, for few pairs")
     difference: float | None = option(None, "least_squares: step of the differences; default by precision")
@@ -100,7 +103,7 @@ class DistillConfig(LearningConfig):
     on_the_fly: bool = option(False, "fresh training pairs for each update, not kept")
     cache: str | None = option(None, "directory of teacher pairs, to share between runs; by default in output")
 
-    solver: Literal["dyweight", "spanlift"] = option("dyweight", "what is learned")
+    solver: Literal["dyweight", "spanlift", "timelift"] = option("dyweight", "what is learned")
     steps: list[int] = option([5], "numbers of steps to learn for")
     continuous: bool = option(
         False, "learn from steps one function that writes a table, or a lift, for any number of them"
@@ -112,7 +115,10 @@ class DistillConfig(LearningConfig):
         {}, 'continuous: learn for several calls together, and follow their guidance scales; {"small": {"height": 512}}'
     )
     grid: dict[str, Any] | None = option(None, 'nominal grid of tables, e.g. {"name": "flow", "shift": 3}')
-    base: str = option("euler", "of SpanLift: a DyWeight artefact, a base solver, or a SpanLift artefact to go on from")
+    base: str = option(
+        "euler",
+        "of SpanLift and TimeLift: a base solver, or a DyWeight or SpanLift artefact; lifts there are gone on with",
+    )
     layout: str = option("image", f"of the latents, for SpanLift and decoding: {', '.join(sorted(LAYOUTS))}")
     operator: dict[str, Any] = option({}, 'SpanLift operator, e.g. {"width": 32}')
     shared: bool = option(False, "one SpanLift operator for all steps, not one for each")
@@ -175,7 +181,14 @@ class DistillConfig(LearningConfig):
         if self.regression and (self.solver != "dyweight" or self.afs):
             raise ValueError("regression fits the rows of tables without afs: leave it at 0 for anything else.")
         if self.path_substeps and self.solver != "dyweight":
-            raise ValueError("path_substeps supervises tables: leave it at 0 for SpanLift.")
+            raise ValueError(f"path_substeps supervises tables: leave it at 0 for {self.solver}.")
+        if self.solver == "timelift" and (self.continuous or self.optimizer == "least_squares" or self.fsdp):
+            raise ValueError(
+                "timelift is learned by gradients, for each number of steps by itself, on whole networks: use adam or "
+                "adamw, and leave out continuous and fsdp."
+            )
+        if self.learn_base and self.solver != "timelift":
+            raise ValueError("learn_base is for timelift: leave it out.")
         if self.optimizer == "least_squares" and self.path_substeps:
             raise ValueError("least_squares learns from endpoints: set path_substeps to 0.")
         if self.test_prompts is not None and not self.test:

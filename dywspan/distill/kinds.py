@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .lift import LiftStudent
 from .student import ContinuousStudent, Student, TableStudent
+from .time_lift import TimeStudent
 
 # By solver, and by whether one function is learned for every number of steps.
 STUDENTS: dict[tuple[str, bool], type[Student]] = {
@@ -11,4 +12,5 @@ STUDENTS: dict[tuple[str, bool], type[Student]] = {
     ("dyweight", True): ContinuousStudent,
     ("spanlift", False): LiftStudent,
     ("spanlift", True): LiftStudent,
+    ("timelift", False): TimeStudent,
 }

@@ -60,7 +60,7 @@ class LiftStudent(Student):
             channels = LAYOUTS[layout].channels((1, *sample_shape))
             size = {"channels": channels, "order": order, **(operator or {})}
             # A base that was part of a SpanLift solver may still name its lifts.
-            none = dict.fromkeys(("lifts", "continuous_lift", "weights_sha256"))
+            none = dict.fromkeys(("lifts", "continuous_lift", "weights_sha256", "time_lifts", "timelift_sha256"))
             scheduler = SpanLiftScheduler.from_config(base.config, layout=layout, operator=size, **none)
             if horizon is not None:
                 scheduler.continuous_lift = ContinuousLift.initial(_order(base), horizon=horizon, operator=name)
@@ -151,6 +151,7 @@ def gone_on_with(base: SpanLiftScheduler, steps: Sequence[int], continuous: bool
     scheduler.continuous_lift = scheduler.continuous_lift if continuous else None
     names = {lift.operator for lift in (scheduler.continuous_lift, *scheduler.lifts.values()) if lift is not None}
     scheduler.operators = {name: scheduler.operators[name] for name in sorted(names)}
+    scheduler.time_lifts = {}
     return scheduler
 
 

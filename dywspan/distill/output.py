@@ -9,8 +9,8 @@ from typing import Any
 
 from ..pipelines.pairs import UNWRITABLE
 from ..pipelines.processes import is_main
+from ..schedulers.apply import KINDS, load
 from ..schedulers.dyweight import DyWeightScheduler
-from ..schedulers.spanlift import SpanLiftScheduler
 from .config import DistillConfig
 
 SPARE = ".spare"  # a copy of the artefact, in its folder
@@ -18,18 +18,18 @@ SPARE = ".spare"  # a copy of the artefact, in its folder
 
 def find_artefact(config: DistillConfig) -> Any:
     """What lies in the output folder from an earlier run and is added to."""
-    kind = SpanLiftScheduler if config.solver == "spanlift" else DyWeightScheduler
-    if not (Path(config.output) / kind.config_name).exists():
+    if not (Path(config.output) / DyWeightScheduler.config_name).exists():
         return None
-    found = kind.load_config(config.output).get("_class_name")
-    if found != kind.__name__:
-        raise ValueError(f"{config.output} holds a {found}: choose another output for a {kind.__name__}.")
+    found = DyWeightScheduler.load_config(config.output).get("_class_name")
+    wanted = {"dyweight": {"DyWeightScheduler"}, "spanlift": {"SpanLiftScheduler"}}.get(config.solver, {*KINDS})
+    if found not in wanted:
+        raise ValueError(f"{config.output} holds a {found}: choose another output for a {' or '.join(sorted(wanted))}.")
     try:
-        return kind.from_pretrained(config.output)
+        return load(config.output)
     except (ValueError, OSError):
         if not (spare := Path(config.output) / SPARE).exists():
             raise
-        return kind.from_pretrained(spare)
+        return load(spare)
 
 
 def save_artefact(artefact: Any, output: Path) -> None:
@@ -80,7 +80,7 @@ def push(repository: str, output: Path) -> None:
     """
     from huggingface_hub import HfApi
 
-    files = ["scheduler_config.json", "spanlift.safetensors", "README.md", "*.png"]
+    files = ["scheduler_config.json", "*.safetensors", "README.md", "*.png"]
     try:
         api = HfApi()
         url = api.create_repo(repository, exist_ok=True)

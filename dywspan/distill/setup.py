@@ -68,7 +68,7 @@ class Setup:
     def key(self, group: list[int]) -> str:
         """Hash of everything that the result for these numbers of steps depends on."""
         own = {} if self.base is None else self.base.config
-        base = {k: own.get(k) for k in (*BASE, "lifts", "continuous_lift", "weights_sha256")}
+        base = {k: own.get(k) for k in (*BASE, "lifts", "continuous_lift", "weights_sha256", "timelift_sha256")}
         base["tables"] = {n: table for n, table in (base["tables"] or {}).items() if int(n) in group}
         host = {k: v for k, v in self.pipe.scheduler.config.items() if not k.startswith("_") and v is not None}
         known = [self.teacher.describe(), host, self.inputs, self.held_out_inputs]
@@ -185,10 +185,10 @@ def prepare(pipe: Any, config: DistillConfig, left_out: Mapping[str, bytes] | No
         check_call(pipe, inputs, call)
     if config.late_starts and "latents" not in call_arguments(pipe):
         raise ValueError(f"late_starts={config.late_starts} need a pipeline that takes latents: leave them out.")
-    base = find_base(config, pipe) if config.solver == "spanlift" else None
-    if isinstance(base, SpanLiftScheduler):  # its operators stay of their size
-        if Path(config.base).resolve() == Path(config.output).resolve():
-            raise ValueError(f"base and output are both {config.output}: a killed run could not go on from its base.")
+    base = find_base(config, pipe) if config.solver != "dyweight" else None
+    if base is not None and Path(config.base).resolve() == Path(config.output).resolve():
+        raise ValueError(f"base and output are both {config.output}: a killed run could not go on from its base.")
+    if config.solver == "spanlift" and isinstance(base, SpanLiftScheduler):  # its operators stay of their size
         own = base.config["operator"]
         config = replace(config, layout=base.config["layout"], order=own["order"], operator=dict(own))
     teacher = find_teacher(pipe, config.teacher, config.teacher_steps, config.teacher_order, config.teacher_grid)
@@ -202,7 +202,8 @@ def prepare(pipe: Any, config: DistillConfig, left_out: Mapping[str, bytes] | No
     setup = Setup(config, pipe, inputs, held_out_inputs, test_inputs, teacher, loss, base, model, left_out)
     check_variants(pipe, config, {**inputs[0]}, [*setup.calls.values()])
     if base is not None:
-        check_operator(config)
+        if config.solver == "spanlift":
+            check_operator(config)
         check_extension(existing, base, config)
     for n in config.steps:
         set_timesteps(setup.untrained(n), n)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..schedulers.calls import moves_by_groups
 from .networks import denoisers, dtype_of, hooks_of, place
 
 _WAY_OUT = "learn by optimizer='least_squares', which needs forward passes only"
@@ -32,7 +33,7 @@ def check_gradients(pipe: Any, recompute: bool = True) -> None:
     kind = type(pipe).__name__
     for name, network in denoisers(pipe).items():
         device = place(pipe, network)
-        if device.type != "cpu" and _moves_by_groups(network):
+        if device.type != "cpu" and moves_by_groups(network):
             raise ValueError(
                 f"{kind}: the weights of its {name} are offloaded by groups, and gone when gradients are taken: "
                 f"offload by enable_sequential_cpu_offload or, with recompute, enable_model_cpu_offload; or {_WAY_OUT}."
@@ -52,14 +53,6 @@ def check_gradients(pipe: Any, recompute: bool = True) -> None:
 
 def _moves_whole(network: nn.Module) -> bool:
     return any(not hasattr(hook, "weights_map") for hook in hooks_of(network))
-
-
-def _moves_by_groups(network: nn.Module) -> bool:
-    try:
-        from diffusers.hooks.group_offloading import _is_group_offload_enabled
-    except ImportError:
-        return False
-    return _is_group_offload_enabled(network)
 
 
 def _unknown_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -6,16 +6,17 @@ A pipeline may be quantised, compiled, offloaded or modular, and its networks ma
 from __future__ import annotations
 
 import functools
-import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_TIME = re.compile(r"(^|_)(t|r|sigmas?|time|times|timesteps?)(_|$)")  # names of the argument that is the time
+from ..schedulers.calls import call_parameters, comes_from, core, is_nameless, wrapped
+
+TIME = re.compile(r"(^|_)(t|r|sigmas?|time|times|timesteps?)(_|$)")  # names of the argument that is the time
 
 
 def denoisers(pipe: Any) -> dict[str, nn.Module]:
@@ -28,19 +29,7 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
     """
     found = {k: m for k, m in pipe.components.items() if isinstance(m, nn.Module) and not _decodes_or_encodes(m)}
     told = {k: m for k, m in found.items() if _is_told_the_time(m)}
-    return told or {k: m for k, m in found.items() if not _comes_from(core(m), "diffusers")}
-
-
-def core(module: nn.Module) -> nn.Module:
-    """What it is a wrapper of, as ``torch.compile``, PEFT and data parallelism make them; else itself."""
-    while not (_comes_from(module, "diffusers") or _comes_from(module, "transformers")):
-        children = [*module.children()]
-        if len(children) != 1 or any(True for _ in module.parameters(recurse=False)):
-            break
-        if not _is_nameless(module):
-            break
-        (module,) = children
-    return module
+    return told or {k: m for k, m in found.items() if not comes_from(core(m), "diffusers")}
 
 
 def _decodes_or_encodes(module: nn.Module) -> bool:
@@ -48,59 +37,15 @@ def _decodes_or_encodes(module: nn.Module) -> bool:
     return hasattr(inner, "decode") or any(kind.__module__.startswith("transformers.") for kind in type(inner).__mro__)
 
 
-def _comes_from(module: nn.Module, package: str) -> bool:
-    return type(module).__module__.startswith(f"{package}.")
-
-
-def _parameters(module: nn.Module) -> list[inspect.Parameter]:
-    try:  # of the class: an instance's may be a hook's
-        return [*inspect.signature(type(module).forward).parameters.values()][1:]
-    except (AttributeError, TypeError, ValueError):  # scripted
-        return []
-
-
-def _is_nameless(module: nn.Module) -> bool:
-    """Whether it takes whatever comes and hands it on."""
-    return all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in _parameters(module))
-
-
 def _is_told_the_time(module: nn.Module) -> bool:
     inner = core(module)
-    if _is_nameless(inner):
-        return not _comes_from(inner, "diffusers")
+    if is_nameless(inner):
+        return not comes_from(inner, "diffusers")
     # A switch, such as a vocoder's ``time_last``, is no time.
-    return any(_TIME.search(p.name) and not isinstance(p.default, bool) for p in _parameters(inner))
+    return any(TIME.search(p.name) and not isinstance(p.default, bool) for p in call_parameters(inner))
 
 
 # ------------------------------------------------------------------------------------------------------ around a call
-
-
-@contextmanager
-def wrapped(
-    modules: Iterable[nn.Module], wrap: Callable[[Callable[..., Any]], Callable[..., Any]], inside: bool = False
-) -> Iterator[None]:
-    """``module(...)`` is ``wrap`` of what it was within, and as it was afterwards; nests.
-
-    The call is wrapped and not ``forward``, which accelerate's hooks put back when they are taken off, as model
-    offloading does after each of a pipeline's calls, and which a compiled module may never look up again. ``__call__``
-    asks the instance for ``_compiled_call_impl`` first. What is not of a module itself, ``OptimizedModule`` writes
-    into the one it compiled: hence ``vars``.
-
-    Args:
-        inside: wrap ``forward``, within all hooks: those that gather a sharded block's weights must not run twice.
-    """
-    name, usual = ("forward", "forward") if inside else ("_compiled_call_impl", "_call_impl")
-    before = [(module, vars(module).get(name)) for module in modules]
-    for module, former in before:
-        vars(module)[name] = wrap(former or getattr(module, usual))
-    try:
-        yield
-    finally:
-        for module, former in before:
-            if former is None:
-                vars(module).pop(name, None)
-            else:
-                vars(module)[name] = former
 
 
 class Left(BaseException):

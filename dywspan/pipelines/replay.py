@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .networks import denoisers, wrapped
+from ..schedulers.calls import TOLD, wrapped
+from .networks import denoisers
 
 Tape = list[tuple[list[Any], list[int], Any]]  # of calls: inputs, versions of all tensors, output
 
@@ -97,7 +98,8 @@ class Replay:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.mode == "off":
                 return forward(*args, **kwargs)
-            inputs = tree_leaves((args, kwargs))
+            told = TOLD.get()
+            inputs = tree_leaves((args, kwargs)) + ([] if told is None else [*told.values])
             if self.mode == "record":
                 output = forward(*args, **kwargs)
                 self.tape.append((inputs, _versions([*inputs, *tree_leaves(output)]), output))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import diffusers
@@ -17,9 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..artifact import release
 from ..schedulers.bind import call_arguments
+from ..schedulers.calls import TOLD, core, wrapped
 from ..schedulers.dyweight import DyWeightScheduler
+from ..schedulers.time_lifting import time_lifted
 from .modular import blocks_of, differentiable
-from .networks import Left, core, denoisers, wrapped
+from .networks import Left, denoisers
 
 
 def load_pipeline(
@@ -121,7 +123,7 @@ def rollout(
     own, output = pipe.scheduler, None
     pipe.scheduler, scheduler.step = scheduler, watched
     try:
-        with differentiable(pipe):
+        with differentiable(pipe), time_lifted(pipe, scheduler):
             output = run(pipe, **call)
     except _LastStep:
         if hasattr(pipe, "maybe_free_model_hooks"):
@@ -139,7 +141,11 @@ def rollout(
 
 def set_timesteps(scheduler: DyWeightScheduler, steps: int) -> None:
     """Outside a pipeline's call, where only the number of steps matters: any resolution's shift will do."""
-    scheduler.set_timesteps(steps, mu=1.0 if scheduler.config.get("use_dynamic_shifting") else None)
+    before, scheduler.lifting = scheduler.lifting, True  # no network is asked
+    try:
+        scheduler.set_timesteps(steps, mu=1.0 if scheduler.config.get("use_dynamic_shifting") else None)
+    finally:
+        scheduler.lifting = before
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -232,6 +238,8 @@ def _units(pipe: Any, by_blocks: bool) -> tuple[list[nn.Module], list[nn.Module]
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if (told := TOLD.get()) is not None:  # and has to be again when the call is repeated
+            kwargs["context_fn"] = lambda: (nullcontext(), told.within())
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return call

@@ -16,6 +16,7 @@ from .bind import bind, is_modular, unbind
 from .dyweight import DyWeightScheduler
 from .hosts import different_networks
 from .spanlift import SpanLiftScheduler
+from .time_lifting import find_places
 
 KINDS: dict[str, type[DyWeightScheduler]] = {k.__name__: k for k in (DyWeightScheduler, SpanLiftScheduler)}
 
@@ -103,12 +104,14 @@ def apply(
             "it may be no better than a classical solver.",
             stacklevel=2,
         )
+    for lift in scheduler.time_lifts.values():
+        find_places(pipe, lift)
     return Applied(pipe, scheduler)
 
 
 def models(scheduler: DyWeightScheduler) -> set[str]:
     """The base models that its numbers were learned on, as far as they say."""
-    parts: list[Any] = [*scheduler.tables.values(), scheduler.continuous]
+    parts: list[Any] = [*scheduler.tables.values(), scheduler.continuous, *scheduler.time_lifts.values()]
     if isinstance(scheduler, SpanLiftScheduler):
         parts += [*scheduler.lifts.values(), scheduler.continuous_lift]
     found: list[Mapping[str, Any]] = [p.provenance for p in parts if p is not None]

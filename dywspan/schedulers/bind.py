@@ -12,6 +12,7 @@ from ..core.layout import LAYOUTS, Packed
 from .dyweight import DyWeightScheduler
 from .sources import LateStart
 from .spanlift import SpanLiftScheduler
+from .time_lifting import time_lifted
 
 _UNBOUND = "_unbound"  # in the class of a bound pipeline: the class it had
 
@@ -19,7 +20,8 @@ _UNBOUND = "_unbound"  # in the class of a bound pipeline: the class it had
 def bind(pipe: Any) -> Any:
     """Make a pipeline tell its scheduler, in every call, what it is called with.
 
-    That is the guidance scale, SpanLift's height and width, and the step that an image-to-image call begins at.
+    That is the guidance scale, SpanLift's height and width, and the step that an image-to-image call begins at. And the
+    pipeline's networks are told what a TimeLift says.
 
     The guidance scale is read from the call, or from the guider of a modular pipeline; height and width from
     ``prepare_latents``, which every pipeline with packed tokens has, or from a modular pipeline's inputs. Both are for
@@ -40,7 +42,8 @@ def bind(pipe: Any) -> Any:
     if is_modular(pipe):
         sized = "height" in call_arguments(pipe)
     late = getattr(kind, "get_timesteps", None)
-    if not sized and late is None and guidance_argument(pipe) is None and not hasattr(pipe, "guider"):
+    lifted = bool(getattr(pipe.scheduler, "time_lifts", None))
+    if not lifted and not sized and late is None and guidance_argument(pipe) is None and not hasattr(pipe, "guider"):
         raise TypeError(
             f"{kind.__name__} has no prepare_latents that takes height and width, and is not called with a "
             "guidance_scale: use scheduler.set_latent_size(height, width) if its tokens are packed, and "
@@ -127,7 +130,7 @@ def _told(call: Callable[..., Any]) -> Any:
     def told(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs).arguments
         given = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
-        with _for_a_call(self.scheduler):
+        with _for_a_call(self.scheduler), time_lifted(self, self.scheduler):
             if isinstance(self.scheduler, DyWeightScheduler):
                 self.scheduler.set_guidance_scale(guidance_scale(self, given))
                 if is_modular(self):
@@ -166,10 +169,14 @@ def _beginning(get_timesteps: Callable[..., Any]) -> Any:
     @functools.wraps(get_timesteps)
     def told(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return get_timesteps(self, *args, **kwargs)
+            result = get_timesteps(self, *args, **kwargs)
         except LateStart as late:
             self.scheduler.begin_at(late.begin)
-        return get_timesteps(self, *args, **kwargs)
+            result = get_timesteps(self, *args, **kwargs)
+        if getattr(self.scheduler, "time_lifts", None) and self.scheduler.begin_index is None:
+            # The network is told the time of the first step before the scheduler is told which one it is.
+            self.scheduler.set_begin_index(self.scheduler.index_for_timestep(result[0][0]))
+        return result
 
     return told
 

@@ -54,7 +54,7 @@ def find(
         # As diffusers does for the configuration: what is not in the subfolder is looked for above it.
         file = (inner if inner.is_dir() else folder) / name
         if not file.is_file():
-            raise OSError(f"{file} is not there: a SpanLift solver is a configuration and this file, copy both.")
+            raise OSError(f"{file} is not there: this solver is a configuration and this file, copy both.")
         return file
     try:
         with broken_downloads_named(source):
@@ -62,7 +62,7 @@ def find(
             return hf_hub_download(str(source), name, subfolder=subfolder, **{**download, "revision": revision})
     except EntryNotFoundError as error:
         raise OSError(
-            f"{source} has a SpanLift configuration but no {name} beside it "
+            f"{source} has a solver's configuration but no {name} beside it "
             "(or it is not in the cache and the network may not be used)."
         ) from error
 
@@ -72,29 +72,55 @@ def weights_of(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return {f"{n}.{k}": v for n, network in networks.items() for k, v in network.state_dict().items()}
 
 
-def write_weights(file: str | os.PathLike[str], networks: Mapping[str, nn.Module]) -> str:
+def write_tensors(file: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> str:
     """Write a weights file atomically; its SHA-256."""
     # Through bytes: safetensors' own save_file leaves a file that only its owner can read.
-    data = save({k: v.detach().float().cpu().contiguous() for k, v in weights_of(networks).items()})
+    data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
     write_atomically(file, data)
     return hashlib.sha256(data).hexdigest()
 
 
+def read_tensors(file: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """What a weights file holds; nothing but tensors is ever read.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        # Copied: what is read from a file is a view of it, and would change with it.
+        return {name: value.clone() for name, value in load_file(file).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({shown(str(error))}): download it again.") from error
+
+
+def check_digest(file: str | os.PathLike[str], digest: str | None, setting: str) -> None:
+    """A weights file is the one that its configuration was saved with.
+
+    Args:
+        digest: the SHA-256 that it must have; None: any.
+        setting: where that stands.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if digest is not None and digest != hashlib.sha256(Path(file).read_bytes()).hexdigest():
+        raise ValueError(
+            f"{file} is not the file this configuration was saved with ({setting} differs): it is damaged, or "
+            "from another save. Download or copy both again."
+        )
+
+
 def read_weights(file: str | os.PathLike[str], networks: Mapping[str, nn.Module], digest: str | None) -> None:
-    """Give networks their weights; nothing but tensors is ever read.
+    """Give networks their weights.
 
     Args:
         networks: of the right shapes, on any device, "meta" too.
-        digest: the SHA-256 that the file must have; None: any.
+        digest: see :func:`check_digest`.
 
     Raises:
         ValueError: damaged, or made for other networks.
     """
-    try:
-        # Copied: what is read from a file is a view of it, and would change with it.
-        state = {name: value.clone() for name, value in load_file(file).items()}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({shown(str(error))}): download it again.") from error
+    state = read_tensors(file)
     expected = weights_of(networks)
     if state.keys() != expected.keys():
         missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
@@ -112,11 +138,7 @@ def read_weights(file: str | os.PathLike[str], networks: Mapping[str, nn.Module]
             raise ValueError(
                 f"{file}: {name} holds numbers that are not finite, or above {LARGEST:g}. Download or distil it again."
             )
-    if digest is not None and digest != hashlib.sha256(Path(file).read_bytes()).hexdigest():
-        raise ValueError(
-            f"{file} is not the file this configuration was saved with (weights_sha256 differs): it is damaged, or "
-            "from another save. Download or copy both again."
-        )
+    check_digest(file, digest, "weights_sha256")
     for name, network in networks.items():
         network.load_state_dict({k: state[f"{name}.{k}"] for k in network.state_dict()}, assign=True)
         network.requires_grad_(False)

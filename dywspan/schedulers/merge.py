@@ -16,6 +16,7 @@ from .spanlift import BASE, SpanLiftScheduler, different_bases
 
 # What differs between solvers of one model, or says nothing of it.
 _OF_SOLVERS = {"tables", "continuous", "lifts", "continuous_lift", "weights_sha256", "dywspan_version"}
+_OF_SOLVERS |= {"time_lifts", "timelift_sha256"}
 
 
 def merge(solvers: Mapping[str, DyWeightScheduler]) -> tuple[DyWeightScheduler, list[str]]:
@@ -32,19 +33,25 @@ def merge(solvers: Mapping[str, DyWeightScheduler]) -> tuple[DyWeightScheduler, 
     """
     if len(solvers) < 2:
         raise ValueError(f"Only {[*solvers]} was named: merging takes at least two solvers.")
+    result: DyWeightScheduler
     (first, result), *others = solvers.items()
     told: list[str] = []
     for name, other in others:
         _check(first, solvers[first], name, other)
         told += [f"{what}: that of {name} replaces an earlier one" for what in _replaced(result, other)]
-        if isinstance(result, SpanLiftScheduler):
-            assert isinstance(other, SpanLiftScheduler)
-            result = result.with_lifts(other)
-            continue
-        result = result.with_tables([*other.tables.values()])
-        if other.continuous is not None:
-            result = result.with_continuous(other.continuous)
+        former, result = result, _both(result, other)
+        lost = sorted(former.time_lifts.keys() - result.time_lifts.keys())
+        told += [f"TimeLift for {n} steps: left out, as {name} replaces what it was learned on" for n in lost]
     return result, told
+
+
+def _both(ours: Any, theirs: Any) -> Any:
+    if isinstance(ours, SpanLiftScheduler):
+        return ours.with_lifts(theirs)
+    result = ours.with_tables([*theirs.tables.values()])
+    if theirs.continuous is not None:
+        result = result.with_continuous(theirs.continuous)
+    return result.with_time_lifts(theirs.time_lifts)
 
 
 def _check(first: str, ours: DyWeightScheduler, name: str, theirs: DyWeightScheduler) -> None:
@@ -90,6 +97,8 @@ def _parts(scheduler: DyWeightScheduler) -> dict[str, str]:
     for part in found.values() if lifted else ():  # what an operator is called says nothing
         network = scheduler.operators[part["operator"]].state_dict()
         part["operator"] = {name: value.tolist() for name, value in network.items()}
+    for n, lift in scheduler.time_lifts.items():
+        found[f"TimeLift for {n} steps"] = {name: offset.tolist() for name, offset in lift.offsets.items()}
     return {what: json.dumps(part, sort_keys=True) for what, part in found.items()}
 
 

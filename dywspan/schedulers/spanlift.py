@@ -8,12 +8,10 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import logging
 from torch import Tensor
 
 from ..artifact import continuous_to_json, lift_to_json, read_continuous, read_lifts
@@ -24,10 +22,8 @@ from ..core.operator import Lift, Operator, conditioning, make_operator
 from ..core.prediction import EDM
 from ..core.step import Schedule
 from .dyweight import DyWeightScheduler
-from .files import find, read_weights, weights_of, write_weights
+from .files import find, read_weights, weights_of
 from .plan import LiftPlan, Plan, numbers, place
-
-logger = logging.get_logger(__name__)
 
 BASE = ("tables", "continuous", "solver", "solver_order", "grid")  # settings that make the base solver what it is
 
@@ -173,6 +169,9 @@ class SpanLiftScheduler(DyWeightScheduler):
         merged.operators = {name: network for name, network in merged.operators.items() if name in kept}
         names = {name: merged._add(name, network) for name, network in theirs.operators.items()}
         renamed = lambda lift: replace(lift, operator=names[lift.operator])  # noqa: E731
+        # What was learned on one solver does not fit another.
+        replaced = lambda n: n in theirs.lifts or (theirs.continuous_lift is not None and n not in merged.lifts)  # noqa: E731
+        merged.time_lifts = {n: v for n, v in merged.time_lifts.items() if not replaced(n)} | theirs.time_lifts
         merged.lifts |= {n: renamed(lift) for n, lift in theirs.lifts.items()}
         if theirs.continuous_lift is not None:
             merged.continuous_lift = renamed(theirs.continuous_lift)
@@ -213,45 +212,26 @@ class SpanLiftScheduler(DyWeightScheduler):
     def _load_weights(
         self, source: Any, subfolder: str | None, commit: str | None, download: Mapping[str, Any]
     ) -> None:
+        super()._load_weights(source, subfolder, commit, download)
         if self._learned:
             self.load_operator(find(self.weights_name, source, subfolder, commit, download))
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write the operator's weights, then the configuration (and upload both, with ``push_to_hub``)."""
-        folder = Path(save_directory)
+    def _weights(self) -> dict[str, tuple[str, Mapping[str, Tensor]]]:
+        weights = super()._weights()
         if self._learned and not self.operators:
             raise ValueError(
                 "This solver's operator was never loaded, so there is only half of it to save: load it with "
                 "from_pretrained, or set lifts=None, continuous_lift=None."
             )
-        if folder.name == "scheduler" and self.operators:
-            logger.warning(
-                "A SpanLift solver inside a pipeline's folder works from a local directory only: uploaded to the Hub "
-                "there, it keeps diffusers from downloading the pipeline. Push it to a repository of its own: "
-                "pipe.scheduler.push_to_hub(...)."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
         if self.operators:
-            digest = write_weights(folder / self.weights_name, self.operators)
-            self.register_to_config(weights_sha256=digest)
-        # What was learned since this object was made belongs to its configuration.
+            own = {name: value.float() for name, value in self.state_dict().items()}
+            weights[self.weights_name] = ("weights_sha256", own)
+        return weights
+
+    def _record(self, **settings: Any) -> None:
         function = None if self.continuous_lift is None else continuous_to_json(self.continuous_lift)
         lifts = {str(n): lift_to_json(lift) for n, lift in sorted(self.lifts.items())} or None
-        super(DyWeightScheduler, self).register_to_config(lifts=lifts, continuous_lift=function)
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-    def push_to_hub(self, repo_id: str, *args: Any, subfolder: str | None = None, **kwargs: Any) -> str:
-        """Upload to a repository of its own.
-
-        Raises:
-            ValueError: into a folder called "scheduler", where it would break the pipeline it belongs to.
-        """
-        if subfolder is not None and Path(subfolder).name == "scheduler":
-            raise ValueError(
-                f"subfolder={subfolder!r}: weights in a pipeline's scheduler folder keep diffusers from downloading "
-                "the pipeline. Use another folder, such as 'spanlift', or a repository of its own."
-            )
-        return super().push_to_hub(repo_id, *args, subfolder=subfolder, **kwargs)
+        super()._record(lifts=lifts, continuous_lift=function, **settings)
 
     # ------------------------------------------------------------------ sampling
 

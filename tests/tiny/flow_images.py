@@ -151,11 +151,14 @@ def chroma_inputs(i: Indices) -> dict[str, Any]:
     return {**floats, **LATENT, "height": 32, "width": 32}
 
 
+CHROMA = "one network writes what all layers are told"
+
+
 @row("ChromaPipeline")
 def chroma() -> Tiny:
     exercises = "Flux layout with true guidance in two calls"
     pipe = d.ChromaPipeline(**chroma_parts())
-    return Tiny(pipe, chroma_inputs, exercises, branches=2, told=per_mille, layout="packed")
+    return Tiny(pipe, chroma_inputs, exercises, branches=2, told=per_mille, layout="packed", unmodulated=CHROMA)
 
 
 class UncutDPMSolver(d.DPMSolverMultistepScheduler):

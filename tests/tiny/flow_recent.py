@@ -9,7 +9,7 @@ from unittest.mock import patch
 import diffusers as d
 import torch
 
-from .flow_images import chroma_inputs, chroma_parts, flux, flux2_parts, flux_inputs, sd3
+from .flow_images import CHROMA, chroma_inputs, chroma_parts, flux, flux2_parts, flux_inputs, sd3
 from .parts import LATENT, NO_TEXT, Stub, flow_euler, images, masks, normal, per_mille, text, vae
 from .registry import Indices, Tiny, awaken, row
 
@@ -110,7 +110,17 @@ def chroma_img2img() -> Tiny:
     pipe = d.ChromaImg2ImgPipeline(**chroma_parts())
     inputs = lambda i: {**chroma_inputs(i), "image": images(i), "strength": 0.5}
     exercises = "packed img2img with true guidance"
-    return Tiny(pipe, inputs, exercises, steps=4, seen=lambda t: t[2:], branches=2, told=per_mille, layout="packed")
+    return Tiny(
+        pipe,
+        inputs,
+        exercises,
+        steps=4,
+        seen=lambda t: t[2:],
+        branches=2,
+        told=per_mille,
+        layout="packed",
+        unmodulated=CHROMA,
+    )
 
 
 @row("HiDreamImagePipeline")

@@ -66,7 +66,7 @@ def cosmos3() -> Tiny:
     return Tiny(
         pipe, inputs, exercises, batch=1, branches=2, exact={"solver": "unipc", "solver_order": 2}, twin=UncutUniP,
         layout="video", channels=16,
-        unlifted="its sample has another axis before that of the batch",
+        unlifted="its sample has another axis before that of the batch", unmodulated="each token is told its time",
         result=lambda output: video_and_sound([output.video, output.sound[None]]),
     )  # fmt: skip
 

@@ -34,6 +34,7 @@ class Tiny:
         result: what to compare of what a call returns.
         experts: networks that are asked in place of the denoiser at some times.
         unlifted: why SpanLift cannot lift the sample and refuses it.
+        unmodulated: why TimeLift finds nothing in the network and refuses it.
         layout: of the sample in ``step``, and channels: of its latent; see ``dywspan.core.layout``.
         tolerance: how far two float32 ways to the same result may be apart, in units of the result's largest value.
         batch: how many samples the tests ask for together; 1 where a call makes no more.
@@ -53,6 +54,7 @@ class Tiny:
     result: Callable[[Any], Any] = lambda output: output[0]
     experts: tuple[str, ...] = ()
     unlifted: str = ""
+    unmodulated: str = ""
     layout: str = "image"
     channels: int = 4
     tolerance: float = 1e-4

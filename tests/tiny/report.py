@@ -58,9 +58,13 @@ def write(outcomes: Outcomes, schedulers: Sequence[str]) -> None:
 def _row(tiny: Tiny, name: str, scheduler: str, outcomes: Outcomes) -> dict[str, Any]:
     """``ok``: it works; ``refused``: why it does not, in words, where the scheduler says so with an error."""
     if name in REFUSED:
-        ok, refused = False, tiny.exercises if outcomes["refused", name, scheduler] else None
+        who = "DyWeightScheduler" if scheduler == "TimeLift" else scheduler
+        ok, refused = False, tiny.exercises if outcomes["refused", name, who] else None
     elif scheduler == "SpanLiftScheduler" and tiny.unlifted:
         ok, refused = False, tiny.unlifted if outcomes["swap", name, scheduler] else None
+    elif scheduler == "TimeLift":
+        found = outcomes["time lift", name, "DyWeightScheduler"]
+        ok, refused = found and not tiny.unmodulated, tiny.unmodulated if found and tiny.unmodulated else None
     else:
         tests = [("swap", scheduler), ("by hand", scheduler), ("exact", "DyWeightScheduler")]
         ok, refused = all([outcomes[test, name, which] for test, which in tests]), None
@@ -86,6 +90,8 @@ def _page(tinies: Mapping[str, Tiny], rows: Sequence[dict[str, Any]], schedulers
         "- the network is told exactly `scheduler.timesteps`, once per step and guidance branch;",
         "- every step of the learned table and of the lifted one equals the papers' equations evaluated by hand;",
         "- a lift of zero is its base, bit for bit;",
+        "- TimeLift finds what to learn in its network; offsets of zero change nothing, bit for bit, and after a call",
+        "  the network is as it was;",
         "- the classical solver in the third column gives the same result as the scheduler the pipeline came with.",
         "",
         f"| pipeline | what this row adds | equals own scheduler | {' | '.join(schedulers)} |",

@@ -1,0 +1,107 @@
+"""What TimeLift learns: offsets of what each layer of a network is told, at each step of a solver that stays or not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.time_lift import TimeLift
+from ..pipelines.conditioning import Found, looking_for_modulation
+from ..pipelines.networks import place
+from ..pipelines.rollout import sample
+from ..schedulers.dyweight import DyWeightScheduler
+from .config import LearningConfig
+from .student import Made, Student, TableStudent
+from .task import Task
+
+
+class TimeStudent(Student):
+    """Offsets of a network's modulation at each step of a solver.
+
+    Args:
+        base: the solver: a table, SpanLift on one, or a classical one; a time lift that it has is gone on with.
+        steps: number of steps to learn for.
+        evaluations: of the network, in so many steps.
+        found: what the network is modulated by.
+        table: learn the base's table as well.
+        device: where the network computes.
+    """
+
+    lr = 2e-3
+
+    def __init__(
+        self,
+        base: DyWeightScheduler,
+        steps: int,
+        evaluations: int,
+        found: Found,
+        *,
+        table: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.scheduler, self.steps = copy.deepcopy(base), steps
+        start = self.scheduler.time_lifts.get(steps, TimeLift()).offsets
+        self.offsets = {
+            name: start.get(name, torch.zeros(evaluations, *shape)).to(device, torch.float32).requires_grad_()
+            for name, shape in found.items()
+        }
+        self.scheduler.time_lifts = {}
+        self.table = TableStudent(self.scheduler, base.tables[steps]) if table else None
+
+    @classmethod
+    def start(cls, task: Task) -> TimeStudent:
+        """
+        Raises:
+            ValueError: no base, no table to learn besides, variants, or a network that is told the time nowhere.
+        """
+        (steps,), base, config = task.steps, task.base, task.config
+        if base is None:
+            raise ValueError("TimeLift is learned on a base: tables, a classical solver or a SpanLift solver.")
+        if any(term.variant is not None for term in task.terms):
+            raise ValueError("TimeLift is learned for one call: leave out variants.")
+        if config.learn_base and steps not in base.tables:
+            raise ValueError(f"learn_base: the base has no table for {steps} steps, only for {sorted(base.tables)}.")
+        pairs, call = task.middle.held_out[:2], task.middle.call
+        plain = copy.deepcopy(base)
+        plain.time_lifts = {}
+        with torch.no_grad(), looking_for_modulation(task.pipe) as found:
+            sample(task.pipe, plain, steps, pairs.inputs, pairs.seeds, call)
+        options: dict[str, Any] = {"table": config.learn_base, "device": place(task.pipe)}
+        return cls(base, steps, len(plain.timesteps), found, **options)
+
+    @classmethod
+    def untrained(
+        cls, base: DyWeightScheduler, steps: int, config: LearningConfig, grid: Mapping[str, Any] | None
+    ) -> DyWeightScheduler:
+        return base
+
+    def result(self, made: Made) -> DyWeightScheduler:
+        scheduler, provenance = self.scheduler, made(str(self.steps))
+        if self.table is not None:
+            with torch.no_grad():
+                table = self.table.table()
+            numbers = {"weights": table.weights.detach(), "time_scale": table.time_scale.detach().clone()}
+            scheduler = scheduler.with_tables([replace(table, **numbers)])
+        offsets = {name: offset.detach().cpu().half() for name, offset in self.offsets.items()}
+        return scheduler.with_time_lifts({self.steps: TimeLift(offsets, provenance)})
+
+    @staticmethod
+    def merge(into: DyWeightScheduler, result: DyWeightScheduler) -> DyWeightScheduler:
+        own = [table for n, table in result.tables.items() if n in result.time_lifts]
+        return into.with_tables(own).with_time_lifts(result.time_lifts)
+
+    def parameters(self) -> list[Tensor]:
+        return [*self.offsets.values(), *([] if self.table is None else self.table.parameters())]
+
+    def numbers(self) -> list[tuple[Tensor, Tensor]]:
+        return [(offset, torch.ones_like(offset, dtype=torch.bool)) for offset in self.offsets.values()]
+
+    def apply(self) -> None:
+        if self.table is not None:
+            self.scheduler.tables |= {self.steps: self.table.table()}
+        self.scheduler.time_lifts = {self.steps: TimeLift(self.offsets)}
