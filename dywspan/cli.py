@@ -96,7 +96,7 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def distill(args: argparse.Namespace) -> None:
-    """Learn a solver: a DyWeight table for each number of steps, or a SpanLift operator on top of a base."""
+    """Learn a solver: a DyWeight table for each number of steps, or a SpanLift operator or a TimeLift on top of one."""
     from .distill.config import DistillConfig
     from .distill.trainer import run
     from .settings import make_config
@@ -125,7 +125,7 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Print an artefact: weights, row sums, time scale, calibrated levels, timesteps; SpanLift's scalars and size."""
+    """Print an artefact: weights, row sums, time scale, calibrated levels, timesteps; lifts and their sizes."""
     scheduler: Any = load(args.artefact)
     lifted = isinstance(scheduler, SpanLiftScheduler)
     if (continuous := scheduler.continuous) is not None:
@@ -158,6 +158,11 @@ def inspect(args: argparse.Namespace) -> None:
             if part is not None and (error := part.provenance.get("held_out_error")):
                 print(f"{type(part).__name__}: held-out error {error['before']:.5f} -> {error['after']:.5f}")
         print()
+    for n, time_lift in sorted(scheduler.time_lifts.items()):
+        offsets, error = time_lift.offsets, time_lift.provenance.get("held_out_error")
+        found = f": held-out error {error['before']:.5f} -> {error['after']:.5f}" if error else ""
+        total = sum(offset.numel() for offset in offsets.values())
+        print(f"TimeLift, {n} steps: {total:,} numbers, of {len(offsets)} parameters of the network{found}")
     for name, operator in (scheduler.operators if lifted else {}).items():
         count = sum(p.numel() for p in operator.parameters())
         print(f"operator {name!r}: {count:,} parameters, {operator.flops(64, 64) / 1e9:.3f} GFLOPs a step at 64 x 64")

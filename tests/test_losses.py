@@ -6,6 +6,7 @@ Feature networks have random weights here; those of packages that are not instal
 from __future__ import annotations
 
 import json
+import math
 import socket
 import sys
 import time
@@ -21,7 +22,7 @@ from huggingface_hub import constants
 from tiny import PIPELINES, Tiny, available, build, run
 from torch import Tensor, nn
 
-from dywspan.distill.losses import LATENT, Loss, make_loss
+from dywspan.distill.losses import LATENT, Loss, make_loss, residuals_of
 from dywspan.pipelines import features as networks
 from dywspan.pipelines import weights
 from dywspan.pipelines.decode import decode
@@ -179,6 +180,25 @@ def test_root_mean_squares_are_of_each_sample_alone() -> None:
     value.backward()
     assert z.grad is not None and bool(z.grad.isfinite().all())
     torch.testing.assert_close(z.grad[1:].flatten(1).norm(dim=1), torch.full((2,), 1 / 12, dtype=torch.float64))
+
+
+def test_cauchy_counts_errors_by_their_ratio() -> None:
+    """Ten times an error far above the scale is as far from it as from a tenth of it."""
+    pipe, target = _pipe(), torch.zeros(4, 4, 2, 2, dtype=torch.float64)
+    z = torch.tensor([0.0, 0.4, 4.0, 40.0], dtype=torch.float64)[:, None, None, None].expand_as(target).clone()
+    loss = make_loss(pipe, "cauchy")
+    zero, small, middle, large = (float(loss(pipe, z[i : i + 1], target[i : i + 1])) for i in range(4))
+    assert zero == 0 and small == pytest.approx(0.5 * math.log(1 + (0.4 / 0.03) ** 2))
+    assert middle - small == pytest.approx(math.log(10), abs=0.01)
+    assert large - middle == pytest.approx(math.log(10), abs=1e-3)
+    value = loss(pipe, z.requires_grad_(), target)
+    assert float(value.detach()) == pytest.approx((small + middle + large) / 4)
+    value.backward()
+    assert z.grad is not None
+    pulls = (z.grad * z.detach()).flatten(1).sum(1)
+    assert not bool(z.grad[0].any()) and float(pulls[1]) == pytest.approx(float(pulls[3]), rel=1e-2)
+    with pytest.raises(ValueError, match="use loss='mse' or 'rmse', or adam"):
+        residuals_of(loss)
 
 
 def test_without_a_latent_weight_the_latent_term_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +397,7 @@ def test_decoding_and_encoding_are_in_one_piece_and_give_slicing_and_tiling_back
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"latent": "l2"}, "latent='l2' is none of mse, rmse, l1, huber"),
+        ({"latent": "l2"}, "latent='l2' is none of mse, rmse, l1, huber, cauchy"),
         ({"layout": "bchw"}, "layout='bchw' is none of image, video"),
         (
             {"features": "vgg"},

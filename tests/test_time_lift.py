@@ -25,9 +25,10 @@ from dywspan.core.time_lift import TimeLift
 from dywspan.distill import DistillConfig, SolverTrainer
 from dywspan.distill.task import default_grid
 from dywspan.distill.time_lift import TimeStudent
+from dywspan.evaluate.baselines import find_solvers, make_cells
 from dywspan.pipelines.conditioning import looking_for_modulation
 from dywspan.pipelines.replay import Replay
-from dywspan.pipelines.rollout import frozen, load_pipeline, rollout
+from dywspan.pipelines.rollout import frozen, load_pipeline, rollout, sample
 from dywspan.schedulers.apply import models
 from dywspan.schedulers.merge import merge
 from dywspan.schedulers.time_lifting import time_lifted
@@ -567,3 +568,20 @@ def test_modulation_is_that_of_time_and_of_nothing_else() -> None:
     assert {name.split(".")[-2] for name in modulation(FLUX)} == {"linear"}
     assert all("attn" not in name and "embed" not in name for name in modulation(FLUX))
     assert sum("scale_shift_table" in name for name in modulation("PixArtSigmaPipeline")) == 2
+
+
+def test_it_is_measured_beside_the_solver_that_it_lifts(emoji: Any, tmp_path: Path) -> None:
+    base = EMOJI.parent / "emoji-sd-solvers"
+    layer = emoji.unet.mid_block.resnets[0].time_emb_proj
+    offset = {"unet.mid_block.resnets.0.time_emb_proj.bias": torch.ones(2, layer.out_features)}
+    dywspan.load(base).with_time_lifts({2: TimeLift(offset)}).save_pretrained(tmp_path)
+    plain, lifted = find_solvers([str(base), str(tmp_path)])
+    assert (plain.name, lifted.name) == ("DyWeight (learned)", "DyWeight + TimeLift (learned)")
+    own, call = {"prompt": "a cat"}, {"guidance_scale": 1.0}
+    cells, missing = make_cells(emoji, lifted, [2, 3], own, call)
+    assert [cell.nfe for cell in cells] == [2] and "learned for [2] steps" in missing[0]
+    ends = [
+        sample(emoji, c.scheduler, 2, [own], [0], call)[0]
+        for c in (*cells, *make_cells(emoji, plain, [2], own, call)[0])
+    ]
+    assert not torch.equal(*ends)

@@ -200,8 +200,8 @@ def find_solvers(names: Sequence[str]) -> list[Solver]:
             hint = f"did you mean {near[0]!r}?" if near else f"use one of {['all', *BASELINES]}, or an artefact's path."
             raise ValueError(f"Unknown solver {name!r}: {hint}")
     for name, scheduler in artefacts.items():
-        kind = type(scheduler).__name__.removesuffix("Scheduler")
-        alone = sum(type(other) is type(scheduler) for other in artefacts.values()) == 1
+        kind = _kind(scheduler)
+        alone = sum(_kind(other) == kind for other in artefacts.values()) == 1
         last = [other.rstrip("/").split("/")[-1] for other in artefacts]
         short = name.rstrip("/").split("/")[-1]
         label = f"{kind} (learned)" if alone else f"{kind}, {short if last.count(short) == 1 else name}"
@@ -209,15 +209,22 @@ def find_solvers(names: Sequence[str]) -> list[Solver]:
     return list(found.values())
 
 
+def _kind(scheduler: Any) -> str:
+    """What was learned: "SpanLift + TimeLift"."""
+    name = type(scheduler).__name__.removesuffix("Scheduler")
+    return f"{name} + TimeLift" if scheduler.time_lifts else name
+
+
 def _learned(scheduler: Any) -> Maker:
     counts = scheduler.lifts if isinstance(scheduler, SpanLiftScheduler) else scheduler.tables
+    counts = scheduler.time_lifts or counts  # an artefact that has some is shown where they are
 
     def make(pipe: Any, steps: int) -> Any:
         own, other = type(prediction(pipe)).__name__, type(scheduler.host.prediction).__name__
         if own != other:
             raise ValueError(f"learned for {other} networks, and this one is of kind {own}")
         # Not a classical solver instead, which the artefact may also name.
-        if counts and steps not in counts and for_every_count(scheduler) is None:
+        if counts and steps not in counts and (scheduler.time_lifts or for_every_count(scheduler) is None):
             raise ValueError(f"learned for {sorted(counts)} steps")
         return scheduler
 
