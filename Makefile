@@ -49,6 +49,7 @@ solvers-emoji-sd: .venv/installed-train
 	$(DISTILL)/emoji_sd_spanlift.yaml --base $(OUT)/emoji-sd-solvers --output $(OUT)/emoji-sd-spanlift
 	$(DISTILL)/emoji_sd_spanlift.yaml --base $(OUT)/emoji-sd-solvers --output $(OUT)/emoji-sd-spanlift \
 		--steps 7 --lr 3e-4 --updates 600 --evaluate-every 100
+	$(DISTILL)/emoji_sd_timelift.yaml --base $(OUT)/emoji-sd-solvers --output $(OUT)/emoji-sd-timelift
 
 any-emoji-sd: .venv/installed-train
 	$(DISTILL)/emoji_sd_continuous.yaml
@@ -63,6 +64,7 @@ solvers-emoji-flow: .venv/installed-train
 	$(DISTILL)/emoji_flow_dyweight.yaml --output $(OUT)/emoji-flow-solvers
 	$(DISTILL)/emoji_flow_least_squares.yaml --output $(OUT)/emoji-flow-solvers
 	$(DISTILL)/emoji_flow_spanlift.yaml --base $(OUT)/emoji-flow-solvers --output $(OUT)/emoji-flow-spanlift
+	$(DISTILL)/emoji_flow_timelift.yaml --base $(OUT)/emoji-flow-solvers --output $(OUT)/emoji-flow-timelift
 
 any-emoji-flow: .venv/installed-train
 	$(DISTILL)/emoji_flow_continuous.yaml

@@ -259,7 +259,7 @@ def test_the_operator_of_a_function_alone_is_loaded(tmp_path: Path) -> None:
     again = SpanLiftScheduler.from_pretrained(tmp_path)
     assert torch.equal(again.operators["shared"].head.weight, own.operators["shared"].head.weight)
     (tmp_path / SpanLiftScheduler.weights_name).unlink()
-    with pytest.raises(OSError, match="a SpanLift solver is a configuration and this file"):
+    with pytest.raises(OSError, match="this solver is a configuration and this file"):
         SpanLiftScheduler.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="needs its operator's size"):
         on(of_kind("flow"), lifts(), operator=None)

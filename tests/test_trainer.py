@@ -198,7 +198,7 @@ def test_files_that_hold_no_settings(text: str, said: str, yaml_file: Callable[[
         ({"clip": float("nan")}, "clip=nan must be above 0"),
         ({"init": "heun"}, "Unknown init 'heun': use one of ['adams',"),
         ({"layout": "nchw"}, "Unknown layout 'nchw': use one of ['audio', 'image',"),
-        ({"loss": "l2"}, "Unknown loss 'l2': use one of ['huber', 'l1', 'mse', 'rmse']"),
+        ({"loss": "l2"}, "Unknown loss 'l2': use one of ['cauchy', 'huber', 'l1', 'mse', 'rmse']"),
         ({"solver": "spanlift", "path_substeps": 2}, "path_substeps supervises tables"),
         ({"on_the_fly": True, "path_substeps": 2}, "path_substeps needs teacher paths from the cache"),
         ({"optimizer": "least_squares", "path_substeps": 2}, "least_squares learns from endpoints"),
