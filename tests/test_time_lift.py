@@ -25,6 +25,7 @@ from dywspan.core.time_lift import TimeLift
 from dywspan.distill import DistillConfig, SolverTrainer
 from dywspan.distill.task import default_grid
 from dywspan.distill.time_lift import TimeStudent
+from dywspan.distill.time_lift import modulation as find_modulation
 from dywspan.evaluate.baselines import find_solvers, make_cells
 from dywspan.pipelines.conditioning import looking_for_modulation
 from dywspan.pipelines.replay import Replay
@@ -494,8 +495,8 @@ def test_a_table_is_learned_together_with_its_time_lift(emoji: Any, tables: str,
     assert not torch.equal(learned.tables[2].weights, base.tables[2].weights)
     assert torch.equal(learned.tables[3].weights, base.tables[3].weights)
     assert dywspan.load(tmp_path).time_lifts.keys() == {2}
-    with pytest.raises(ValueError, match="the base has no table for 1 steps"):
-        train(emoji, tmp_path / "none", learn_base=True, steps=[1])
+    with pytest.raises(ValueError, match=r"has no table for \[1\] steps, only for \[2, 3\]"):
+        train(emoji, tmp_path / "none", base=tables, learn_base=True, steps=[1, 2])
 
 
 def test_a_time_lift_on_spanlift_and_on_a_classical_solver(emoji: Any, tmp_path: Path) -> None:
@@ -535,6 +536,7 @@ def test_a_killed_run_goes_on_where_it_was(emoji: Any, tmp_path: Path, monkeypat
         ({"path_substeps": 2}, "path_substeps supervises tables: leave it at 0 for timelift"),
         ({"solver": "dyweight", "learn_base": True}, "learn_base is for timelift"),
         ({"base": "nowhere"}, "nowhere"),
+        ({"learn_base": True}, "base='euler' is a classical solver, which has no table"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(
@@ -558,7 +560,12 @@ def test_a_network_that_is_told_the_time_nowhere_is_refused(tmp_path: Path) -> N
 
     config = {**SMALL, "prompts": None, "call": {}, "base": "euler", "output": str(tmp_path)}
     with pytest.raises(ValueError, match="its unet has no layer that is told the time and nothing else"):
-        SolverTrainer(own_pipeline(), DistillConfig(**config)).train()
+        SolverTrainer(own_pipeline(), DistillConfig(**config))
+    pipe = tp.made(tp.PIPELINES[UNET]).pipe
+    pipe.enable_model_cpu_offload(device="cpu")
+    base, inputs = DyWeightScheduler.from_config(pipe.scheduler), tp.build(UNET).inputs([0])
+    with pytest.raises(ValueError, match="is offloaded: learn without"):
+        find_modulation(pipe, base, 2, [{}], {**inputs, "output_type": "latent"})
 
 
 def test_modulation_is_that_of_time_and_of_nothing_else() -> None:

@@ -32,6 +32,8 @@ def find_base(config: DistillConfig, pipe: Any) -> Any:
             f"least_squares fits alpha and beta of an operator that is there: base={config.base!r} must be a SpanLift "
             "artefact. Learn one by adam or adamw first."
         )
+    if classical and config.learn_base:
+        raise ValueError(f"learn_base: base={config.base!r} is a classical solver, which has no table to learn.")
     if classical:
         return DyWeightScheduler.from_config(pipe.scheduler, solver=config.base)
     own, other = (s.host.prediction for s in (DyWeightScheduler.from_config(pipe.scheduler), found))
@@ -46,6 +48,10 @@ def find_base(config: DistillConfig, pipe: Any) -> Any:
             "every number: one learned with continuous, or a base solver."
         )
     if config.solver == "timelift":
+        if config.learn_base and (missing := sorted({*config.steps} - found.tables.keys())):
+            raise ValueError(
+                f"learn_base: base={config.base!r} has no table for {missing} steps, only for {sorted(found.tables)}."
+            )
         return found
     if known := sorted({*config.steps} & found.time_lifts.keys()):
         raise ValueError(
@@ -81,9 +87,10 @@ def check_extension(existing: DyWeightScheduler | None, base: DyWeightScheduler,
     """An artefact has one base, and a SpanLift artefact one layout and one size of operator: found out now."""
     if existing is None:
         return
-    wrong, what = [] if config.learn_base else different_bases(existing.config, base.config), "operators"
+    wrong, what = different_bases(existing.config, base.config), "operators"
     if config.solver == "timelift":
         what = "solvers on bases"
+        wrong = [k for k in wrong if k != "tables" or not config.learn_base]
         wrong += ["class"] if type(existing) is not type(base) else []
         wrong += ["lifts"] if existing.config.get("lifts") != base.config.get("lifts") else []
     else:

@@ -31,10 +31,10 @@ CAUCHY = 0.03  # of latents of unit variance
 
 
 def cauchy_loss(endpoint: Tensor, target: Tensor) -> Tensor:
-    """Mean over samples of log(1 + mse / c^2) / 2, c = ``CAUCHY``: errors above c count relative to themselves.
+    """Mean over samples of log(1 + mse / c^2) / 2, c = ``CAUCHY``: no sample rules the gradient.
 
-    So no sample rules a gradient, those that end in another image least of all: where many numbers are learned from few
-    samples an update, gradients of two batches agree about twice as well as with the rmse.
+    Above c a change of the error counts by its ratio, so that samples which end in another image hardly matter. It
+    suits many numbers that are learned from a few samples an update.
     """
     return torch.log1p(_scaled_difference(endpoint, target).square().sum(1) / CAUCHY**2).mean() / 2
 

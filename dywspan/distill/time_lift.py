@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..core.time_lift import TimeLift
 from ..pipelines.conditioning import Found, looking_for_modulation
-from ..pipelines.networks import place
-from ..pipelines.rollout import sample
+from ..pipelines.networks import hooks_of, place
+from ..pipelines.rollout import Inputs, sample
 from ..schedulers.dyweight import DyWeightScheduler
+from ..schedulers.time_lifting import find_places
 from .config import LearningConfig
 from .student import Made, Student, TableStudent
 from .task import Task
@@ -57,22 +58,16 @@ class TimeStudent(Student):
     def start(cls, task: Task) -> TimeStudent:
         """
         Raises:
-            ValueError: no base, no table to learn besides, variants, or a network that is told the time nowhere.
+            ValueError: no base, variants, or a network that is told the time nowhere.
         """
         (steps,), base, config = task.steps, task.base, task.config
         if base is None:
             raise ValueError("TimeLift is learned on a base: tables, a classical solver or a SpanLift solver.")
         if any(term.variant is not None for term in task.terms):
             raise ValueError("TimeLift is learned for one call: leave out variants.")
-        if config.learn_base and steps not in base.tables:
-            raise ValueError(f"learn_base: the base has no table for {steps} steps, only for {sorted(base.tables)}.")
-        pairs, call = task.middle.held_out[:2], task.middle.call
-        plain = copy.deepcopy(base)
-        plain.time_lifts = {}
-        with torch.no_grad(), looking_for_modulation(task.pipe) as found:
-            sample(task.pipe, plain, steps, pairs.inputs, pairs.seeds, call)
+        found, evaluations = modulation(task.pipe, base, steps, task.middle.held_out.inputs[:1], task.middle.call)
         options: dict[str, Any] = {"table": config.learn_base, "device": place(task.pipe)}
-        return cls(base, steps, len(plain.timesteps), found, **options)
+        return cls(base, steps, evaluations, found, **options)
 
     @classmethod
     def untrained(
@@ -105,3 +100,26 @@ class TimeStudent(Student):
         if self.table is not None:
             self.scheduler.tables |= {self.steps: self.table.table()}
         self.scheduler.time_lifts = {self.steps: TimeLift(self.offsets)}
+
+
+@torch.no_grad()
+def modulation(
+    pipe: Any, base: DyWeightScheduler, steps: int, inputs: Inputs, call: Mapping[str, Any]
+) -> tuple[Found, int]:
+    """What a pipeline's networks are modulated by, and how often they are asked, found by one sample.
+
+    Raises:
+        ValueError: nothing that can be learned and changed.
+    """
+    plain = copy.deepcopy(base)
+    plain.time_lifts = {}
+    with looking_for_modulation(pipe) as found:
+        sample(pipe, plain, steps, inputs, [0], call)
+    find_places(pipe, TimeLift({name: torch.zeros(1, *shape) for name, shape in found.items()}))
+    for component in {name.partition(".")[0] for name in found}:
+        if any(True for _ in hooks_of(*pipe.components[component].modules())):
+            raise ValueError(
+                f"TimeLift is learned with the network on its device, and the {component} of {type(pipe).__name__} is "
+                "offloaded: learn without; the learned solver may be used with enable_model_cpu_offload."
+            )
+    return found, len(plain.timesteps)

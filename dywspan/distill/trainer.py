@@ -35,6 +35,7 @@ from .setup import Setup, prepare
 from .split import split_inputs
 from .student import Student
 from .task import Task
+from .time_lift import modulation
 
 METHODS: dict[str, type[Method]] = {**dict.fromkeys(OPTIMIZERS, Gradients), "least_squares": LeastSquares}
 
@@ -270,6 +271,10 @@ def _check_sample(setup: Setup) -> None:
     if setup.base is None and config.features is None:
         return
     scheduler, layout = setup.untrained(steps), LAYOUTS[config.layout]
+    if config.solver == "timelift":
+        modulation(setup.pipe, scheduler, steps, setup.inputs[:1], setup.call)
+        if config.features is None:
+            return
     x, _ = sample(setup.pipe, scheduler, steps, setup.inputs[:1], [0], setup.call)
     try:
         if isinstance(scheduler, SpanLiftScheduler):
