@@ -499,6 +499,7 @@ def test_a_table_is_learned_together_with_its_time_lift(emoji: Any, tables: str,
         train(emoji, tmp_path / "none", base=tables, learn_base=True, steps=[1, 2])
 
 
+@pytest.mark.slow
 def test_a_time_lift_on_spanlift_and_on_a_classical_solver(emoji: Any, tmp_path: Path) -> None:
     lifted = train(emoji, tmp_path / "lifted", base=str(EMOJI.parent / "emoji-sd-spanlift"), steps=[3], updates=2)
     assert isinstance(lifted, SpanLiftScheduler) and lifted.time_lifts.keys() == {3} and 3 in lifted.lifts
@@ -510,6 +511,7 @@ def test_a_time_lift_on_spanlift_and_on_a_classical_solver(emoji: Any, tmp_path:
     assert plain.time_lifts[1].evaluations == 1 and not plain.tables
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(emoji: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(emoji, tmp_path / "whole", checkpoint_every=2)
     apply, left = TimeStudent.apply, iter(range(7))
