@@ -12,10 +12,10 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +25,8 @@ from .core.operator import Lift
 from .core.table import SolverTable
 from .core.time_lift import TimeLift
 from .version import __version__
+
+T = TypeVar("T")
 
 LARGEST = 1e6  # weight, time scale, alpha or beta: float32 overflows of larger ones in a few steps
 _OPTIONAL = {"time_scale", "afs", "time_shifting", "provenance", "convention"}
@@ -176,19 +178,15 @@ def lift_to_json(lift: Lift) -> dict[str, Any]:
 
 def read_lifts(lifts: Mapping[str, Any] | None) -> dict[int, Lift]:
     """SpanLift's scalars, keyed by ``num_inference_steps``; errors name the entry."""
-    if not isinstance(lifts, Mapping | None):
-        raise ValueError(f"lifts must map numbers of steps to SpanLift entries; got a {type(lifts).__name__}.")
-    result = {}
-    for key, data in (lifts or {}).items():
-        try:
-            if not isinstance(data, Mapping) or not data.keys() >= {"alpha", "beta"}:
-                raise ValueError("it is a mapping with at least 'alpha' and 'beta'")
-            _warn_of_unknown(data, {"alpha", "beta", "operator", "provenance"}, "SpanLift entry")
-            alpha, beta = (_bounded(_numbers(data[name], name), name) for name in ("alpha", "beta"))
-            result[_count(key)] = Lift(alpha, beta, data.get("operator", "shared"), _provenance(data))
-        except (ValueError, TypeError) as error:
-            raise _damaged(f'SpanLift entry "{_key(key)}"', error) from error
-    return result
+
+    def read(data: Any) -> Lift:
+        if not isinstance(data, Mapping) or not data.keys() >= {"alpha", "beta"}:
+            raise ValueError("it is a mapping with at least 'alpha' and 'beta'")
+        _warn_of_unknown(data, {"alpha", "beta", "operator", "provenance"}, "SpanLift entry")
+        alpha, beta = (_bounded(_numbers(data[name], name), name) for name in ("alpha", "beta"))
+        return Lift(alpha, beta, data.get("operator", "shared"), _provenance(data))
+
+    return _entries(lifts, "lifts", "SpanLift", read)
 
 
 def time_lifts_to_json(lifts: Mapping[int, TimeLift]) -> dict[str, Any] | None:
@@ -198,17 +196,27 @@ def time_lifts_to_json(lifts: Mapping[int, TimeLift]) -> dict[str, Any] | None:
 
 def read_time_lifts(lifts: Mapping[str, Any] | None) -> dict[int, TimeLift]:
     """Time lifts without their offsets, keyed by ``num_inference_steps``; errors name the entry."""
-    if not isinstance(lifts, Mapping | None):
-        raise ValueError(f"time_lifts must map numbers of steps to TimeLift entries; got a {type(lifts).__name__}.")
+
+    def read(data: Any) -> TimeLift:
+        if not isinstance(data, Mapping):
+            raise ValueError("it is a mapping")
+        _warn_of_unknown(data, {"provenance"}, "TimeLift entry")
+        return TimeLift(provenance=_provenance(data))
+
+    return _entries(lifts, "time_lifts", "TimeLift", read)
+
+
+def _entries(entries: Mapping[str, Any] | None, setting: str, kind: str, read: Callable[[Any], T]) -> dict[int, T]:
+    """What ``read`` makes of each entry of a setting, keyed by number of steps; errors name the entry."""
+    if not isinstance(entries, Mapping | None):
+        raise ValueError(f"{setting} must map numbers of steps to {kind} entries; got a {type(entries).__name__}.")
     result = {}
-    for key, data in (lifts or {}).items():
+    for key, data in (entries or {}).items():
         try:
-            if not isinstance(data, Mapping):
-                raise ValueError("it is a mapping")
-            _warn_of_unknown(data, {"provenance"}, "TimeLift entry")
-            result[_count(key)] = TimeLift(provenance=_provenance(data))
+            entry = read(data)
+            result[_count(key)] = entry
         except (ValueError, TypeError) as error:
-            raise _damaged(f'TimeLift entry "{_key(key)}"', error) from error
+            raise _damaged(f'{kind} entry "{_key(key)}"', error) from error
     return result
 
 

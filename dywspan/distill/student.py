@@ -146,11 +146,15 @@ class TableStudent(Student):
         return base.with_tables([initial_table(base, steps, config, grid)])
 
     def result(self, made: Made) -> DyWeightScheduler:
-        with torch.no_grad():
-            table = self.table()
-        numbers = {"weights": table.weights.detach(), "time_scale": table.time_scale.detach().clone()}
+        table = self.learned()
         provenance = made(str(table.num_inference_steps))
-        return self.scheduler.with_tables([replace(table, **numbers, provenance=provenance)])
+        return self.scheduler.with_tables([replace(table, provenance=provenance)])
+
+    @torch.no_grad()
+    def learned(self) -> SolverTable:
+        """The table these numbers make now, for good."""
+        table = self.table()
+        return replace(table, weights=table.weights.detach(), time_scale=table.time_scale.detach().clone())
 
     @staticmethod
     def merge(into: DyWeightScheduler, result: DyWeightScheduler) -> DyWeightScheduler:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,10 +77,7 @@ class TimeStudent(Student):
     def result(self, made: Made) -> DyWeightScheduler:
         scheduler, provenance = self.scheduler, made(str(self.steps))
         if self.table is not None:
-            with torch.no_grad():
-                table = self.table.table()
-            numbers = {"weights": table.weights.detach(), "time_scale": table.time_scale.detach().clone()}
-            scheduler = scheduler.with_tables([replace(table, **numbers)])
+            scheduler = scheduler.with_tables([self.table.learned()])
         offsets = {name: offset.detach().cpu().half() for name, offset in self.offsets.items()}
         return scheduler.with_time_lifts({self.steps: TimeLift(offsets, provenance)})
 
