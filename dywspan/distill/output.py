@@ -80,7 +80,9 @@ def push(repository: str, output: Path) -> None:
     """
     from huggingface_hub import HfApi
 
-    files = ["scheduler_config.json", "*.safetensors", "README.md", "*.png"]
+    # By name: a pattern's * would match the folders of the teacher's samples and of the state too.
+    kinds = ("scheduler_config.json", "*.safetensors", "README.md", "*.png")
+    files = [path.name for kind in kinds for path in output.glob(kind)]
     try:
         api = HfApi()
         url = api.create_repo(repository, exist_ok=True)
@@ -90,6 +92,6 @@ def push(repository: str, output: Path) -> None:
     except Exception as error:
         raise OSError(
             f"The upload to {repository} failed ({error}). Nothing is lost: all is in {output}; repeat the command, or "
-            f"`hf upload {repository} {output} .` later."
+            f"`hf upload {repository} {output} . --exclude '*/*'` later."
         ) from error
     print(f"Uploaded to {url}")
