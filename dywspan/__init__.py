@@ -8,6 +8,7 @@ from .schedulers.apply import apply, load
 from .schedulers.bind import bind
 from .schedulers.dyweight import DyWeightScheduler
 from .schedulers.spanlift import SpanLiftScheduler
+from .tuning import tune
 from .version import __version__
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "apply",
     "bind",
     "load",
+    "tune",
 ]

@@ -1,4 +1,4 @@
-"""Command line: ``dywspan demo | distill | merge | convert | inspect | eval | bench``."""
+"""Command line: ``dywspan demo | tune | distill | merge | convert | inspect | eval | bench``."""
 
 from __future__ import annotations
 
@@ -93,6 +93,19 @@ def demo(args: argparse.Namespace) -> None:
     print(f"\nPicture: {args.output}, of the prompts on which {hard.solver} errs most at {args.steps[0]} steps")
     if args.json:
         write_results(args.json, rows)
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Learn a solver for a pipeline in a minute or a few: from the best classical solver, without gradients."""
+    from .pipelines.rollout import load_pipeline
+    from .settings import make_config
+    from .tuning import tune
+    from .tuning.config import TuneConfig
+
+    own = {"run", "model", "dtype", "device", "revision"}
+    config = make_config({k: v for k, v in vars(args).items() if k not in own}, TuneConfig)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"))
+    tune(load_pipeline(args.model, dtype=dtype, device=args.device, revision=args.revision), **vars(config))
 
 
 def distill(args: argparse.Namespace) -> None:
@@ -236,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     from .distill.config import DistillConfig
     from .evaluate.config import QualityConfig
     from .settings import add_arguments
+    from .tuning.config import TuneConfig
 
     parser = argparse.ArgumentParser("dywspan", description="Learned few-step solvers for diffusers pipelines.")
     parser.add_argument("--version", action="version", version=f"dywspan {__version__}")
@@ -258,6 +272,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--guidance-scale", type=float, help="default: what the solvers were learned for")
     sub.add_argument("--output", default="demo.png")
     sub.add_argument("--json", help="also write the table here")
+
+    sub = command("tune", tune)
+    sub.add_argument("model", help="pipeline: a directory or a Hub id")
+    sub.add_argument("--revision", help="of the model on the Hub")
+    sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of its weights; default: bfloat16 on CUDA, else float32",
+    )
+    sub.add_argument("--device", help="default: cuda, if there is one")
+    add_arguments(sub, TuneConfig)
+    sub.set_defaults(output="tuned")
 
     add_arguments(command("distill", distill), DistillConfig)
 

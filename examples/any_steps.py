@@ -27,8 +27,9 @@ from dywspan import DyWeightScheduler
 from dywspan.artifact import markdown
 from dywspan.distill.config import LearningConfig
 from dywspan.distill.progress import endpoint_error
-from dywspan.distill.task import Task, Term, default_grid
+from dywspan.distill.task import Task, Term
 from dywspan.distill.trainer import distill
+from dywspan.pipelines.classical import default_grid
 from dywspan.pipelines.pairs import make_pairs
 from dywspan.pipelines.teacher import Teacher
 

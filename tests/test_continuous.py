@@ -38,8 +38,9 @@ from dywspan.distill.losses import latent_mse
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.setup import TRAIN_SEED, prepare
 from dywspan.distill.student import ContinuousStudent, Student
-from dywspan.distill.task import Task, Term, default_grid, make_terms
+from dywspan.distill.task import Task, Term, make_terms
 from dywspan.distill.trainer import distill
+from dywspan.pipelines.classical import default_grid
 from dywspan.pipelines.pairs import ends, make_pairs
 from dywspan.pipelines.replay import Meter
 from dywspan.pipelines.rollout import load_pipeline, rollout

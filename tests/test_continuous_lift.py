@@ -38,7 +38,7 @@ from dywspan.core.operator import Lift
 from dywspan.core.prediction import EDM, Flow
 from dywspan.core.step import step
 from dywspan.distill.lift import LiftStudent
-from dywspan.distill.task import default_grid
+from dywspan.pipelines.classical import default_grid
 from dywspan.pipelines.rollout import load_pipeline
 
 COUNT = 2 * len(FEATURES)

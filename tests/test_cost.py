@@ -21,8 +21,8 @@ from dywspan.distill.config import DistillConfig
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.setup import HELD_OUT_SEED
 from dywspan.distill.split import split_inputs
-from dywspan.distill.task import default_grid
 from dywspan.evaluate.report import read_results, table
+from dywspan.pipelines.classical import default_grid
 from dywspan.pipelines.pairs import make_pairs
 from dywspan.pipelines.rollout import load_pipeline
 from dywspan.pipelines.teacher import Teacher, find_teacher

@@ -21,8 +21,9 @@ from dywspan.distill.lift import LiftStudent
 from dywspan.distill.losses import make_loss
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.student import TableStudent
-from dywspan.distill.task import Task, Term, default_grid
+from dywspan.distill.task import Task, Term
 from dywspan.distill.trainer import distill
+from dywspan.pipelines.classical import default_grid
 from dywspan.pipelines.features import dinov2, encoder, feature_distance
 from dywspan.pipelines.pairs import Pairs, make_pairs
 from dywspan.pipelines.rollout import frozen, generators, load_pipeline, rollout

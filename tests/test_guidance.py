@@ -39,8 +39,9 @@ from dywspan.distill.losses import latent_mse
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.setup import prepare
 from dywspan.distill.student import ContinuousStudent
-from dywspan.distill.task import Task, default_grid, make_terms
+from dywspan.distill.task import Task, make_terms
 from dywspan.distill.trainer import distill, run
+from dywspan.pipelines.classical import default_grid
 from dywspan.pipelines.pairs import make_pairs
 from dywspan.pipelines.rollout import frozen, load_pipeline, rollout
 from dywspan.schedulers.bind import guidance_argument, guidance_scale

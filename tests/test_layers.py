@@ -14,14 +14,15 @@ FILES = {
     ".".join(("dywspan", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-UPPER = {"pipelines", "distill", "evaluate", "bench"}
+UPPER = {"pipelines", "distill", "evaluate", "tuning", "bench"}
 # Of each folder, those of the package that it imports nothing of.
 FORBIDDEN = {
     "core": {name.split(".")[1] for name in FILES if "." in name} - {"core"},
     "schedulers": UPPER,
     "pipelines": UPPER - {"pipelines"},
-    "distill": {"evaluate", "bench"},
-    "evaluate": {"distill", "bench"},
+    "distill": {"evaluate", "tuning", "bench"},
+    "evaluate": {"distill", "tuning", "bench"},
+    "tuning": {"bench"},
 }
 
 

@@ -18,7 +18,7 @@ from dywspan.distill.config import LearningConfig
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.regression import regress, regress_continuous
 from dywspan.distill.student import initial_table
-from dywspan.distill.task import default_grid
+from dywspan.pipelines.classical import default_grid
 from dywspan.pipelines.pairs import Pairs, make_pairs
 from dywspan.pipelines.replay import Meter
 from dywspan.pipelines.teacher import Teacher

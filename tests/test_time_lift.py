@@ -23,10 +23,10 @@ import dywspan
 from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
 from dywspan.core.time_lift import TimeLift
 from dywspan.distill import DistillConfig, SolverTrainer
-from dywspan.distill.task import default_grid
 from dywspan.distill.time_lift import TimeStudent
 from dywspan.distill.time_lift import modulation as find_modulation
 from dywspan.evaluate.baselines import find_solvers, make_cells
+from dywspan.pipelines.classical import default_grid
 from dywspan.pipelines.conditioning import looking_for_modulation
 from dywspan.pipelines.replay import Replay
 from dywspan.pipelines.rollout import frozen, load_pipeline, rollout, sample

@@ -19,7 +19,8 @@ from ..distill.least_squares import Problem
 from ..distill.lift import LiftStudent
 from ..distill.losses import latent_mse
 from ..distill.student import Student, TableStudent
-from ..distill.task import Term, default_grid
+from ..distill.task import Term
+from ..pipelines.classical import default_grid
 from ..pipelines.memory import peak_bytes
 from ..pipelines.pairs import Pairs
 from ..pipelines.rollout import frozen, load_pipeline, sample

@@ -87,7 +87,9 @@ class Progress:
         checkpoints: Checkpoints | None = None,
         log: Log | None = None,
         show: Show | None = None,
+        quiet: bool = False,
     ) -> None:
+        self.quiet = quiet or not is_main()
         self.task, self.student, self.checkpoints, self.log, self.show = task, student, checkpoints, log, show
         self.meter, self.started, self.seconds = Meter(task.pipe), time.monotonic(), 0.0
         sharded = is_sharded(task.pipe)
@@ -192,7 +194,7 @@ class Progress:
         """The updates that are left, until all are done or patience is at its end."""
         most = self.task.config.number("updates")
         left = range(self.update, 0 if self.ended else most)
-        with tqdm(total=most, initial=self.update, desc=self.label, disable=not left or not is_main()) as self.bar:
+        with tqdm(total=most, initial=self.update, desc=self.label, disable=not left or self.quiet) as self.bar:
             for update in left:
                 yield update
                 if self.ended:

@@ -11,6 +11,7 @@ from typing import Any
 from ..core.bases import multistep
 from ..core.layout import LAYOUTS, Packed
 from ..core.prediction import Flow
+from ..pipelines.classical import default_grid
 from ..pipelines.gradients import check_gradients
 from ..pipelines.hashes import digest, fingerprint
 from ..pipelines.inputs import check_call
@@ -27,7 +28,7 @@ from .kinds import STUDENTS
 from .losses import Loss, make_loss, residuals_of
 from .output import find_artefact
 from .split import split_inputs
-from .task import Late, Task, default_grid, make_terms
+from .task import Late, Task, make_terms
 
 # Three ranges of seeds that never meet: a demo's or user's small ones, held-out pairs, training pairs.
 HELD_OUT_SEED, TRAIN_SEED = 10**6, 2 * 10**6

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from ..core.continuous import ContinuousTable, guided
 from ..core.table import SolverTable
+from ..pipelines.classical import default_grid
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.sources import ContinuousSource, Request
 from .config import LearningConfig
 from .regression import regress, regress_continuous
-from .task import Task, default_grid
+from .task import Task
 
 Made = Callable[..., Mapping[str, Any]]  # the provenance of all terms, or of the one that is named
 

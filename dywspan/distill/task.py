@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
-
-from ..core.prediction import EDM, Flow
 from ..pipelines.pairs import Pairs, Source, shuffled
 from ..pipelines.teacher import Teacher
 from ..schedulers.bind import bind, guidance_scale
@@ -150,19 +147,3 @@ def make_terms(
         for n in steps
         for name in train
     ]
-
-
-def default_grid(scheduler: DyWeightScheduler) -> dict[str, Any]:
-    """The grid to learn on, by the kind of network: EDM's polynomial, FLUX's shift, or uniform in model time down to 0.
-
-    A flow pipeline whose shift depends on resolution keeps it: its ``mu`` is read at every call.
-    """
-    prediction, config = scheduler.host.prediction, scheduler.config
-    if isinstance(prediction, EDM):
-        ends = {"sigma_min": config.get("sigma_min", 0.002), "sigma_max": config.get("sigma_max", 80.0)}
-        return {"name": "polynomial", **ends}
-    if isinstance(prediction, Flow):
-        shift = config.get("shift") or config.get("flow_shift") or 1.0
-        return {"name": "flow"} if config.get("use_dynamic_shifting") else {"name": "flow", "shift": shift}
-    sigma_max = float(prediction.sigma(torch.tensor([config["num_train_timesteps"] - 1.0])))
-    return {"name": "discrete", "sigma_min": 0.0, "sigma_max": sigma_max}

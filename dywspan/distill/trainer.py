@@ -211,9 +211,10 @@ def learn(
     checkpoints: Checkpoints | None = None,
     log: Log | None = None,
     show: Show | None = None,
+    quiet: bool = False,
 ) -> Progress:
-    """Move a student to the best that it is on the held-out pairs, see :func:`distill`."""
-    progress = Progress(task, student, checkpoints, log, show)
+    """Move a student to the best that it is on the held-out pairs, see :func:`distill`; ``quiet``: without a bar."""
+    progress = Progress(task, student, checkpoints, log, show, quiet)
     method = METHODS[task.config.optimizer](progress)
     with fast_and_safe(), progress.meter.running(), method.around():
         progress.begin(method.optimizer)

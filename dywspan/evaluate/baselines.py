@@ -16,12 +16,12 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.schedulers import AysSchedules
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..artifact import for_every_count
-from ..core.prediction import EDM, Flow, Prediction
+from ..core.prediction import Flow, Prediction
+from ..pipelines import classical
 from ..pipelines.hashes import digest
 from ..pipelines.networks import left_at_first_call
 from ..pipelines.rollout import sample
@@ -63,21 +63,9 @@ def of_ours(solver: str, order: int = 2) -> Maker:
 
 
 def align_your_steps(pipe: Any, steps: int) -> Any:
-    """DPM-Solver++(2M) on the ten-step grid published for this kind of pipeline, for other numbers log-linear between.
-
-    Source: Align Your Steps (Sabour et al. 2024). The last published level is the smallest that the network knows; a
-    sampling ends at 0 instead.
-    """
-    name = type(pipe).__name__.removesuffix("Pipeline") + "Sigmas"
-    if name not in AysSchedules:
-        raise ValueError(f"no grid of Align Your Steps is published for a {type(pipe).__name__}")
-    own = prediction(pipe)
-    smallest = 0.002 if isinstance(own, EDM) else float(own.sigma(torch.zeros(1)))
-    known = torch.tensor([*AysSchedules[name][:-1], smallest], dtype=torch.float64).log()
-    place = torch.linspace(0, len(known) - 1, steps + 1, dtype=torch.float64)[:-1]
-    low = place.long()
-    sigmas = torch.lerp(known[low], known[low + 1], place - low).exp()
-    grid = {"sigmas": [*sigmas.tolist(), 0.0]}
+    """DPM-Solver++(2M) on the grid of Align Your Steps."""
+    own = DyWeightScheduler.from_config(pipe.scheduler)
+    grid = classical.align_your_steps(pipe, own, steps)
     return DyWeightScheduler.from_config(pipe.scheduler, solver="dpmpp", solver_order=2, grid=grid)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,6 +115,81 @@ class Replay:
             return forward(*args, **kwargs)
 
         return call
+
+
+class Memo:
+    """The denoiser's outputs, given back whenever the same is asked again, bit for bit: solvers that begin alike share
+    their beginnings.
+
+    Attributes:
+        computed, remembered: samples that the network was asked for, guidance's second being another, and that it was
+            not.
+        active: whether it remembers; without it, it only counts.
+    """
+
+    def __init__(self, pipe: Any, tell: Callable[[int], None] = lambda samples: None, most: int = 2**30) -> None:
+        """
+        Args:
+            tell: gets how many samples were computed, call by call.
+            most: bytes of outputs to keep; the oldest go first.
+        """
+        self.modules, self.tell, self.most = list(denoisers(pipe).values()), tell, most
+        self.computed = self.remembered = self.size = 0
+        self.active = True
+        self.known: dict[bytes, tuple[Any, list[int]]] = {}
+
+    @contextmanager
+    def installed(self) -> Iterator[Memo]:
+        """Answer for the denoisers within."""
+        with wrapped(self.modules, self._wrap):
+            yield self
+
+    def _wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            leaves = tree_leaves((args, kwargs))
+            count = next((len(v) for v in leaves if isinstance(v, Tensor) and v.ndim > 1), 1)
+            key = _digest(leaves) if self.active and all(isinstance(leaf, _PLAIN) for leaf in leaves) else None
+            output, versions = self.known.get(key, (None, [])) if key else (None, [])
+            if output is not None and versions == _versions(tree_leaves(output)):  # and not changed in place since
+                self.remembered += count
+                return output
+            output = forward(*args, **kwargs)
+            self.computed += count
+            if key:
+                self._keep(key, output)
+            self.tell(count)
+            return output
+
+        return call
+
+    def _keep(self, key: bytes, output: Any) -> None:
+        self.known[key] = output, _versions(tree_leaves(output))
+        self.size += _bytes(output)
+        while self.size > self.most and len(self.known) > 1:
+            oldest, _ = self.known.pop(next(iter(self.known)))
+            self.size -= _bytes(oldest)
+
+
+# What a digest holds all of; an object may change between two calls.
+_PLAIN = (Tensor, str, int, float, complex, type(None), torch.dtype, torch.device)
+
+
+def _digest(leaves: list[Any]) -> bytes:
+    """Of what a denoiser is given."""
+    made = hashlib.blake2b(digest_size=16)
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            own = leaf.detach().cpu().contiguous()
+            made.update(f"{own.dtype} {tuple(own.shape)}".encode())
+            made.update(own.reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            made.update(repr(leaf).encode())
+    return made.digest()
+
+
+def _bytes(output: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 
 def _versions(leaves: list[Any]) -> list[int]:

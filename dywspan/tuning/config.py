@@ -1,0 +1,53 @@
+"""What a tuning is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.layout import LAYOUTS
+from ..settings import check_types, help_of, option
+
+BUDGETS = (1000, 2000)  # of up to four steps, and of more
+MOST = 16  # steps; with more, classical solvers are as good
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Settings of :func:`dywspan.tune`; every field is explained by ``dywspan tune --help``."""
+
+    steps: list[int] = option([4], "numbers of steps to tune for")
+    prompts: str | list | None = option(
+        None, "file (.txt, .jsonl, .csv), a dataset, or a list; default: those in this package, where a text is needed"
+    )
+    prompt_column: str | None = option(None, "of a dataset or file; default 'prompt'")
+    prompt_split: str = option("train", "split of the dataset")
+    call: dict[str, Any] = option({}, 'arguments of the pipeline\'s call, e.g. {"height": 512, "width": 512}')
+    guidance_scale: float | None = option(None, "short for call.guidance_scale")
+    evaluations: int | None = option(
+        None,
+        f"of the network, guided, to spend on each number of steps; default {BUDGETS[0]} up to 4 steps, else "
+        f"{BUDGETS[1]}",
+    )
+    pairs: int = option(12, "samples to learn from")
+    held_out: int = option(8, "samples to judge by, from which nothing is learned")
+    layout: str = option("image", f"of the latents, for pictures: {', '.join(sorted(LAYOUTS))}")
+    seed: int = option(0, "of the samples' noise")
+    output: str | None = option(None, "directory to save the solver in, with a card and pictures")
+    pictures: int = option(4, "held-out samples that a picture shows, where there is an output")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.guidance_scale is not None:
+            object.__setattr__(self, "call", {**self.call, "guidance_scale": self.guidance_scale})
+            object.__setattr__(self, "guidance_scale", None)
+        if not self.steps or len(set(self.steps)) < len(self.steps) or not all(2 <= n <= MOST for n in self.steps):
+            raise ValueError(f"steps={self.steps} must name numbers of steps, each from 2 to {MOST} and once.")
+        for name, least in {"pairs": 8, "held_out": 4, "evaluations": 300, "pictures": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}: {help_of(self, name)}.")
+
+    def budget(self, steps: int) -> int:
+        """Guided evaluations of the network to spend on this number of steps."""
+        return self.evaluations or BUDGETS[steps > 4]

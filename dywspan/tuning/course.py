@@ -1,0 +1,280 @@
+"""How a solver is tuned: a cheap teacher, every classical solver, and least squares from the best of them.
+
+1. The teacher, Adams(3M) on the usual grid, samples ``PROBE`` samples at M and at 2M steps: that says its own error.
+2. Every classical solver on every grid is judged on those, in rounds that leave fewer solvers on more samples.
+3. The teacher samples the others, at the fewest steps that make it ``FINER`` than the best of those solvers.
+4. Learning starts from that solver, and lasts as long as the budget.
+5. Both are compared on samples that nothing was learned from, and the better one is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from tqdm.auto import tqdm
+
+from ..core.table import InvalidSolverError, SolverTable
+from ..distill.config import LearningConfig
+from ..distill.losses import make_loss
+from ..distill.student import TableStudent
+from ..distill.task import Task, Term
+from ..distill.trainer import learn
+from ..evaluate.metrics import latent_rmse
+from ..evaluate.paired import difference
+from ..pipelines.classical import SOLVERS, Classical, asked_for, default_grid, grids, solvers_on
+from ..pipelines.embeddings import remembered_prompts
+from ..pipelines.inputs import OWN, check_call, read_inputs
+from ..pipelines.precision import fast_and_safe
+from ..pipelines.replay import Memo
+from ..pipelines.rollout import Inputs
+from ..pipelines.teacher import Teacher, find_teacher
+from ..schedulers.bind import required_arguments
+from ..schedulers.dyweight import DyWeightScheduler
+from .arena import Arena, typical
+from .config import TuneConfig
+
+SEED = 3 * 10**6  # of the first sample, far from those of learning and measuring
+PROBE, FEW = 4, 2  # samples of the first rounds
+FINER = 4.0  # times smaller than the best classical solver's error
+LEADERS = {name: SOLVERS[name] for name in ("iPNDM(2M)", "DPM-Solver++(2M)")}  # that grids are judged by
+GRIDS, FINALISTS, LAST = 2, 6, 3  # kept after each round
+BATCH, CHECKS = 4, 3  # pairs of an update, and held-out checks while learning
+NEWEST = 2  # derivatives whose weights are learned in every row
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one number of steps.
+
+    Attributes:
+        classical: the best classical solver.
+        table: what is kept, with its provenance.
+        learned: whether that was learned.
+        errors: by "classical" and "tuned", (H,) of the held-out samples.
+        paired: how the tuned one's differ, see :func:`dywspan.evaluate.paired.difference`.
+        evaluations: guided ones by purpose; the teacher's are shared by all numbers of steps.
+        seconds: of this number of steps alone.
+    """
+
+    steps: int
+    classical: Classical
+    table: SolverTable
+    learned: bool
+    errors: Mapping[str, Tensor]
+    paired: Mapping[str, Any]
+    evaluations: Mapping[str, int]
+    seconds: float
+
+
+class Newest(TableStudent):
+    """A table of which only some weights are moved: those of the newest derivatives, and the last row's, which cost no
+    evaluation.
+    """
+
+    def numbers(self) -> list[tuple[Tensor, Tensor]]:
+        (weights, exist), *scale = super().numbers()
+        moved = exist.clone()
+        moved[:-1, NEWEST:] = False
+        return [(weights, moved), *scale]
+
+
+class Course:
+    """The tuning of one pipeline.
+
+    Attributes:
+        arena: its samples; the first ``PROBE`` are judged first, the last ``held_out`` only at the end.
+        teacher: what made the targets of most samples.
+        spent: guided evaluations of the teacher.
+    """
+
+    def __init__(self, pipe: Any, config: TuneConfig, inputs: Inputs, memo: Memo, bar: Any) -> None:
+        self.pipe, self.config, self.memo, self.bar = pipe, config, memo, bar
+        seeds = range(SEED + config.seed, SEED + config.seed + len(inputs))
+        self.arena = Arena(pipe, inputs, seeds, config.call, memo)
+        self.training = range(config.pairs)
+        self.held_out = range(config.pairs, len(inputs))
+        self.own = DyWeightScheduler.from_config(pipe.scheduler)
+        self.asked = {n: asked_for(pipe, n, inputs, config.call) for n in config.steps}
+        self.per_evaluation, self.spent, self.probed = 1.0, 0, 0.0
+        self.teacher = self._teacher(2 * max(config.steps) + 2)
+
+    def run(self) -> list[Outcome]:
+        """All numbers of steps."""
+        self._probe()
+        judged = {n: self._classical(n) for n in self.config.steps}
+        self._teach(min(error for _, error, _ in judged.values()))
+        return [self._tuned(n, *judged[n]) for n in self.config.steps]
+
+    # ------------------------------------------------------------------ the teacher
+
+    def _teacher(self, steps: int) -> Teacher:
+        return find_teacher(self.pipe, "adams", steps, 3, default_grid(self.own))
+
+    def _probe(self) -> None:
+        """The first samples at M and 2M steps; the latter are the targets."""
+        self._stage("teacher")
+        probe, fine = range(PROBE), self._teacher(2 * self.teacher.num_inference_steps)
+        ends = self.arena.endpoints(self.teacher.scheduler, self.teacher.num_inference_steps, probe)
+        self.per_evaluation = self.memo.computed / (PROBE * self.teacher.num_inference_steps)
+        self.arena.targets.update(enumerate(self.arena.endpoints(fine.scheduler, fine.num_inference_steps, probe)))
+        self.probed = typical(self.arena.errors(self.teacher.scheduler, self.teacher.num_inference_steps, probe))
+        if not bool(torch.isfinite(ends).all()) or not math.isfinite(self.probed):
+            raise FloatingPointError(
+                f"{type(self.pipe).__name__}'s samples are not finite in its precision: use a wider dtype."
+            )
+        self.spent = self._evaluations()
+
+    def _teach(self, error: float) -> None:
+        """The other samples, at as many steps as make the teacher finer than a solver of this error."""
+        self._stage("teacher")
+        before, least = self._evaluations(), self.teacher.num_inference_steps
+        needed = least * math.sqrt(FINER * self.probed / error)  # at least of second order
+        self.teacher = self._teacher(min(2 * least, max(least, math.ceil(needed))))
+        places = range(PROBE, len(self.arena.inputs))
+        ends = self.arena.endpoints(self.teacher.scheduler, self.teacher.num_inference_steps, places)
+        self.arena.targets.update(zip(places, ends))
+        self.spent += self._evaluations() - before
+
+    # ------------------------------------------------------------------ one number of steps
+
+    def _classical(self, n: int) -> tuple[list[Classical], float, int]:
+        """The best few on the probe, the best one's error there, and what that took."""
+        self._stage(f"classical solvers, {n} steps")
+        before = self._evaluations()
+        scheduler, request = self.asked[n]
+        found = grids(self.pipe, scheduler, request)
+        leaders = {name: solvers_on(grid, name, request, LEADERS) for name, grid in found.items()}
+        best = sorted(found, key=lambda name: min(self._judged(n, own, range(FEW)) for own in leaders[name]))
+        among = [own for name in best[:GRIDS] for own in solvers_on(found[name], name, request)]
+        among = self._kept(n, among, range(FEW), FINALISTS)
+        kept = self._kept(n, among, range(PROBE), LAST)
+        return kept, self._judged(n, kept[0], range(PROBE)), self._evaluations() - before
+
+    def _kept(self, n: int, among: Sequence[Classical], places: Sequence[int], count: int) -> list[Classical]:
+        return sorted(among, key=lambda own: self._judged(n, own, places))[:count]
+
+    def _judged(self, n: int, classical: Classical, places: Sequence[int]) -> float:
+        return typical(self._errors(n, classical.table, places))
+
+    def _errors(self, n: int, table: SolverTable, places: Sequence[int]) -> Tensor:
+        try:
+            return self.arena.errors(self.own.with_tables([table]), n, places)
+        except InvalidSolverError:  # its levels are none that the network knows
+            return torch.full((len(places),), torch.inf)
+
+    def _tuned(self, n: int, kept: Sequence[Classical], error: float, judging: int) -> Outcome:
+        started, before = time.monotonic(), self._evaluations()
+        self._stage(f"classical solvers, {n} steps")
+        best = self._kept(n, kept, self.training[: 2 * PROBE], 1)[0]
+        classical = self._errors(n, best.table, self.held_out)
+        judging += self._evaluations() - before
+        self._stage(f"learning, {n} steps")
+        left = self.config.budget(n) - self.spent - judging
+        before = self._evaluations()
+        student = self._student(best.table)
+        cost = BATCH * (student.calls(n) + 3 * n)  # columns, where a batch starts, and steps that are taken back
+        updates = max(1, int((left - (CHECKS - 1) * len(self.held_out) * n) / cost))
+        made = self._learn(n, student, updates)
+        table = student.learned()
+        errors = {"classical": classical, "tuned": self._errors(n, table, self.held_out)}
+        learning = self._evaluations() - before
+        learned = typical(errors["tuned"]) < typical(classical)
+        evaluations = {"teacher": self.spent, "classical": judging, "learning": learning}
+        means = {name: float(own.mean()) for name, own in errors.items()}
+        paired = difference(latent_rmse(), errors["tuned"], classical, means["tuned"] - means["classical"])
+        seconds = time.monotonic() - started
+        made |= {"evaluations": {**evaluations, "seconds": round(seconds, 1)}}
+        made |= {"start": best.name, "held_out_error": {"before": means["classical"], "after": means["tuned"]}}
+        if not learned:
+            table, made["held_out_error"] = best.table, dict.fromkeys(("before", "after"), means["classical"])
+            made |= {"learning": {}, "solver": best.name}
+        return Outcome(n, best, replace(table, provenance=made), learned, errors, paired, evaluations, seconds)
+
+    def _student(self, table: SolverTable) -> Newest:
+        missing = max(0, NEWEST - table.weights.shape[1])
+        return Newest(self.own, replace(table, weights=pad(table.weights, (0, missing))))
+
+    def _learn(self, n: int, student: Newest, updates: int) -> dict[str, Any]:
+        """Move the student to the best that it is on the held-out samples; says what its provenance records."""
+        config = LearningConfig(
+            optimizer="least_squares",
+            updates=updates,
+            batch_size=BATCH,
+            evaluate_every=-(-updates // CHECKS),
+            order=student.weights.shape[1],
+            mixed_precision="no",
+            seed=self.config.seed,
+        )
+        train, held_out = (self.arena.pairs(places) for places in (self.training, self.held_out))
+        term = Term(n, self.config.call, train, held_out)
+        task = Task(self.pipe, self.teacher, [term], config, make_loss(self.pipe, "rmse"))
+        return learn(task, student, quiet=True).provenance(term.name)
+
+    # ------------------------------------------------------------------ what it takes
+
+    def _evaluations(self) -> int:
+        return round(self.memo.computed / self.per_evaluation)
+
+    def _stage(self, name: str) -> None:
+        self.bar.set_description(name)
+
+
+@contextmanager
+def tuning(pipe: Any, config: TuneConfig) -> Iterator[Course]:
+    """The course of a pipeline, which within is as a tuning needs it, and afterwards as it was.
+
+    Raises:
+        ValueError, OSError: prompts or arguments that cannot be used.
+    """
+    inputs = _inputs(pipe, config)
+    bars = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        with TemporaryDirectory() as folder, fast_and_safe(), _shown(config) as bar, torch.no_grad():
+            memo = Memo(pipe)
+            with remembered_prompts(pipe, Path(folder)) as memory, memo.installed():
+                if memory is not None:
+                    memory.fill(inputs, config.call, PROBE)
+                course = Course(pipe, config, inputs, memo, bar)
+                memo.tell = lambda samples: bar.update(samples / course.per_evaluation)
+                yield course
+    finally:
+        pipe.set_progress_bar_config(**bars)
+
+
+def _inputs(pipe: Any, config: TuneConfig) -> Inputs:
+    """Each sample's own arguments; prompts are gone through again, with new noise, where there are too few."""
+    needed = config.pairs + config.held_out
+    missing = "prompt" in required_arguments(pipe) | _takes_text(pipe) and "prompt" not in config.call
+    source = OWN if config.prompts is None and missing else config.prompts
+    found = read_inputs(source, config.prompt_column, config.prompt_split, needed) or [{}]
+    inputs = [found[i % len(found)] for i in range(needed)]
+    check_call(pipe, inputs, config.call)
+    return inputs
+
+
+def _takes_text(pipe: Any) -> set[str]:
+    """ "prompt", of pipelines that encode one."""
+    return {"prompt"} if hasattr(pipe, "encode_prompt") else set()
+
+
+@contextmanager
+def _shown(config: TuneConfig) -> Iterator[Any]:
+    """One bar for all, of evaluations."""
+    total = sum(map(config.budget, config.steps))
+    shown = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} evaluations [{elapsed}<{remaining}]"
+    with tqdm(total=total, bar_format=shown) as bar:
+        yield bar
+        bar.set_description("done")
+        bar.total = max(bar.n, 1)
+        bar.refresh()
