@@ -50,6 +50,10 @@ solvers-emoji-sd: .venv/installed-train
 	$(DISTILL)/emoji_sd_spanlift.yaml --base $(OUT)/emoji-sd-solvers --output $(OUT)/emoji-sd-spanlift \
 		--steps 7 --lr 3e-4 --updates 600 --evaluate-every 100
 	$(DISTILL)/emoji_sd_timelift.yaml --base $(OUT)/emoji-sd-solvers --output $(OUT)/emoji-sd-timelift
+	$(DISTILL)/emoji_sd_timelift.yaml --base $(OUT)/emoji-sd-solvers --output $(OUT)/emoji-sd-timelift \
+		--steps 4 --lr 3e-3
+	$(DISTILL)/emoji_sd_timelift.yaml --base $(OUT)/emoji-sd-solvers --output $(OUT)/emoji-sd-timelift \
+		--steps 5 --lr 1.5e-3
 
 any-emoji-sd: .venv/installed-train
 	$(DISTILL)/emoji_sd_continuous.yaml
@@ -65,6 +69,10 @@ solvers-emoji-flow: .venv/installed-train
 	$(DISTILL)/emoji_flow_least_squares.yaml --output $(OUT)/emoji-flow-solvers
 	$(DISTILL)/emoji_flow_spanlift.yaml --base $(OUT)/emoji-flow-solvers --output $(OUT)/emoji-flow-spanlift
 	$(DISTILL)/emoji_flow_timelift.yaml --base $(OUT)/emoji-flow-solvers --output $(OUT)/emoji-flow-timelift
+	$(DISTILL)/emoji_flow_timelift.yaml --base $(OUT)/emoji-flow-solvers --output $(OUT)/emoji-flow-timelift \
+		--steps 4 --lr 5e-3
+	$(DISTILL)/emoji_flow_timelift.yaml --base $(OUT)/emoji-flow-solvers --output $(OUT)/emoji-flow-timelift \
+		--steps 5 --lr 3e-3
 
 any-emoji-flow: .venv/installed-train
 	$(DISTILL)/emoji_flow_continuous.yaml

@@ -236,6 +236,32 @@ def learning(args: argparse.Namespace) -> None:
             plot(rows, Path(args.output).with_suffix(".png"))
 
 
+def tune_bench(args: argparse.Namespace) -> None:
+    """What tuning is worth: error of the tuned solver beside the best classical one's, on samples of their own."""
+    from .bench.tune import SELECT, tuned_rows
+    from .evaluate.report import read_results, table
+    from .pipelines.inputs import read_inputs
+    from .pipelines.networks import place
+    from .pipelines.rollout import load_pipeline
+
+    _check_here(args.model)
+    needed, call = SELECT[1] + args.samples, dict(args.call)
+    fresh = read_inputs(args.fresh_prompts, limit=needed) or [{}] * needed
+    if len(fresh) < needed:
+        raise ValueError(f"{args.fresh_prompts} has {len(fresh)} prompts, {needed} are needed: lower --samples.")
+    subject = args.subject or Path(args.model).name
+    old = read_results(args.json)["rows"] if Path(args.json).exists() else []
+    pipe, options = load_pipeline(str(args.model)), {"solvers": args.solvers, "cache": args.cache, "seed": args.seed}
+    for row in tuned_rows(pipe, subject, args.prompts, fresh, call=call, steps=args.steps, **options):
+        key = [row[name] for name in ("subject", "nfe", "solver")]
+        old = [other for other in old if [other[name] for name in ("subject", "nfe", "solver")] != key]
+        if row["solver"].endswith("(best classical)"):  # there is one of each
+            old = [o for o in old if [o["subject"], o["nfe"]] != key[:2] or not o["solver"].endswith(key[2][-16:])]
+        old.append({**row, "device": place(pipe).type, "threads": torch.get_num_threads()})
+        write_results(args.json, old)
+    print(table({"rows": [row for row in old if row["subject"] == subject]}))
+
+
 def table(args: argparse.Namespace) -> None:
     """The Markdown of an evaluation's or a bench's JSON file."""
     from .evaluate.report import read_results, table
@@ -328,6 +354,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--config", action="append", required=True, help="YAML file of a distillation; repeat for each")
     sub.add_argument("--output", default="distill-cost.json", help="results; what is learned is where its file says")
     sub.add_argument("--plot", action="store_true", help="also draw error over evaluations, beside output as .png")
+    sub = command("tune", tune_bench, what)
+    sub.add_argument("--model", default=EXAMPLES / "emoji-sd", help="pipeline: a directory or a Hub id")
+    sub.add_argument("--subject", help="name of its rows; default: the model's")
+    sub.add_argument("--call", type=json.loads, default={}, help="arguments of the pipeline's call, as JSON")
+    sub.add_argument("--prompts", default=str(EXAMPLES / "prompts" / "emoji-train.txt"), help="to tune with")
+    sub.add_argument("--fresh-prompts", default=str(EXAMPLES / "prompts" / "emoji-held-out.txt"), help="to measure on")
+    sub.add_argument("--samples", type=int, default=256, help="to measure on, after those to select by")
+    sub.add_argument("--steps", type=int, nargs="+", default=[3, 4, 5, 7])
+    sub.add_argument("--solvers", nargs="*", default=[], help="artefacts to measure as well")
+    sub.add_argument("--cache", help="directory of the reference's samples")
+    sub.add_argument("--seed", type=int, default=0, help="of the samples to tune with")
+    sub.add_argument("--json", default="tune.json", help="results; rows of other subjects stay")
     sub = command("table", table, what)
     sub.add_argument("results", help="JSON file of an evaluation or a bench")
     sub.add_argument("--metrics", nargs="+", help="only these, or only these columns")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from test_any_pipeline import KINDS, asked
@@ -18,13 +19,16 @@ import dywspan
 from dywspan import DyWeightScheduler
 from dywspan.cli import main
 from dywspan.core.grid import make_grid
-from dywspan.pipelines.classical import SOLVERS, asked_for, default_grid, grids, solvers_on
+from dywspan.core.table import SolverTable
+from dywspan.pipelines.classical import SOLVERS, asked_for, default_grid, grids, of_diffusers, solvers_on
+from dywspan.pipelines.linear import as_table
 from dywspan.pipelines.replay import Memo
 from dywspan.pipelines.rollout import load_pipeline, sample
 from dywspan.tuning import arena, course
 from dywspan.tuning.config import TuneConfig
 
 HOSTS = {"StableDiffusionPipeline": 6, "FluxPipeline": 5, "StableDiffusion3Pipeline": 5, "SanaPipeline": 4}
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SMALL: dict[str, Any] = {"pairs": 8, "held_out": 4, "evaluations": 300}
 
 
@@ -205,7 +209,7 @@ def test_what_is_saved_has_a_card_and_a_picture(tuned: tuple[Any, Path]) -> None
 def test_what_is_not_better_is_not_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pipe, inputs, call = settings_of("FluxPipeline")
 
-    def spoiled(self: Any, n: int, student: Any, updates: int) -> dict[str, Any]:
+    def spoiled(self: Any, n: int, student: Any, *others: Any) -> dict[str, Any]:
         student.move(student.vector() * 1.05)
         return {}
 
@@ -257,3 +261,68 @@ def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
 
 def test_kinds_are_those_of_learning() -> None:
     assert {"torchao int8", "lora"} <= KINDS.keys()
+
+
+# ------------------------------------------------------------------------------------------------ diffusers' solvers
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("EulerDiscreteScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"solver_order": 2}),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3, "use_karras_sigmas": True}),
+        ("UniPCMultistepScheduler", {}),
+        ("DEISMultistepScheduler", {}),
+    ],
+)
+def test_a_scheduler_of_diffusers_becomes_the_table_that_samples_as_it_does(kind: str, options: dict[str, Any]) -> None:
+    """On a denoiser that is told the level, and not the time that these round."""
+    own = DyWeightScheduler.from_config(diffusers.DPMSolverMultistepScheduler(**BETAS))
+    theirs = getattr(diffusers, kind)(**BETAS, timestep_spacing="trailing", **options)
+    table = as_table(theirs, own.host.prediction, 6)
+    ours = own.with_tables([table])
+    ends: list[torch.Tensor] = []
+    theirs.set_timesteps(6), ours.set_timesteps(6)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * float(theirs.init_noise_sigma)
+    assert ours.plan is not None
+    start = theirs.scale_model_input(noise, theirs.timesteps[0]) / ours.plan.start * ours.init_noise_sigma
+    for scheduler, x in ((theirs, noise), (ours, start)):
+        for t, sigma in zip(scheduler.timesteps, theirs.sigmas):
+            given = scheduler.scale_model_input(x, t)
+            x_ve = given * float((1 + sigma**2).sqrt())
+            x = scheduler.step((x_ve - 0.5 * torch.tanh(x_ve)) / float((1 + sigma**2).sqrt()), t, x, return_dict=False)[
+                0
+            ]
+        ends.append(x)
+    assert float((ends[0] - ends[1]).norm() / ends[0].norm()) < 1e-3
+    euler = own.with_tables([SolverTable.initial(6, 2, table.grid, own.host.prediction, base="euler")])
+    assert table.weights.shape[1] == 1 or not torch.allclose(table.weights[:, :1], euler.tables[6].weights[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("HeunDiscreteScheduler", "takes 11 evaluations"),
+        ("PNDMScheduler", "evaluations for 6 steps"),
+        ("EulerAncestralDiscreteScheduler", "noise's part|straight"),
+        ("LCMScheduler", "names no levels"),
+    ],
+)
+def test_other_schedulers_are_no_tables(kind: str, message: str) -> None:
+    own = DyWeightScheduler.from_config(diffusers.DPMSolverMultistepScheduler(**BETAS))
+    options = {"skip_prk_steps": True} if kind == "PNDMScheduler" else {}
+    with pytest.raises(ValueError, match=message):
+        as_table(getattr(diffusers, kind)(**BETAS, **options), own.host.prediction, 6)
+
+
+def test_the_solver_that_a_pipeline_has_is_among_those_that_are_judged() -> None:
+    pipe, inputs, call = settings_of("StableDiffusionPipeline")
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    scheduler, request = asked_for(pipe, 4, inputs, call)
+    names = [own.name for own in of_diffusers(pipe, scheduler, request)]
+    assert "UniPCMultistepScheduler, as it was" in names
+    learned = scheduler.with_tables([solvers_on(default_grid(scheduler), "uniform", request)[1].table])
+    pipe.scheduler = learned
+    scheduler, request = asked_for(pipe, 4, inputs, call)
+    assert of_diffusers(pipe, scheduler, request)[0].table is scheduler.tables[4]

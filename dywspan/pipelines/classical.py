@@ -21,6 +21,7 @@ from ..core.table import SolverTable
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.hosts import Host
 from ..schedulers.sources import Request
+from .linear import as_table, built
 from .networks import left_at_first_call
 from .rollout import Inputs, sample
 
@@ -40,6 +41,7 @@ SOLVERS: dict[str, tuple[str, int, bool]] = {
     "UniP(3M)": ("unipc", 3, False),
 }
 SHIFTS = (1.0, 1.5, 2.0, 3.0, 5.0)  # of flow networks
+AS_IT_WAS = "as it was"  # the grid of what the pipeline has
 _NEAR = 0.05  # how far a grid's first level may lie from where the network's noise starts
 
 
@@ -94,8 +96,7 @@ def asked_for(pipe: Any, steps: int, inputs: Inputs, call: Mapping[str, Any]) ->
 
 def grids(pipe: Any, scheduler: DyWeightScheduler, request: Request) -> dict[str, dict[str, Any]]:
     """The grids of this many steps that fit, by name; no two are the same."""
-    usual = default_grid(scheduler)
-    start = float(_levels(usual, request)[0])
+    usual, start = default_grid(scheduler), _start(scheduler, request)
     found: dict[str, dict[str, Any]] = {}
     known: list[Tensor] = []
     for name, make in _makers(pipe, scheduler, request, usual):
@@ -130,6 +131,36 @@ def solvers_on(
     return found
 
 
+def of_diffusers(pipe: Any, scheduler: DyWeightScheduler, request: Request) -> list[Classical]:
+    """What is not in ``SOLVERS``: the solver that the pipeline has, learned ones too, and UniPC with its corrector."""
+    prediction, n, unipc = request.host.prediction, request.steps, diffusers.UniPCMultistepScheduler
+    found = [Classical("the pipeline's own", AS_IT_WAS, scheduler.tables[n])] if n in scheduler.tables else []
+    own: list[tuple[str, str, Callable[[], Any]]] = [
+        (type(pipe.scheduler).__name__, AS_IT_WAS, lambda: pipe.scheduler),
+    ]
+    options: dict[str, Any] = {"timestep_spacing": "trailing"}
+    flags = {"uniform": None, "Karras": "karras", "log-SNR": "exponential"}
+    if isinstance(prediction, Flow):
+        shift = scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0
+        options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+        options["use_dynamic_shifting"], flags = False, {f"shift {shift:g}": None}
+    for grid, flag in flags.items():
+        given = options | ({f"use_{flag}_sigmas": True} if flag else {})
+        own.append(("UniPC(2M)", grid, lambda given=given: built(unipc, {**scheduler.config, **given})))
+    for solver, grid, make in own:
+        with contextlib.suppress(Exception):  # schedulers refuse each other's settings in every way there is
+            table = as_table(make(), prediction, n, request.mu)
+            near = abs(float(table.grid["sigmas"][0]) / _start(scheduler, request) - 1) < _NEAR
+            if near or grid == AS_IT_WAS:
+                found.append(Classical(solver, grid, table))
+    return found
+
+
+def _start(scheduler: DyWeightScheduler, request: Request) -> float:
+    """The level that the network's noise starts at."""
+    return float(_levels(default_grid(scheduler), request)[0])
+
+
 def align_your_steps(pipe: Any, scheduler: DyWeightScheduler, steps: int) -> dict[str, Any]:
     """The ten-step grid published for this kind of pipeline, for other numbers log-linear between.
 
@@ -157,7 +188,7 @@ def _makers(
     prediction, n = scheduler.host.prediction, request.steps
 
     def of_host(kind: str, **options: Any) -> dict[str, Any]:
-        own = getattr(diffusers, kind).from_config(scheduler.config, **options)
+        own = built(getattr(diffusers, kind), {**scheduler.config, **options})
         return {"sigmas": Host(DyWeightScheduler.from_config(own).config).grid(n).tolist()}
 
     yield "uniform" if not isinstance(prediction, EDM) else "rho 7", lambda: usual

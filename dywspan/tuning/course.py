@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from ..distill.task import Task, Term
 from ..distill.trainer import learn
 from ..evaluate.metrics import latent_rmse
 from ..evaluate.paired import difference
-from ..pipelines.classical import SOLVERS, Classical, asked_for, default_grid, grids, solvers_on
+from ..pipelines.classical import SOLVERS, Classical, asked_for, default_grid, grids, of_diffusers, solvers_on
 from ..pipelines.embeddings import remembered_prompts
 from ..pipelines.inputs import OWN, check_call, read_inputs
 from ..pipelines.precision import fast_and_safe
@@ -45,10 +46,12 @@ from .config import TuneConfig
 
 SEED = 3 * 10**6  # of the first sample, far from those of learning and measuring
 PROBE, FEW = 4, 2  # samples of the first rounds
-FINER = 4.0  # times smaller than the best classical solver's error
-LEADERS = {name: SOLVERS[name] for name in ("iPNDM(2M)", "DPM-Solver++(2M)")}  # that grids are judged by
-GRIDS, FINALISTS, LAST = 2, 6, 3  # kept after each round
+FINER = 4.0  # times smaller than the best classical solver's error, the teacher's must be
+LONGER = 4  # times the student's steps, at least: few samples may hide what a teacher lacks
+LEADER = {"iPNDM(2M)": SOLVERS["iPNDM(2M)"]}  # that grids are judged by
+GRIDS = 3  # that all solvers are judged on
 BATCH, CHECKS = 4, 3  # pairs of an update, and held-out checks while learning
+ASTRAY = 3.0  # times the typical error, from which on a sample has ended in another image: no step leads back
 NEWEST = 2  # derivatives whose weights are learned in every row
 
 
@@ -63,7 +66,7 @@ class Outcome:
         errors: by "classical" and "tuned", (H,) of the held-out samples.
         paired: how the tuned one's differ, see :func:`dywspan.evaluate.paired.difference`.
         evaluations: guided ones by purpose; the teacher's are shared by all numbers of steps.
-        seconds: of this number of steps alone.
+        seconds: likewise.
     """
 
     steps: int
@@ -95,6 +98,7 @@ class Course:
         arena: its samples; the first ``PROBE`` are judged first, the last ``held_out`` only at the end.
         teacher: what made the targets of most samples.
         spent: guided evaluations of the teacher.
+        seconds: by stage.
     """
 
     def __init__(self, pipe: Any, config: TuneConfig, inputs: Inputs, memo: Memo, bar: Any) -> None:
@@ -106,6 +110,7 @@ class Course:
         self.own = DyWeightScheduler.from_config(pipe.scheduler)
         self.asked = {n: asked_for(pipe, n, inputs, config.call) for n in config.steps}
         self.per_evaluation, self.spent, self.probed = 1.0, 0, 0.0
+        self.stage, self.since, self.seconds = "", time.monotonic(), defaultdict[str, float](float)
         self.teacher = self._teacher(2 * max(config.steps) + 2)
 
     def run(self) -> list[Outcome]:
@@ -113,7 +118,7 @@ class Course:
         self._probe()
         judged = {n: self._classical(n) for n in self.config.steps}
         self._teach(min(error for _, error, _ in judged.values()))
-        return [self._tuned(n, *judged[n]) for n in self.config.steps]
+        return [self._tuned(n, kept, spent) for n, (kept, _, spent) in judged.items()]
 
     # ------------------------------------------------------------------ the teacher
 
@@ -137,9 +142,10 @@ class Course:
     def _teach(self, error: float) -> None:
         """The other samples, at as many steps as make the teacher finer than a solver of this error."""
         self._stage("teacher")
-        before, least = self._evaluations(), self.teacher.num_inference_steps
-        needed = least * math.sqrt(FINER * self.probed / error)  # at least of second order
-        self.teacher = self._teacher(min(2 * least, max(least, math.ceil(needed))))
+        before, first = self._evaluations(), self.teacher.num_inference_steps
+        needed = first * math.sqrt(FINER * self.probed / error)  # at least of second order
+        least = LONGER * max(self.config.steps)
+        self.teacher = self._teacher(max(least, min(2 * first, math.ceil(needed))))
         places = range(PROBE, len(self.arena.inputs))
         ends = self.arena.endpoints(self.teacher.scheduler, self.teacher.num_inference_steps, places)
         self.arena.targets.update(zip(places, ends))
@@ -148,16 +154,18 @@ class Course:
     # ------------------------------------------------------------------ one number of steps
 
     def _classical(self, n: int) -> tuple[list[Classical], float, int]:
-        """The best few on the probe, the best one's error there, and what that took."""
+        """The best of each grid on the probe, the best one's error there, and what that took."""
         self._stage(f"classical solvers, {n} steps")
         before = self._evaluations()
         scheduler, request = self.asked[n]
         found = grids(self.pipe, scheduler, request)
-        leaders = {name: solvers_on(grid, name, request, LEADERS) for name, grid in found.items()}
-        best = sorted(found, key=lambda name: min(self._judged(n, own, range(FEW)) for own in leaders[name]))
-        among = [own for name in best[:GRIDS] for own in solvers_on(found[name], name, request)]
-        among = self._kept(n, among, range(FEW), FINALISTS)
-        kept = self._kept(n, among, range(PROBE), LAST)
+        leaders = [own for name, grid in found.items() for own in solvers_on(grid, name, request, LEADER)]
+        best = [own.grid for own in self._kept(n, leaders, range(PROBE), GRIDS)]
+        # By grid: the samples that all are judged on are too few to leave the others out.
+        groups = [solvers_on(found[name], name, request) for name in best]
+        groups += [own] if (own := of_diffusers(self.pipe, scheduler, request)) else []
+        groups = [self._kept(n, self._kept(n, group, range(FEW), 2), range(PROBE), 1) for group in groups]
+        kept = self._kept(n, [own for group in groups for own in group], range(PROBE), len(groups))
         return kept, self._judged(n, kept[0], range(PROBE)), self._evaluations() - before
 
     def _kept(self, n: int, among: Sequence[Classical], places: Sequence[int], count: int) -> list[Classical]:
@@ -172,19 +180,19 @@ class Course:
         except InvalidSolverError:  # its levels are none that the network knows
             return torch.full((len(places),), torch.inf)
 
-    def _tuned(self, n: int, kept: Sequence[Classical], error: float, judging: int) -> Outcome:
-        started, before = time.monotonic(), self._evaluations()
-        self._stage(f"classical solvers, {n} steps")
-        best = self._kept(n, kept, self.training[: 2 * PROBE], 1)[0]
+    def _tuned(self, n: int, kept: Sequence[Classical], judging: int) -> Outcome:
+        before, stages = self._evaluations(), ("teacher", f"classical solvers, {n} steps", f"learning, {n} steps")
+        self._stage(stages[1])
+        best = self._kept(n, kept, self.training, 1)[0]
         classical = self._errors(n, best.table, self.held_out)
         judging += self._evaluations() - before
-        self._stage(f"learning, {n} steps")
+        self._stage(stages[2])
         left = self.config.budget(n) - self.spent - judging
         before = self._evaluations()
         student = self._student(best.table)
         cost = BATCH * (student.calls(n) + 3 * n)  # columns, where a batch starts, and steps that are taken back
         updates = max(1, int((left - (CHECKS - 1) * len(self.held_out) * n) / cost))
-        made = self._learn(n, student, updates)
+        made = self._learn(n, student, updates, *(self._near(n, best.table, p) for p in (self.training, self.held_out)))
         table = student.learned()
         errors = {"classical": classical, "tuned": self._errors(n, table, self.held_out)}
         learning = self._evaluations() - before
@@ -192,7 +200,8 @@ class Course:
         evaluations = {"teacher": self.spent, "classical": judging, "learning": learning}
         means = {name: float(own.mean()) for name, own in errors.items()}
         paired = difference(latent_rmse(), errors["tuned"], classical, means["tuned"] - means["classical"])
-        seconds = time.monotonic() - started
+        self._stage("")
+        seconds = sum(self.seconds[name] for name in stages)
         made |= {"evaluations": {**evaluations, "seconds": round(seconds, 1)}}
         made |= {"start": best.name, "held_out_error": {"before": means["classical"], "after": means["tuned"]}}
         if not learned:
@@ -204,7 +213,14 @@ class Course:
         missing = max(0, NEWEST - table.weights.shape[1])
         return Newest(self.own, replace(table, weights=pad(table.weights, (0, missing))))
 
-    def _learn(self, n: int, student: Newest, updates: int) -> dict[str, Any]:
+    def _near(self, n: int, table: SolverTable, places: Sequence[int]) -> list[int]:
+        """Those that a solver brings to the teacher's image; at least half of them."""
+        errors = self._errors(n, table, places)
+        return [i for i, error in zip(places, errors.tolist()) if error <= ASTRAY * typical(errors)]
+
+    def _learn(
+        self, n: int, student: Newest, updates: int, training: Sequence[int], held_out: Sequence[int]
+    ) -> dict[str, Any]:
         """Move the student to the best that it is on the held-out samples; says what its provenance records."""
         config = LearningConfig(
             optimizer="least_squares",
@@ -215,8 +231,7 @@ class Course:
             mixed_precision="no",
             seed=self.config.seed,
         )
-        train, held_out = (self.arena.pairs(places) for places in (self.training, self.held_out))
-        term = Term(n, self.config.call, train, held_out)
+        term = Term(n, self.config.call, self.arena.pairs(training), self.arena.pairs(held_out))
         task = Task(self.pipe, self.teacher, [term], config, make_loss(self.pipe, "rmse"))
         return learn(task, student, quiet=True).provenance(term.name)
 
@@ -226,6 +241,10 @@ class Course:
         return round(self.memo.computed / self.per_evaluation)
 
     def _stage(self, name: str) -> None:
+        """What is done from now on."""
+        now = time.monotonic()
+        self.seconds[self.stage] += now - self.since
+        self.stage, self.since = name, now
         self.bar.set_description(name)
 
 
