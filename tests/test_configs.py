@@ -31,6 +31,7 @@ from dywspan.distill.setup import prepare
 from dywspan.pipelines.features import FEATURES, NETWORKS
 from dywspan.pipelines.inputs import OWN, SETS
 from dywspan.settings import add_arguments, make_config
+from dywspan.tuning.config import TuneConfig
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "training" / "configs").glob("*.yaml"))}
@@ -290,7 +291,7 @@ def test_every_setting_the_document_names_exists() -> None:
     """A word in code style is a setting or one of its choices, and so is what stands after its colon."""
     choices = {*BASES, *GRIDS, *LAYOUTS, *FEATURES, *NETWORKS, *LATENT, *SETS, OWN, "true", "false", "null"}
     choices |= {"adam", "adamw", "bf16", "fp16", "bfloat16", "least_squares"}
-    known = {f.name for f in fields(DistillConfig)}
+    known = {f.name for f in (*fields(DistillConfig), *fields(TuneConfig))}
     text = re.sub(r"```.*?```|<!-- .*?<!-- end -->", "", DOCUMENT.read_text(encoding="utf-8"), flags=re.S)
     named = re.findall(r"`([a-z_0-9]+)(?:: ([a-z_]+|\d+))?`", text)
     assert len(named) > 60

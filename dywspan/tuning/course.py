@@ -51,7 +51,6 @@ LONGER = 4  # times the student's steps, at least: few samples may hide what a t
 LEADER = {"iPNDM(2M)": SOLVERS["iPNDM(2M)"]}  # that grids are judged by
 GRIDS = 3  # that all solvers are judged on
 BATCH, CHECKS = 4, 3  # pairs of an update, and held-out checks while learning
-ASTRAY = 3.0  # times the typical error, from which on a sample has ended in another image: no step leads back
 NEWEST = 2  # derivatives whose weights are learned in every row
 
 
@@ -192,7 +191,7 @@ class Course:
         student = self._student(best.table)
         cost = BATCH * (student.calls(n) + 3 * n)  # columns, where a batch starts, and steps that are taken back
         updates = max(1, int((left - (CHECKS - 1) * len(self.held_out) * n) / cost))
-        made = self._learn(n, student, updates, *(self._near(n, best.table, p) for p in (self.training, self.held_out)))
+        made = self._learn(n, student, updates)
         table = student.learned()
         errors = {"classical": classical, "tuned": self._errors(n, table, self.held_out)}
         learning = self._evaluations() - before
@@ -213,14 +212,7 @@ class Course:
         missing = max(0, NEWEST - table.weights.shape[1])
         return Newest(self.own, replace(table, weights=pad(table.weights, (0, missing))))
 
-    def _near(self, n: int, table: SolverTable, places: Sequence[int]) -> list[int]:
-        """Those that a solver brings to the teacher's image; at least half of them."""
-        errors = self._errors(n, table, places)
-        return [i for i, error in zip(places, errors.tolist()) if error <= ASTRAY * typical(errors)]
-
-    def _learn(
-        self, n: int, student: Newest, updates: int, training: Sequence[int], held_out: Sequence[int]
-    ) -> dict[str, Any]:
+    def _learn(self, n: int, student: Newest, updates: int) -> dict[str, Any]:
         """Move the student to the best that it is on the held-out samples; says what its provenance records."""
         config = LearningConfig(
             optimizer="least_squares",
@@ -231,7 +223,8 @@ class Course:
             mixed_precision="no",
             seed=self.config.seed,
         )
-        term = Term(n, self.config.call, self.arena.pairs(training), self.arena.pairs(held_out))
+        train, held_out = (self.arena.pairs(places) for places in (self.training, self.held_out))
+        term = Term(n, self.config.call, train, held_out)
         task = Task(self.pipe, self.teacher, [term], config, make_loss(self.pipe, "rmse"))
         return learn(task, student, quiet=True).provenance(term.name)
 
