@@ -35,11 +35,13 @@ from ..evaluate.paired import difference
 from ..pipelines.classical import SOLVERS, Classical, asked_for, default_grid, grids, of_diffusers, solvers_on
 from ..pipelines.embeddings import remembered_prompts
 from ..pipelines.inputs import OWN, check_call, read_inputs
+from ..pipelines.networks import denoisers
 from ..pipelines.precision import fast_and_safe
 from ..pipelines.replay import Memo
 from ..pipelines.rollout import Inputs
 from ..pipelines.teacher import Teacher, find_teacher
 from ..schedulers.bind import required_arguments
+from ..schedulers.calls import core
 from ..schedulers.dyweight import DyWeightScheduler
 from .arena import Arena, typical
 from .config import TuneConfig
@@ -254,6 +256,8 @@ def tuning(pipe: Any, config: TuneConfig) -> Iterator[Course]:
     try:
         with TemporaryDirectory() as folder, fast_and_safe(), _shown(config) as bar, torch.no_grad():
             memo = Memo(pipe)
+            # A step cache answers by what it was asked before.
+            memo.active = not any(getattr(core(m), "is_cache_enabled", False) for m in denoisers(pipe).values())
             with remembered_prompts(pipe, Path(folder)) as memory, memo.installed():
                 if memory is not None:
                     memory.fill(inputs, config.call, PROBE)
