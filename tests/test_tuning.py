@@ -185,10 +185,10 @@ def test_it_beats_the_best_classical_solver_within_its_budget(tuned: tuple[Any, 
     lines = (EMOJI.parent / "prompts" / "emoji-held-out.txt").read_text().splitlines()[:32]
     config = TuneConfig(steps=[3], prompts=lines, call={"guidance_scale": 1.0}, pairs=24, held_out=8)
     with course.tuning(pipe, config) as own:
-        classical = own._classical(3)[0][0]
         places = range(32)
         ends = own.arena.endpoints(own._teacher(40).scheduler, 40, places)
         own.arena.targets.update(zip(places, ends))
+        classical = own._classical(3)[0][0]
         rival, ours = (own._errors(3, t, places) for t in (classical.table, table))
     assert arena.typical(ours) < 0.97 * arena.typical(rival)
     assert float((ours < rival).double().mean()) > 0.6
