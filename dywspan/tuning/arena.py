@@ -21,7 +21,7 @@ class Arena:
 
     Attributes:
         memo: what the network answered so far, and how many evaluations that took.
-        targets: (M, ...) of the places that the teacher was asked for; nan elsewhere.
+        targets: the teacher's endpoints, of the places that it was asked for.
     """
 
     def __init__(self, pipe: Any, inputs: Inputs, seeds: Sequence[int], call: Mapping[str, Any], memo: Memo) -> None:

@@ -1,8 +1,9 @@
 """How a solver is tuned: a cheap teacher, every classical solver, and least squares from the best of them.
 
-1. The teacher, Adams(3M) on the usual grid, samples ``PROBE`` samples at M and at 2M steps: that says its own error.
-2. Every classical solver on every grid is judged on those, in rounds that leave fewer solvers on more samples.
-3. The teacher samples the others, at the fewest steps that make it ``FINER`` than the best of those solvers.
+1. The teacher, Adams(3M) on the usual grid, samples the first ``PROBE`` at M and at 2M steps: that says its error.
+2. One solver judges the grids on those, then all solvers are judged on the best ``GRIDS``; the best of each grid stays.
+3. The teacher samples the others, at the fewest steps that make it ``FINER`` than the best of those solvers, and at
+   least ``LONGER`` times theirs. On these the best solver is chosen.
 4. Learning starts from that solver, and lasts as long as the budget.
 5. Both are compared on samples that nothing was learned from, and the better one is kept.
 """
