@@ -138,6 +138,7 @@ print(f"[{_state().process_index}] {teacher.asked}\\n", end="", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_and_one_share_a_cache(tmp_path: Path) -> None:
     """All make the same number of calls, each sample is computed once, and one process finds what two have made."""
     script = tmp_path / "script.py"

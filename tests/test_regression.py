@@ -138,6 +138,7 @@ def test_a_run_starts_from_it_and_counts_it(pixels: Path, tmp_path: Path, optimi
     assert spent[1]["teacher"] - spent[0]["teacher"] == 3 * 3 * -(-steps // 3)
 
 
+@pytest.mark.slow
 def test_so_does_a_run_of_several_counts(pixels: Path, tmp_path: Path) -> None:  # noqa: F811
     settings: dict[str, Any] = {"continuous": True, "steps": [2, 4], "optimizer": "least_squares", "updates": 1}
     assert learn(pixels, tmp_path, regression=3, init="adams", pictures=0, **settings) == 0

@@ -317,6 +317,7 @@ def test_patience_that_ran_out_before_a_kill_has_run_out_after_it(
 # ---------------------------------------------------------------------- damage
 
 
+@pytest.mark.slow
 def test_damaged_files_are_said_so_and_made_again(
     whole: Whole, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -420,6 +421,7 @@ def _fill_disk(patch: pytest.MonkeyPatch, folder: Path, names: str, room: int) -
     patch.setattr(Path, "write_bytes", full)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_pairs_that_are_finished(
     whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -445,7 +447,9 @@ def test_a_full_disk_keeps_the_pairs_that_are_finished(
     assert calls == 3 and learned(output) == learned(whole())
 
 
-@pytest.mark.parametrize(("where", "names"), [("cache/prompts", ".safetensors"), ("state", "update-")])
+@pytest.mark.parametrize(
+    ("where", "names"), [("cache/prompts", ".safetensors"), pytest.param("state", "update-", marks=pytest.mark.slow)]
+)
 def test_a_full_disk_leaves_what_was_there_and_says_what_to_do(
     whole: Whole,
     tmp_path: Path,

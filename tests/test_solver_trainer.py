@@ -90,6 +90,7 @@ def test_a_modular_pipeline_learns_what_its_like_learns(tmp_path: Path) -> None:
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_modular_pipeline_learns_the_operator_that_its_like_learns(tmp_path: Path) -> None:
     call = {"height": 64, "width": 64, "max_sequence_length": 28}
     settings: dict[str, Any] = {"solver": "spanlift", "base": "ipndm", "prompts": PROMPTS, "layout": "packed"}
@@ -123,7 +124,8 @@ def little_memory(pipe: Any, most: int) -> Iterator[list[int]]:
     handle.remove()
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param("adam", marks=pytest.mark.slow), "least_squares"])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adam", "least_squares"])
 def test_a_batch_that_does_not_fit_is_made_smaller_with_the_same_numbers(
     optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,6 +174,7 @@ class Tracker:
         self.options.append(options)
 
 
+@pytest.mark.slow
 def test_pictures_are_there_before_the_pairs_and_follow_the_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

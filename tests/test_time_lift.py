@@ -136,7 +136,7 @@ def test_a_cast_that_autocast_remembers_is_made_anew() -> None:
     assert torch.equal(found, expected) and not torch.equal(found, plain)
 
 
-@pytest.mark.parametrize("how", ["module", "in place", "blocks"])
+@pytest.mark.parametrize("how", ["module", "in place", pytest.param("blocks", marks=pytest.mark.slow)])
 def test_a_compiled_network_keeps_its_graph(how: str, fresh: Any) -> None:
     tiny, scheduler = fresh(FLUX), timelift(FLUX, 0.3)
     expected = sampled(tiny, scheduler)
@@ -462,6 +462,7 @@ def train(pipe: Any, output: Path, **changes: Any) -> Any:
     return SolverTrainer(pipe, DistillConfig(output=str(output), **{**SMALL, **changes})).train()
 
 
+@pytest.mark.slow
 def test_a_time_lift_is_learned_and_found_again(emoji: Any, tables: str, tmp_path: Path) -> None:
     kind, own = type(emoji), emoji.scheduler
     state = {k: v.clone() for k, v in emoji.unet.state_dict().items()}

@@ -679,6 +679,7 @@ def test_the_card_of_a_lifted_solver_runs_as_written(lifted: Path, monkeypatch: 
     assert "![The learned numbers](solver.png)" in card and (lifted / "solver.png").exists()
 
 
+@pytest.mark.slow
 def test_operators_are_added_to_those_there_are(pixels: Path, learned: Path, lifted: Path, tmp_path: Path) -> None:
     output = tmp_path / "more"
     shutil.copytree(lifted, output)
@@ -690,6 +691,7 @@ def test_operators_are_added_to_those_there_are(pixels: Path, learned: Path, lif
         assert torch.equal(after.state_dict()[name], value)
 
 
+@pytest.mark.slow
 def test_operators_for_tables_that_came_later_are_added_too(
     pixels: Path, learned: Path, lifted: Path, tmp_path: Path
 ) -> None:
@@ -706,6 +708,7 @@ def test_operators_for_tables_that_came_later_are_added_too(
     assert learn(pixels, output, base=tmp_path / "changed", **{**LIFTED, "steps": [2], "shared": False}) == 2
 
 
+@pytest.mark.slow
 def test_the_base_alone_of_a_lifted_solver_is_a_base(lifted: Path, tmp_path: Path, pixels: Path) -> None:
     """Its configuration still names the lifts it had."""
     solver = SpanLiftScheduler.from_pretrained(lifted)
@@ -847,7 +850,9 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(
     assert "dywspan: The loss is not finite at update" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("evaluate_every", [1, 9])  # found out on the held-out pairs, or while learning
+@pytest.mark.parametrize(
+    "evaluate_every", [pytest.param(1, marks=pytest.mark.slow), 9]
+)  # found out on the held-out pairs, or while learning
 def test_an_update_to_levels_below_zero_is_taken_back(
     evaluate_every: int, pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -893,6 +898,7 @@ def test_a_gradient_that_is_not_finite_ends_in_one_line(
     assert f"dywspan: The gradient is not finite at update {update} of the 2-step solver, though the loss is " in said
 
 
+@pytest.mark.slow
 def test_gradients_in_half_precision_are_scaled_and_gone_on_with(pixels: Path, tmp_path: Path) -> None:
     """Also after a stop: the scale is part of a checkpoint."""
     half: dict[str, Any] = {"steps": [2], "mixed_precision": "fp16", "checkpoint_every": 1, "keep_checkpoints": 9}
@@ -922,6 +928,7 @@ def test_sums_are_made_where_the_processes_compute(monkeypatch: pytest.MonkeyPat
     assert found.device.type == "cpu" and found.tolist() == [2.0] * 3 and found.dtype == torch.float64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["no", None])
 def test_a_second_run_in_a_process_has_the_precision_it_asks_for(
     precision: str | None, pixels: Path, tmp_path: Path
@@ -955,7 +962,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "guidance_scale",
-    [1.0, 4.0],
+    [1.0, pytest.param(4.0, marks=pytest.mark.slow)],
 )
 def test_class_labels(guidance_scale: float, labelled: Path, tmp_path: Path) -> None:
     settings = {"prompts": str(labelled / "labels.jsonl"), "guidance_scale": guidance_scale}
@@ -974,6 +981,7 @@ def test_the_card_of_a_class_conditional_solver_runs_as_written(
     assert len(run_usage(card, output, monkeypatch)["result"].images) == 1
 
 
+@pytest.mark.slow
 def test_prompts_are_encoded_once_and_then_the_text_encoder_may_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

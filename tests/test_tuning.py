@@ -144,7 +144,10 @@ def test_no_more_answers_are_kept_than_there_is_room_for() -> None:
 # ------------------------------------------------------------------------------------------------ tuning
 
 
-@pytest.mark.parametrize("kind", ["torchao int8", "lora", "compiled", "sequential offload", "modular"])
+RARER = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("compiled", "sequential offload")]
+
+
+@pytest.mark.parametrize("kind", ["torchao int8", "lora", "modular", *RARER])
 def test_a_pipeline_is_tuned_as_it_is_used(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     from test_any_pipeline import make
 
