@@ -10,8 +10,8 @@ which those of the batches before fade away; it goes to the least of that:
     p <- p + argmin over step of [1, p + step]' M [1, p + step] + ridge |p + step - p_0|^2 + damping |step|_D^2
 
 with m = ``MEMORY`` and D = diag(M). So every J is of pairs that have not been seen at p_b, and none is computed twice.
-A step that raises F on the next batch by over ``TOLERANCE`` is tried again, shorter. If every batch is all pairs, there
-is nothing to remember, and no step may raise F: Levenberg-Marquardt.
+A step that raises F on the next batch by over ``TOLERANCE`` is tried again, shorter. Where every batch is all pairs,
+:mod:`.secant` takes over.
 
 J comes from differences, column by column, of whole samplings through the pipeline's own call: any pipeline that can
 sample can be learned from, quantised, compiled or offloaded, in the memory that sampling needs. A number at step k
@@ -21,7 +21,7 @@ changes nothing before it, so earlier denoiser outputs are replayed; the last ro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -74,7 +74,7 @@ class Problem:
     """F and its quadratic model, over terms and processes.
 
     Attributes:
-        memory, tolerance: m, and how much worse a step may make F.
+        memory: m.
         model: (1 + P, 1 + P) M.
         weight: what the batches in it count for, 1 + m + m^2 + ...
     """
@@ -93,9 +93,7 @@ class Problem:
         self.parts = parts or Parts(config.micro_batch_size, "pairs of an update", "micro_batch_size")
         self.config, self.residuals = config, residuals_of(loss)
         self.sources = [term.source(config.seed) for term in terms]
-        every = max(len(term.train) if isinstance(term.train, Pairs) else math.inf for term in terms)
-        self.memory = min(MEMORY, max(0.0, 1 - config.batch_size / every))
-        self.tolerance = TOLERANCE if self.memory else 0.0  # the next batch is the same
+        self.memory = min(MEMORY, max(0.0, 1 - config.batch_size / most(terms)))
         self.replay, self.replays = Replay(pipe), True
         self.origin = student.vector()
         self.difference = config.difference or DIFFERENCE[self._precision()]
@@ -133,7 +131,7 @@ class Problem:
         sums = torch.zeros(len(self.terms), dtype=torch.float64)
         for own in sampled:
             sums[own.term] += self._residuals(own.endpoint, own.pairs).double().square().sum().cpu()
-        return self._mean(sums)
+        return self.mean(sums)
 
     def value(self, sampled: Sequence[Sampled]) -> float:
         """F where the student is and these were sampled; infinite of nothing."""
@@ -143,22 +141,44 @@ class Problem:
 
     def see(self, sampled: Sequence[Sampled]) -> None:
         """Take what these pairs show into the model; the student is where they were sampled."""
-        size, at = len(self.model), self.student.vector()
+        size = len(self.model)
         products = torch.zeros(len(self.terms), size, size, dtype=torch.float64)
-        with self.replay.installed():
-            for own in sampled:
-                products[own.term] += sum(self.parts.run(len(own.pairs), partial(self._products, own)))
-        products = self._mean(products)
-        now = (products / products[:, :1, :1].clamp(min=1e-30)).mean(0)
-        self.model = self.memory * self.model + _shifted(now, -at)
+        for k, columns in self._seen(sampled):
+            products[k] += columns.double() @ columns.double().T
+        self.model = self.memory * self.model + self.model_of(products)
         self.weight = self.memory * self.weight + 1
 
-    def _products(self, sampled: Sampled, positions: Sequence[int]) -> Tensor:
-        """(1 + P, 1 + P) [r, J]'[r, J] of some of these pairs; sampled anew if all were too many for the memory."""
+    def model_of(self, products: Tensor) -> Tensor:
+        """(1 + P, 1 + P) F as a quadratic of the numbers, of (terms, ...) [r, J]'[r, J] where the student is."""
+        means = self.mean(products)
+        return _shifted((means / means[:, :1, :1].clamp(min=1e-30)).mean(0), -self.student.vector())
+
+    def jacobian(self, sampled: Sequence[Sampled]) -> list[Tensor]:
+        """By term, (1 + P, B * R) [r, J]' of all its pairs in their order, on the CPU."""
+        found: list[list[Tensor]] = [[] for _ in self.terms]
+        for k, columns in self._seen(sampled):
+            found[k].append(columns)
+        return [torch.cat(own, dim=1) for own in found]
+
+    def residuals_there(self, sampled: Sequence[Sampled]) -> list[Tensor]:
+        """By term, (B * R,) r of all its pairs in their order, on the CPU."""
+        found: list[list[Tensor]] = [[] for _ in self.terms]
+        for own in sampled:
+            found[own.term].append(self._residuals(own.endpoint, own.pairs).cpu())
+        return [torch.cat(own) for own in found]
+
+    def _seen(self, sampled: Sequence[Sampled]) -> Iterator[tuple[int, Tensor]]:
+        """The term and the columns of all these pairs, part by part."""
+        with self.replay.installed():
+            for own in sampled:
+                for found in self.parts.run(len(own.pairs), partial(self._columns_of, own)):
+                    yield from ((own.term, columns) for columns in found)
+
+    def _columns_of(self, sampled: Sampled, positions: Sequence[int]) -> list[Tensor]:
+        """Of some of these pairs; sampled anew if all were too many for the memory."""
         whole = len(positions) == len(sampled.pairs)
         again = [sampled] if whole else self._sampled(sampled.term, sampled.pairs.choose(positions))
-        found = [self.columns(own).cpu().double() for own in again]
-        return torch.stack([columns @ columns.T for columns in found]).sum(0)
+        return [self.columns(own).cpu() for own in again]
 
     def target(self, damping: float) -> Tensor:
         """(P,) the least of the model, damped, within the student's bounds."""
@@ -214,7 +234,7 @@ class Problem:
         term = min(self.terms, key=lambda term: term.steps)
         return term, term.held_out[: self.parts.size or self.config.batch_size]
 
-    def _mean(self, sums: Tensor) -> Tensor:
+    def mean(self, sums: Tensor) -> Tensor:
         """Over an update's pairs, those of all processes."""
         return total(sums) / self.config.batch_size
 
@@ -248,6 +268,29 @@ class Problem:
         return self._column(sampled, residuals, at, c, -1)
 
 
+def most(terms: Sequence[Term]) -> float:
+    """Pairs that there are to learn from, of the term that has most; infinite where they are drawn anew."""
+    return max(len(term.train) if isinstance(term.train, Pairs) else math.inf for term in terms)
+
+
+def prepared(progress: Progress, origin: Any) -> Problem:
+    """What a run solves; the student is left where it was.
+
+    Args:
+        origin: numbers that the ridge pulls to.
+    """
+    task, student = progress.task, progress.student
+    now = student.snapshot()
+    student.restore(origin)
+    # What a run that was stopped repeats is no part of what learning costs.
+    with progress.meter.counting("again" if progress.update else "jacobian"):
+        problem = Problem(task.pipe, student, task.terms, config=task.config, loss=task.loss, parts=progress.parts)
+        student.restore(now)
+        if not progress.ended:
+            problem.check_replay()
+    return problem
+
+
 class LeastSquares(Method):
     """Few updates, of forward passes only, see the module's docstring.
 
@@ -263,16 +306,8 @@ class LeastSquares(Method):
         self.damping = 1.0
 
     def begin(self) -> None:
-        progress, task = self.progress, self.progress.task
-        now = self.student.snapshot()
-        self.student.restore(self.origin)  # the ridge pulls there
-        # What a run that was stopped repeats is no part of what learning costs.
-        with progress.meter.counting("again" if progress.update else "jacobian"):
-            options: dict[str, Any] = {"config": task.config, "loss": task.loss, "parts": progress.parts}
-            self.problem = Problem(task.pipe, self.student, task.terms, **options)
-            self.student.restore(now)
-            if not progress.ended:
-                self.problem.check_replay()
+        progress = self.progress
+        self.problem = prepared(progress, self.origin)
         self.damping, *state = progress.own.get("model", [1.0])
         if state:
             self.problem.weight, self.problem.model = state[0], torch.tensor(state[1], dtype=torch.float64)
@@ -293,7 +328,7 @@ class LeastSquares(Method):
         with progress.meter.counting("jacobian"):
             problem.see(self.sampled)
             here, self.sampled = student.snapshot(), problem.sample(batch)
-            most = problem.value(self.sampled) + math.log1p(problem.tolerance)
+            most = problem.value(self.sampled) + math.log1p(TOLERANCE)
             for _ in range(ATTEMPTS):
                 student.move(problem.target(self.damping))
                 there = problem.sample(batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,18 +26,21 @@ from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, DistillConfig, missing
 from .gradients import Gradients
 from .kinds import STUDENTS
-from .least_squares import LeastSquares
 from .output import find_artefact, locked, push, save_artefact, written
 from .pictures import Pictures
 from .plan import print_plan
 from .progress import Log, Method, Progress, Show
+from .secant import least_squares
 from .setup import Setup, prepare
 from .split import split_inputs
 from .student import Student
 from .task import Task
 from .time_lift import modulation
 
-METHODS: dict[str, type[Method]] = {**dict.fromkeys(OPTIMIZERS, Gradients), "least_squares": LeastSquares}
+METHODS: dict[str, Callable[[Progress], Method]] = {
+    **dict.fromkeys(OPTIMIZERS, Gradients),
+    "least_squares": least_squares,
+}
 
 
 def run(config: DistillConfig) -> Any:

@@ -53,7 +53,7 @@ FINER = 4.0  # times smaller than the best classical solver's error, the teacher
 LONGER = 4  # times the student's steps, at least: few samples may hide what a teacher lacks
 LEADER = {"iPNDM(2M)": SOLVERS["iPNDM(2M)"]}  # that grids are judged by
 GRIDS = 3  # that all solvers are judged on
-BATCH, CHECKS = 4, 3  # pairs of an update, and held-out checks while learning
+PATIENCE = 3  # updates without a better one
 NEWEST = 2  # derivatives whose weights are learned in every row
 
 
@@ -185,16 +185,15 @@ class Course:
     def _tuned(self, n: int, kept: Sequence[Classical], judging: int) -> Outcome:
         before, stages = self._evaluations(), ("teacher", f"classical solvers, {n} steps", f"learning, {n} steps")
         self._stage(stages[1])
-        best = self._kept(n, kept, self.training, 1)[0]
+        best = self._kept(n, self._kept(n, kept, self.training, 2), range(len(self.arena.inputs)), 1)[0]
         classical = self._errors(n, best.table, self.held_out)
         judging += self._evaluations() - before
         self._stage(stages[2])
         left = self.config.budget(n) - self.spent - judging
         before = self._evaluations()
         student = self._student(best.table)
-        cost = BATCH * (student.calls(n) + 3 * n)  # columns, where a batch starts, and steps that are taken back
-        updates = max(1, int((left - (CHECKS - 1) * len(self.held_out) * n) / cost))
-        made = self._learn(n, student, updates)
+        jacobian = len(self.training) * (student.calls(n) + n)
+        made = self._learn(n, student, max(1, int((left - jacobian) / (n * len(self.arena.inputs)))))
         table = student.learned()
         errors = {"classical": classical, "tuned": self._errors(n, table, self.held_out)}
         learning = self._evaluations() - before
@@ -220,8 +219,9 @@ class Course:
         config = LearningConfig(
             optimizer="least_squares",
             updates=updates,
-            batch_size=BATCH,
-            evaluate_every=-(-updates // CHECKS),
+            batch_size=len(self.training),
+            evaluate_every=1,
+            patience=PATIENCE,
             order=student.weights.shape[1],
             mixed_precision="no",
             seed=self.config.seed,
