@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comfy.model_sampling import CONST
-from comfy.samplers import KSAMPLER
+from comfy.model_sampling import CONST  # pyright: ignore[reportMissingImports]
+from comfy.samplers import KSAMPLER  # pyright: ignore[reportMissingImports]
 from torch import Tensor, tensor
 
 from .read_table import Solver, make_solver, run
