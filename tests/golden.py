@@ -59,7 +59,7 @@ def _output(prediction: Any, x: Tensor, x0: Tensor, tau: float) -> Tensor:
 def trajectory(
     scheduler: DyWeightScheduler, steps: int, mu: float | None = None, begin: int = 0, **data: Any
 ) -> dict[str, Any]:
-    """Levels, queries and times of a run, and its states, in the solver's frame: x_begin to x_N."""
+    """Levels, queries and times of a run from step ``begin``, and its states in the solver's frame: x_begin to x_N."""
     mean, std, noise = (torch.tensor(data[k], dtype=torch.float64) for k in ("mean", "std", "noise"))
     scheduler.set_timesteps(steps, mu=mu)
     plan, prediction = scheduler.plan, scheduler.host.prediction
@@ -68,11 +68,11 @@ def trajectory(
     states = [level * noise + (prediction.signal(level) * mean if begin else 0 * mean)]
     sample = noise * scheduler.init_noise_sigma
     if begin:
-        scheduler.set_begin_index(begin)
+        scheduler.set_begin_index(begin - skipped)  # of the steps that ask the network
         sample = states[0] * plan.scales[begin]
     elif skipped:
         states.append(sample / plan.scales[1])
-    for i, t in list(enumerate(scheduler.timesteps))[begin:]:
+    for i, t in list(enumerate(scheduler.timesteps))[max(begin - skipped, 0) :]:
         row = i + skipped
         x, tau = sample / plan.scales[row], float(schedule.queries[row])
         output = _output(prediction, x, denoised(x, tau, isinstance(prediction, Flow), mean, std), tau)
@@ -110,6 +110,7 @@ def cases() -> dict[str, dict[str, Any]]:
         "afs": True,
         "convention": "vp",
     }
+    epsilon = {**STABLE_DIFFUSION, "prediction_type": "epsilon", "tables": {"4": afs}}
     edm = {
         "weights": [[1.1], [1.3, -0.2], [1.2, -0.3]],
         "time_scale": [0.98, 1.01, 1.05],
@@ -118,10 +119,8 @@ def cases() -> dict[str, dict[str, Any]]:
     }
     flow = _one(_shipped("emoji-flow-solvers", "tables", "time_shift_type", "use_dynamic_shifting"), 4)
     return {
-        "epsilon, AFS": {
-            "config": {**STABLE_DIFFUSION, "prediction_type": "epsilon", "tables": {"4": afs}},
-            "steps": 4,
-        },
+        "epsilon, AFS": {"config": epsilon, "steps": 4},
+        "epsilon, AFS, from step 2": {"config": epsilon, "steps": 4, "begin": 2},
         "v-prediction, shipped": {"config": _one(_shipped("emoji-sd-solvers", "tables"), 3), "steps": 3},
         "EDM, levels not shifted": {
             "config": {"host_scheduler": "EDMEulerScheduler", "prediction_type": "epsilon", "tables": {"3": edm}},
