@@ -12,7 +12,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -324,11 +324,3 @@ def _warn_of_unknown(data: Mapping[str, Any], known: set[str], what: str) -> Non
             "if results look wrong, upgrade: pip install -U dywspan.",
             stacklevel=3,
         )
-
-
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A table of rows with the same keys."""
-    table = [list(rows[0]), *([f"{v:.4f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows)]
-    widths = [max(len(line[j]) for line in table) for j in range(len(table[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in table]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

@@ -39,6 +39,19 @@ def check_types(config: Any) -> None:
             object.__setattr__(config, f.name, float(value))
 
 
+def check_sampling(config: Any) -> None:
+    """Two settings that all who sample have; ``guidance_scale`` becomes the argument of the call it is short for.
+
+    Raises:
+        ValueError: ``latent_size`` is not a height and a width.
+    """
+    if config.latent_size is not None and len(config.latent_size) != 2:
+        raise ValueError(f"latent_size={config.latent_size} must be height and width of the latent, in this order.")
+    if config.guidance_scale is not None:
+        object.__setattr__(config, "call", {**config.call, "guidance_scale": config.guidance_scale})
+        object.__setattr__(config, "guidance_scale", None)
+
+
 def read_config(path: str | Path, kind: type) -> dict[str, Any]:
     """The settings in a YAML file, of the class ``kind``.
 
@@ -86,11 +99,12 @@ def make_config(settings: Mapping[str, Any], kind: type[T]) -> T:
     return kind(**{**base, **given})
 
 
-def add_arguments(parser: argparse.ArgumentParser, kind: type) -> None:
-    """One option for each setting; those not given leave the file's value, or the default."""
-    parser.add_argument("--config", default=argparse.SUPPRESS, help="YAML file of settings; options override it")
+def add_arguments(parser: argparse.ArgumentParser, kind: type, but: Sequence[str] = ()) -> None:
+    """One option for each setting, ``but`` some; those not given leave the file's value, or the default."""
+    if "config" not in but:
+        parser.add_argument("--config", default=argparse.SUPPRESS, help="YAML file of settings; options override it")
     hints = get_type_hints(kind)
-    for f in fields(kind):
+    for f in (f for f in fields(kind) if f.name not in but):
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
         shown = "" if default in (None, "", [], {}) else f" (default: {default})"
         text = (f.metadata["help"] + shown).replace("%", "%%")

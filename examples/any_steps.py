@@ -24,7 +24,6 @@ from diffusers import DDPMPipeline, EDMEulerScheduler
 from digits import ExactDenoiser
 
 from dywspan import DyWeightScheduler
-from dywspan.artifact import markdown
 from dywspan.distill.config import LearningConfig
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.task import Task, Term
@@ -32,6 +31,7 @@ from dywspan.distill.trainer import distill
 from dywspan.pipelines.classical import default_grid
 from dywspan.pipelines.pairs import make_pairs
 from dywspan.pipelines.teacher import Teacher
+from dywspan.text import markdown
 
 CLASSICAL = {
     "Euler": ("euler", 1),

@@ -23,13 +23,13 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
 from dywspan import DyWeightScheduler
-from dywspan.artifact import markdown
 from dywspan.distill.config import LearningConfig
 from dywspan.distill.progress import endpoint_error
 from dywspan.distill.task import Task, Term
 from dywspan.distill.trainer import distill
 from dywspan.pipelines.pairs import make_pairs
 from dywspan.pipelines.teacher import Teacher
+from dywspan.text import markdown
 
 
 class ExactDenoiser(ModelMixin, ConfigMixin):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dywspan.cli import _parser
+from dywspan.cli import make_parser
 from dywspan.distill.config import DistillConfig
 from dywspan.evaluate.config import QualityConfig
 from dywspan.settings import make_config
@@ -62,7 +62,7 @@ def test_it_can_be_typed(document: str, command: str, monkeypatch: pytest.Monkey
         else:
             assert (ROOT / rest[0]).exists() or rest[0] in ("-m", "-c"), command
         return
-    parsed: dict[str, Any] = vars(_parser().parse_args(given))
+    parsed: dict[str, Any] = vars(make_parser().parse_args(given))
     configs = parsed.get("config")
     for config in configs if isinstance(configs, list) else [configs]:
         if config is not None and Path(config).exists():

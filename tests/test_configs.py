@@ -20,7 +20,6 @@ import pytest
 import yaml
 from tiny import build, pixel_unet
 
-from dywspan.artifact import markdown
 from dywspan.cli import main
 from dywspan.core.bases import BASES
 from dywspan.core.grid import GRIDS
@@ -31,6 +30,7 @@ from dywspan.distill.setup import prepare
 from dywspan.pipelines.features import FEATURES, NETWORKS
 from dywspan.pipelines.inputs import OWN, SETS
 from dywspan.settings import add_arguments, make_config
+from dywspan.text import markdown
 from dywspan.tuning.config import TuneConfig
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..artifact import for_every_count, markdown, provenances, steps_of, write_atomically
+from ..artifact import for_every_count, provenances, steps_of, write_atomically
+from ..text import markdown
 
 _USE = """```python
 from diffusers import DiffusionPipeline

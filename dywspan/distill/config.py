@@ -13,8 +13,7 @@ import torch
 from ..core.bases import multistep
 from ..core.layout import LAYOUTS
 from ..pipelines.features import FEATURES
-from ..pipelines.inputs import check_sampling
-from ..settings import check_types, help_of, option
+from ..settings import check_sampling, check_types, help_of, option
 from .losses import LATENT
 
 # By gradients and by least squares, whose updates take more and tell more.

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import yaml
 
-from ..artifact import markdown
 from ..pipelines.memory import peak_bytes
 from ..pipelines.networks import place
 from ..pipelines.pairs import Pairs, common_path
 from ..pipelines.precision import autocast
 from ..pipelines.processes import is_main, share
 from ..pipelines.rollout import frozen, sample
+from ..text import markdown
 from .config import OPTIMIZERS
 from .gradients import batch_loss
 from .kinds import STUDENTS

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..artifact import markdown, provenances, steps_of
+from ..artifact import provenances, steps_of
 from ..core.layout import LAYOUTS, Packed
 from ..pipelines.embeddings import PromptMemory, remembered_prompts
 from ..pipelines.encoders import encode_apart
@@ -21,6 +21,7 @@ from ..pipelines.processes import is_main, wait
 from ..pipelines.rollout import blocks, denoisers, load_pipeline, sample
 from ..schedulers.bind import bind, unbind
 from ..schedulers.spanlift import SpanLiftScheduler
+from ..text import markdown
 from .card import errors, write_card
 from .checkpoints import Checkpoints
 from .config import OPTIMIZERS, DistillConfig, missing

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..core.layout import LAYOUTS
-from ..pipelines.inputs import check_sampling
-from ..settings import check_types, option
+from ..settings import check_sampling, check_types, option
 from .baselines import BASELINES
 from .metrics import METRICS
 

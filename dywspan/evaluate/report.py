@@ -17,7 +17,8 @@ import diffusers
 import torch
 from torch import Tensor
 
-from ..artifact import markdown, write_atomically
+from ..artifact import write_atomically
+from ..text import markdown
 from ..version import __version__
 from .paired import is_separable
 

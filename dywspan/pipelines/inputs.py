@@ -147,16 +147,3 @@ def check_call(pipe: Any, inputs: Inputs, call: Mapping[str, Any]) -> None:
         raise ValueError(f"{type(pipe).__name__} cannot be called with {unknown} here: it takes {possible}.")
     if missing := sorted(needed - taken - {*given}):
         raise ValueError(f"{type(pipe).__name__} needs {missing}: set prompts to a file, a dataset or a list of them.")
-
-
-def check_sampling(config: Any) -> None:
-    """Two settings that all who sample have; ``guidance_scale`` becomes the argument of the call it is short for.
-
-    Raises:
-        ValueError: ``latent_size`` is not a height and a width.
-    """
-    if config.latent_size is not None and len(config.latent_size) != 2:
-        raise ValueError(f"latent_size={config.latent_size} must be height and width of the latent, in this order.")
-    if config.guidance_scale is not None:
-        object.__setattr__(config, "call", {**config.call, "guidance_scale": config.guidance_scale})
-        object.__setattr__(config, "guidance_scale", None)

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..artifact import markdown
 from ..distill.card import write_card
 from ..distill.pictures import draw_samples, sample_images
+from ..text import markdown
 from .config import TuneConfig
 from .course import Course, Outcome
 

@@ -1,0 +1,174 @@
+"""The commands of ``dywspan bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .shipped import EXAMPLES, check_here
+
+
+def overhead_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dywspan bench overhead``."""
+    from ..bench.overhead import SIZES
+
+    parser.set_defaults(run=overhead)
+    parser.add_argument(
+        "--sizes", nargs="+", choices=SIZES, default=[*SIZES], help="pipelines whose latents are stepped"
+    )
+    parser.add_argument("--steps", type=int, nargs="+", default=[3, 10, 50])
+    parser.add_argument("--repeats", type=int, default=30, help="runs by each solver, in turns")
+    parser.add_argument("--json", help="also write the table here")
+
+
+def overhead(args: argparse.Namespace) -> None:
+    """Time and memory of a solver's step beside diffusers' own, and its time beside the network's."""
+    import torch
+
+    from ..bench.overhead import overhead
+
+    _show(overhead(args.sizes, args.steps, args.repeats), args.json, threads=torch.get_num_threads())
+
+
+def memory_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dywspan bench memory``."""
+    parser.set_defaults(run=memory)
+    parser.add_argument("--model", default=EXAMPLES / "emoji-sd", help="pipeline whose training memory is measured")
+    parser.add_argument("--full", action="store_true", help="also Stable Diffusion 1.5's UNet, up to an hour on a CPU")
+    parser.add_argument("--json", help="also write the table here")
+
+
+def memory(args: argparse.Namespace) -> None:
+    """The memory that learning a solver takes."""
+    from ..bench.memory import memory
+
+    if isinstance(args.model, Path):  # none was named
+        check_here(args.model)
+    _show(memory(str(args.model), args.full), args.json)
+
+
+def train_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dywspan bench train``."""
+    from ..bench.networks import NETWORKS
+
+    parser.set_defaults(run=train)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="default: those of real size; on CPUs emoji-*")
+    parser.add_argument("--batch-size", type=int, default=4, help="pairs of an update")
+    parser.add_argument("--steps", type=int, help="of all solvers; default: 3, and 5 of a table by gradients")
+    parser.add_argument(
+        "--updates", type=int, default=2, help="timed ones of each way of learning, after one to warm up"
+    )
+    parser.add_argument("--device", help="default: cuda, if there is one")
+    parser.add_argument("--json", help="also write the table here")
+
+
+def train(args: argparse.Namespace) -> None:
+    """Time and memory of learning a solver on networks of real size with random weights, on the device at hand."""
+    from ..bench.train import RECIPE, train
+    from ..evaluate.report import table, write_results
+
+    rows = train(args.networks, args.batch_size, args.steps, args.updates, args.device)
+    print(table({"rows": rows}))
+    print(f"\nA recipe is `dywspan distill` by default: {RECIPE}. Its minutes are reckoned, not measured.")
+    if args.json:
+        write_results(args.json, rows, batch_size=args.batch_size, timed_updates=args.updates, recipe=RECIPE)
+
+
+def learning_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dywspan bench distill``."""
+    from ..distill.config import DistillConfig
+    from ..settings import add_arguments
+
+    parser.set_defaults(run=learning)
+    add_arguments(parser, DistillConfig, but=("config", "output"))
+    parser.add_argument("--config", action="append", required=True, help="YAML file of a distillation; repeat for each")
+    parser.add_argument("--output", default="distill-cost.json", help="results; what is learned is where its file says")
+    parser.add_argument("--plot", action="store_true", help="also draw error over evaluations, beside output as .png")
+
+
+def learning(args: argparse.Namespace) -> None:
+    """What learning a solver costs, by optimizer: evaluations and error of runs, which go on or are found finished."""
+    from ..bench.cost import learning_cost, plot
+    from ..evaluate.report import table, write_results
+    from ..pipelines.processes import is_main
+
+    own = ("run", "config", "output", "plot")
+    rows = learning_cost(args.config, **{k: v for k, v in vars(args).items() if k not in own})
+    if is_main():
+        print(table(write_results(args.output, rows)))
+        if args.plot:
+            plot(rows, Path(args.output).with_suffix(".png"))
+
+
+def tune_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dywspan bench tune``."""
+    parser.set_defaults(run=tune_bench)
+    parser.add_argument("--model", default=EXAMPLES / "emoji-sd", help="pipeline: a directory or a Hub id")
+    parser.add_argument("--subject", help="name of its rows; default: the model's")
+    parser.add_argument("--call", type=json.loads, default={}, help="arguments of the pipeline's call, as JSON")
+    parser.add_argument("--prompts", default=str(EXAMPLES / "prompts" / "emoji-train.txt"), help="to tune with")
+    parser.add_argument(
+        "--fresh-prompts", default=str(EXAMPLES / "prompts" / "emoji-held-out.txt"), help="to measure on"
+    )
+    parser.add_argument("--samples", type=int, default=256, help="to measure on, after those to select by")
+    parser.add_argument("--steps", type=int, nargs="+", default=[3, 4, 5, 7])
+    parser.add_argument("--solvers", nargs="*", default=[], help="artefacts to measure as well")
+    parser.add_argument("--cache", help="directory of the reference's samples")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples to tune with")
+    parser.add_argument("--json", default="tune.json", help="results; rows of other subjects stay")
+
+
+def tune_bench(args: argparse.Namespace) -> None:
+    """What tuning is worth: error of the tuned solver beside the best classical one's, on samples of their own."""
+    import torch
+
+    from ..bench.tune import SELECT, tuned_rows
+    from ..evaluate.report import read_results, table, write_results
+    from ..pipelines.inputs import read_inputs
+    from ..pipelines.networks import place
+    from ..pipelines.rollout import load_pipeline
+
+    check_here(args.model)
+    needed, call = SELECT[1] + args.samples, dict(args.call)
+    fresh = read_inputs(args.fresh_prompts, limit=needed) or [{}] * needed
+    if len(fresh) < needed:
+        raise ValueError(f"{args.fresh_prompts} has {len(fresh)} prompts, {needed} are needed: lower --samples.")
+    subject = args.subject or Path(args.model).name
+    old = read_results(args.json)["rows"] if Path(args.json).exists() else []
+    pipe, options = load_pipeline(str(args.model)), {"solvers": args.solvers, "cache": args.cache, "seed": args.seed}
+    for row in tuned_rows(pipe, subject, args.prompts, fresh, call=call, steps=args.steps, **options):
+        key = [row[name] for name in ("subject", "nfe", "solver")]
+        old = [other for other in old if [other[name] for name in ("subject", "nfe", "solver")] != key]
+        if row["solver"].endswith("(best classical)"):  # there is one of each
+            old = [o for o in old if [o["subject"], o["nfe"]] != key[:2] or not o["solver"].endswith(key[2][-16:])]
+        old.append({**row, "device": place(pipe).type, "threads": torch.get_num_threads()})
+        write_results(args.json, old)
+    print(table({"rows": [row for row in old if row["subject"] == subject]}))
+
+
+def table_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dywspan bench table``."""
+    parser.set_defaults(run=table)
+    parser.add_argument("results", help="JSON file of an evaluation or a bench")
+    parser.add_argument("--metrics", nargs="+", help="only these, or only these columns")
+    parser.add_argument("--steps", type=int, nargs="+", help="only these numbers of evaluations")
+    parser.add_argument("--no-intervals", action="store_true", help="numbers alone, without half their 95 %% interval")
+
+
+def table(args: argparse.Namespace) -> None:
+    """The Markdown of an evaluation's or a bench's JSON file."""
+    from ..evaluate.report import read_results, table
+
+    print(table(read_results(args.results), args.metrics, args.steps, not args.no_intervals))
+
+
+def _show(rows: Sequence[dict[str, Any]], path: str | None, **facts: Any) -> None:
+    from ..evaluate.report import write_results
+    from ..text import markdown
+
+    print(markdown(rows))
+    if path:
+        write_results(path, rows, **facts)
