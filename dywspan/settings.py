@@ -99,23 +99,66 @@ def make_config(settings: Mapping[str, Any], kind: type[T]) -> T:
     return kind(**{**base, **given})
 
 
-def add_arguments(parser: argparse.ArgumentParser, kind: type, but: Sequence[str] = ()) -> None:
-    """One option for each setting, ``but`` some; those not given leave the file's value, or the default."""
+Groups = Mapping[str, tuple[str, str]]  # by title: names of settings that --help shows, and of rare ones
+
+
+def add_arguments(parser: argparse.ArgumentParser, kind: type, groups: Groups, but: Sequence[str] = ()) -> None:
+    """One option for each setting, ``but`` some; those not given leave the file's value, or the default.
+
+    Args:
+        groups: in the order of the help; ``--help-advanced`` shows the rare ones, and those in no group, as well.
+    """
+    known, hints = {f.name: f for f in fields(kind) if f.name not in but}, get_type_hints(kind)
+    advanced: Any = parser.add_argument("--help-advanced", action=_HelpAdvanced)
     if "config" not in but:
-        parser.add_argument("--config", default=argparse.SUPPRESS, help="YAML file of settings; options override it")
-    hints = get_type_hints(kind)
-    for f in (f for f in fields(kind) if f.name not in but):
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
-        shown = "" if default in (None, "", [], {}) else f" (default: {default})"
-        text = (f.metadata["help"] + shown).replace("%", "%%")
-        parser.add_argument(
-            "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **_argument(hints[f.name])
-        )
+        text = "YAML file of settings; options override it"
+        parser.add_argument("--config", default=argparse.SUPPRESS, metavar="FILE", help=text)
+    split = {title: (common.split(), rare.split()) for title, (common, rare) in groups.items()}
+    split["other"] = [], sorted(known.keys() - {name for names in split.values() for part in names for name in part})
+    for title, (common, rare) in split.items():
+        group = parser.add_argument_group(title)
+        for f in (known[name] for name in [*common, *rare] if name not in but):
+            own = {"default": argparse.SUPPRESS, "help": _described(f), **_argument(hints[f.name])}
+            if "type" in own:
+                own.setdefault("metavar", f.name.rpartition("_")[2].upper())
+            added = group.add_argument("--" + f.name.replace("_", "-"), **own)
+            if f.name in rare:
+                advanced.hide(added)
+
+
+def _described(field: dataclasses.Field[Any]) -> str:
+    """A setting's line of help, with its default if that says something."""
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    shown = " ".join(map(str, default)) if isinstance(default, list) else f"{default}"
+    says_nothing = default is None or default is False or shown in ("", "{}")
+    return (field.metadata["help"] + ("" if says_nothing else f" (default: {shown})")).replace("%", "%%")
+
+
+class _HelpAdvanced(argparse.Action):
+    """Prints the help with the options that it has hidden."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        text = "show this help message with the rare options and exit"
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=text)
+        self.hidden: list[tuple[argparse.Action, str | None]] = []
+
+    def hide(self, action: argparse.Action) -> None:
+        self.hidden.append((action, action.help))
+        action.help = argparse.SUPPRESS
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        for action, text in self.hidden:
+            action.help = text
+        parser.print_help()
+        parser.exit()
 
 
 def help_of(config: Any, name: str) -> str:
     """The line of help of one setting."""
     return next(f.metadata["help"] for f in fields(config) if f.name == name)
+
+
+_METAVARS = {int: "N", float: "X"}
 
 
 def _argument(hint: Any) -> dict[str, Any]:
@@ -125,12 +168,12 @@ def _argument(hint: Any) -> dict[str, Any]:
     if first is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(first) is list:
-        return {"nargs": "+", "type": get_args(first)[0]}
+        return {"nargs": "+", **_argument(get_args(first)[0])}
     if get_origin(first) is dict:
         return {"type": _json, "metavar": "JSON"}
     if get_origin(first) is Literal:
         return {"choices": get_args(first)}
-    return {} if first is Any else {"type": first}
+    return {} if first is Any else {"type": first, **({"metavar": _METAVARS[first]} if first in _METAVARS else {})}
 
 
 def _json(text: str) -> Any:

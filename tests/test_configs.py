@@ -21,6 +21,7 @@ import yaml
 from tiny import build, pixel_unet
 
 from dywspan.cli import main
+from dywspan.commands.learn import DISTILL
 from dywspan.core.bases import BASES
 from dywspan.core.grid import GRIDS
 from dywspan.core.layout import LAYOUTS
@@ -270,7 +271,7 @@ def _commands() -> list[list[str]]:
 def test_every_command_of_the_document_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    add_arguments(parser, DistillConfig)
+    add_arguments(parser, DistillConfig, DISTILL)
     commands = _commands()
     assert len(commands) > 15
     for options in commands:

@@ -81,9 +81,11 @@ def learning_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dywspan bench distill``."""
     from ..distill.config import DistillConfig
     from ..settings import add_arguments
+    from .learn import DISTILL
 
     parser.set_defaults(run=learning)
-    add_arguments(parser, DistillConfig, but=("config", "output"))
+    parser.usage = "%(prog)s --config FILE [--config FILE ...] [options]"
+    add_arguments(parser, DistillConfig, DISTILL, but=("config", "output"))
     parser.add_argument("--config", action="append", required=True, help="YAML file of a distillation; repeat for each")
     parser.add_argument("--output", default="distill-cost.json", help="results; what is learned is where its file says")
     parser.add_argument("--plot", action="store_true", help="also draw error over evaluations, beside output as .png")

@@ -9,6 +9,18 @@ from pathlib import Path
 
 from .shipped import EXAMPLES, check_here
 
+# What `dywspan eval --help` shows, and then what --help-advanced adds.
+EVALUATE = {
+    "what is measured": ("model solvers steps metrics images", "metric_options base revision"),
+    "samples": (
+        "prompts guidance_scale call samples",
+        "variants prompt_column prompt_split repeat_prompts seed",
+    ),
+    "reference": ("teacher teacher_steps", "teacher_order teacher_grid"),
+    "time and memory": ("dtype mixed_precision batch_size cache", "layout latent_size"),
+    "results": ("output pictures", "picture_steps columns"),
+}
+
 
 def demo_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dywspan demo``."""
@@ -88,7 +100,8 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
     from ..settings import add_arguments
 
     parser.set_defaults(run=evaluate)
-    add_arguments(parser, QualityConfig)
+    parser.usage = "%(prog)s --model MODEL --solvers SOLVER ... [options]"
+    add_arguments(parser, QualityConfig, EVALUATE)
 
 
 def evaluate(args: argparse.Namespace) -> None:
