@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -14,9 +17,17 @@ from .version import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors a user can mend end in one line, not in a traceback."""
-    args = make_parser().parse_args(argv)
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")  # diffusers', of every download
     try:
+        args = make_parser().parse_args(argv)
         args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("dywspan: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # of `dywspan ... | head`; what is left to write would fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         if not isinstance(error, (ImportError, ValueError, OSError, FloatingPointError, *_out_of_memory())):
             raise
@@ -56,7 +67,11 @@ class _Parser(argparse.ArgumentParser):
             getattr(import_module(f"dywspan.commands.{module}"), function)(self)
         elif command is not None:
             _add(self, command.options)
-        return super().parse_known_args(args, namespace)
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # said here, and not by the parser of all commands, which does not know the options
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+            self.error(f"unknown arguments {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
+        return found, unknown
 
 
 def _add(parser: argparse.ArgumentParser, commands: Mapping[str, Command]) -> None:

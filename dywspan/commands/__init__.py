@@ -33,9 +33,14 @@ COMMANDS = {
     ),
     "tune": Command("learn a solver for a pipeline in minutes, without gradients", "learn:tune_options"),
     "distill": Command("learn a solver for a pipeline, with every setting at hand", "learn:distill_options"),
-    "inspect": Command("show what is in an artefact", "artefacts:inspect_options"),
+    "inspect": Command("show what an artefact is for, how it was learned, and its numbers", "inspect:inspect_options"),
+    "list": Command(
+        "list artefacts: those that ship, in the Hub's cache, and in directories", "artefacts:list_options"
+    ),
     "merge": Command("put solvers that were learned apart into one artefact", "artefacts:merge_options"),
     "convert": Command("make an artefact of solvers that others published", "artefacts:convert_options"),
+    "push": Command("upload an artefact to the Hub", "artefacts:push_options"),
     "eval": Command("measure solvers, or images that are there already, by any metrics", "measure:evaluate_options"),
     "bench": Command("measure overhead, memory and learning; print what was measured", BENCH),
+    "doctor": Command("show versions, devices, optional packages, and what can run here", "doctor:doctor_options"),
 }

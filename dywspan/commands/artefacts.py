@@ -1,71 +1,94 @@
-"""Commands about artefacts: what is in one, several in one, one of what others published."""
+"""Commands about whole artefacts: find them, put several in one, take over what others published, upload one."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from .shipped import EXAMPLES
+
+CONFIG = "scheduler_config.json"
 
 
-def inspect_options(parser: argparse.ArgumentParser) -> None:
-    """Options of ``dywspan inspect``."""
-    parser.set_defaults(run=inspect)
-    parser.add_argument("artefact", help="a directory or a Hub id")
-    parser.add_argument("--plot", help="also draw it here (PNG, SVG or PDF)")
+def list_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dywspan list``."""
+    parser.set_defaults(run=list_artefacts)
+    parser.add_argument("directories", nargs="*", help="also look here, and in all directories below")
 
 
-def inspect(args: argparse.Namespace) -> None:
-    """Print an artefact: weights, row sums, time scale, calibrated levels, timesteps; lifts and their sizes."""
-    from ..artifact import shown_tables
-    from ..schedulers.apply import load
-    from ..schedulers.spanlift import SpanLiftScheduler
+def list_artefacts(args: argparse.Namespace) -> None:
+    """A line for each artefact in a clone's examples, in the Hub's cache, and in the directories given.
+
+    Configurations are read as they are, without torch; ``dywspan inspect`` checks one.
+    """
     from ..text import markdown
 
-    scheduler: Any = load(args.artefact)
-    lifted = isinstance(scheduler, SpanLiftScheduler)
-    if (continuous := scheduler.continuous) is not None:
-        form = f"{continuous.base}({continuous.order}M) and corrections that halve at {continuous.horizon:g} steps"
-        names = ["levels", *(f"w, difference {m}" for m in range(1, continuous.order)), "log s"]
-        _show_continuous(f"any number of steps, grid {dict(continuous.grid)}: {form}", names, continuous)
-    if lifted and (function := scheduler.continuous_lift) is not None:
-        form = f"of order {function.order} that halve at {function.horizon:g} steps, operator {function.operator!r}"
-        _show_continuous(f"lifts for any number of steps, {form}", ["alpha - 1", "beta"], function)
-    for n, table in sorted(shown_tables(scheduler).items()):
-        schedule = table.schedule(scheduler.host.prediction)
-        timesteps = scheduler.host.prediction.timestep(schedule.queries)
-        lift = scheduler.lift(n, schedule) if lifted else None
-        print(f"{n} steps, grid {dict(table.grid)}{', AFS' if table.afs else ''}")
-        columns = [f"w[i-{j}]" if j else "w[i]" for j in range(table.weights.shape[1])]
-        rows = []
-        for i, (weights, s) in enumerate(zip(table.weights, table.time_scale)):
-            row: dict[str, Any] = {
-                "i": i,
-                **{c: float(w) for c, w in zip(columns, weights)},
-                "sum": float(weights.sum()),
-            }
-            row |= {"s": float(s), "sigma~": float(schedule.levels[i]), "tau": float(schedule.queries[i])}
-            row["timestep"] = float(timesteps[i]) if i >= table.afs else float("nan")
-            if lift is not None:
-                row |= {"alpha": float(lift.alpha[i]), "beta": float(lift.beta[i])}
-            rows.append(row)
+    for directory in args.directories:
+        if not Path(directory).is_dir():
+            raise NotADirectoryError(f"{directory} is no directory: name one that holds artefacts.")
+    found: dict[Path, str] = {}  # what each configuration is called
+    for folder in (EXAMPLES, *map(Path, args.directories)):
+        for file in sorted(folder.rglob(CONFIG)):
+            if not any(part.startswith(".") for part in file.relative_to(folder).parts):  # a run's spare copies
+                found.setdefault(file.resolve(), _name(file.parent))
+    found |= dict(_cached())
+    rows = [{"artefact": name, **row} for file, name in found.items() if (row := _row(file))]
+    if rows:
         print(markdown(rows))
-        for part in (scheduler.tables.get(n), scheduler.lifts.get(n) if lifted else None):
-            if part is not None and (error := part.provenance.get("held_out_error")):
-                print(f"{type(part).__name__}: held-out error {error['before']:.5f} -> {error['after']:.5f}")
-        print()
-    for n, time_lift in sorted(scheduler.time_lifts.items()):
-        offsets, error = time_lift.offsets, time_lift.provenance.get("held_out_error")
-        found = f": held-out error {error['before']:.5f} -> {error['after']:.5f}" if error else ""
-        total = sum(offset.numel() for offset in offsets.values())
-        print(f"TimeLift, {n} steps: {total:,} numbers, of {len(offsets)} parameters of the network{found}")
-    for name, operator in (scheduler.operators if lifted else {}).items():
-        count = sum(p.numel() for p in operator.parameters())
-        print(f"operator {name!r}: {count:,} parameters, {operator.flops(64, 64) / 1e9:.3f} GFLOPs a step at 64 x 64")
-    if args.plot:
-        from ..plot import plot_tables
+    else:
+        print(
+            "No artefacts in the Hub's cache, nor in directories given. `dywspan tune` or `dywspan distill` makes one."
+        )
 
-        plot_tables(scheduler, args.plot)
+
+def _name(folder: Path) -> str:
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+
+
+def _cached() -> Iterator[tuple[Path, str]]:
+    """Configurations in the Hub's cache: of each repository those of the newest revision there."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repositories = scan_cache_dir().repos
+    except CacheNotFound:
+        return
+    for repository in sorted(repositories, key=lambda r: r.repo_id):
+        newest = max(repository.revisions, key=lambda r: r.last_modified, default=None)
+        for file in sorted(newest.files, key=lambda f: f.file_path) if newest else ():
+            if file.file_name == CONFIG:
+                inner = file.file_path.parent.relative_to(newest.snapshot_path).as_posix()  # type: ignore[union-attr]
+                yield file.file_path, repository.repo_id + ("" if inner == "." else f", subfolder {inner}")
+
+
+# By class, where its numbers of steps are, and its function of every number of them.
+_PARTS = {"DyWeightScheduler": ("tables", "continuous"), "SpanLiftScheduler": ("lifts", "continuous_lift")}
+
+
+def _row(file: Path) -> dict[str, str] | None:
+    """Class, model and numbers of steps of a configuration; None if it is not of a solver of ours."""
+    from ..text import counts
+
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind = config.get("_class_name")
+        if kind not in _PARTS:
+            return None
+        own, function, late = (config.get(part) or {} for part in (*_PARTS[kind], "time_lifts"))
+        provenances = [part.get("provenance") or {} for part in (*own.values(), *late.values(), function)]
+        models = {str(provenance["base_model"]) for provenance in provenances if provenance.get("base_model")}
+        steps = counts(map(int, own), bool(function)) or "any number of"
+        use = f"{steps} steps" + (f", TimeLift for {counts(map(int, late))}" if late else "")
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        print(f"dywspan: {file} cannot be read: {error}", file=sys.stderr)
+        return None
+    return {"class": kind, "model": ", ".join(sorted(models)) or "not said", "for": use}
 
 
 def merge_options(parser: argparse.ArgumentParser) -> None:
@@ -107,16 +130,27 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{args.destination}: solvers for {sorted(scheduler.tables)} steps")
 
 
-def _show_continuous(form: str, names: Sequence[str], function: Any) -> None:
-    from ..core.continuous import FEATURES, GUIDED
-    from ..text import markdown
+def push_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dywspan push``."""
+    parser.set_defaults(run=push)
+    parser.add_argument("artefact", help="its directory")
+    parser.add_argument("repository", help="Hub repository: name, or organisation/name; made where there is none")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
 
-    print(form)
-    around, coefficients = function.guidance_scale, function.coefficients
-    for columns, part in zip((FEATURES, GUIDED), coefficients.split(len(FEATURES), dim=1)):
-        print(markdown([{"to": name, **dict(zip(columns, row))} for name, row in zip(names, part.tolist())]))
-    if around is not None:
-        print(f"g is the guidance scale, and g0 = {around:g}")
-    for n, error in function.provenance.get("held_out_error", {}).items():
-        print(f"{n} steps: held-out error {error['before']:.5f} -> {error['after']:.5f}")
-    print()
+
+def push(args: argparse.Namespace) -> None:
+    """Upload an artefact, its card and its pictures to the Hub, once it loads. Without a card, one is made."""
+    from ..distill.card import write_card
+    from ..distill.merge import settings_of
+    from ..distill.output import CARD, push
+    from ..schedulers.apply import load
+
+    folder, made = Path(args.artefact), {}
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG}: name the directory of an artefact.")
+    scheduler = load(folder)
+    if not (folder / CARD).exists():
+        with TemporaryDirectory() as own:
+            write_card(scheduler, Path(own), settings_of(scheduler) | {"push_to_hub": args.repository})
+            made = {file.name: file.read_bytes() for file in Path(own).iterdir()}
+    push(args.repository, folder, made, args.private or None)

@@ -60,7 +60,7 @@ def write_card(
     """README.md of an artefact: what it is for, how to use it, its numbers drawn, its errors, how it was made.
 
     Args:
-        settings: of the run.
+        settings: of the run, or of its use alone: model, prompts, call, variants and push_to_hub.
         example: one sample's own arguments of the pipeline's call, shown in the usage.
         sources: artefacts that it was merged from, named in place of the settings.
     """
@@ -111,7 +111,7 @@ def write_card(
         text.append("![The learned numbers](solver.png)")
     if sources:
         text.append(f"Merged from {', '.join(f'`{source}`' for source in sources)} by `dywspan merge`.")
-    else:
+    elif "output" in settings:
         shown = {k: v for k, v in settings.items() if v not in (None, [], {}) and k not in ("output", "cache")}
         text += [
             "<details><summary>Settings of the last run</summary>",

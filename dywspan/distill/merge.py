@@ -49,7 +49,7 @@ def merge_artefacts(
         for source in filter(Path.is_dir, map(Path, sources)):
             for picture in source.glob("samples-*.png"):
                 shutil.copyfile(picture, made / picture.name)
-        write_card(result, made, _settings(result), sources=[str(source) for source in sources])
+        write_card(result, made, settings_of(result), sources=[str(source) for source in sources])
         if not within:
             if output.exists():
                 output.rmdir()
@@ -63,7 +63,7 @@ def merge_artefacts(
     return result, told
 
 
-def _settings(scheduler: Any) -> dict[str, Any]:
+def settings_of(scheduler: Any) -> dict[str, Any]:
     """Of the runs, as far as their provenances say: what a card shows of the use."""
     import diffusers
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ..schedulers.apply import KINDS, load
 from ..schedulers.dyweight import DyWeightScheduler
 from .config import DistillConfig
 
+CARD = "README.md"
 SPARE = ".spare"  # a copy of the artefact, in its folder
 
 
@@ -72,26 +73,32 @@ def written() -> Iterator[None]:
         ) from error
 
 
-def push(repository: str, output: Path) -> None:
-    """Upload the artefact, its card and its pictures.
+def push(repository: str, output: Path, made: Mapping[str, bytes] | None = None, private: bool | None = None) -> None:
+    """Upload the artefact, its card and its pictures in one commit. The card's usage names the repository.
+
+    Args:
+        made: files besides those in the folder, by name.
+        private: whether a new repository is.
 
     Raises:
         OSError: it failed; says how to repeat it.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
-    # By name: a pattern's * would match the folders of the teacher's samples and of the state too.
     kinds = ("scheduler_config.json", "*.safetensors", "README.md", "*.png")
-    files = [path.name for kind in kinds for path in output.glob(kind)]
+    files: dict[str, Any] = {path.name: path for kind in kinds for path in output.glob(kind)} | dict(made or {})
     try:
         api = HfApi()
-        url = api.create_repo(repository, exist_ok=True)
-        api.upload_folder(
-            repo_id=url.repo_id, folder_path=output, allow_patterns=files, commit_message="Upload solvers"
-        )
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        if isinstance(card := files.get(CARD), Path):
+            usage = card.read_text(encoding="utf-8")
+            files[CARD] = usage.replace(f'"{output.resolve().name}")', f'"{url.repo_id}")').encode()
+        operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+        api.create_commit(url.repo_id, operations, commit_message="Upload solvers")
     except Exception as error:
         raise OSError(
-            f"The upload to {repository} failed ({error}). Nothing is lost: all is in {output}; repeat the command, or "
-            f"`hf upload {repository} {output} . --exclude '*/*'` later."
+            f"The upload to {repository} failed ({error}). Nothing is lost: all is in {output}; log in with "
+            f"`hf auth login` if you are not, and repeat the command, or `hf upload {repository} {output} . "
+            "--exclude '*/*'` later."
         ) from error
     print(f"Uploaded to {url}")

@@ -10,6 +10,7 @@ from typing import Any
 from ..artifact import continuous_to_json, lift_to_json, table_to_json
 from ..core.check import shown
 from ..core.operator import Lift
+from ..text import counts
 from .apply import models
 from .dyweight import DyWeightScheduler
 from .spanlift import BASE, SpanLiftScheduler, different_bases
@@ -107,9 +108,7 @@ def _place(model: str) -> str:
 
 
 def learned(scheduler: Any) -> str:
-    """What it was learned for: "3, 5 and any other number of"."""
+    """What it was learned for: "3, 5 and any other number of"; "" for nothing."""
     lifted = isinstance(scheduler, SpanLiftScheduler)
-    counts = [str(n) for n in sorted(scheduler.lifts if lifted else scheduler.tables)]
     function = scheduler.continuous_lift if lifted else scheduler.continuous
-    text = ", ".join(counts)
-    return text if function is None else f"{text} and any other number of" if counts else "any number of"
+    return counts(scheduler.lifts if lifted else scheduler.tables, function is not None)
