@@ -48,11 +48,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults that say something."""
+    """Shows defaults that say something, lists as they are typed."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_nothing = action.default is None or action.default is False or action.default == []
-        return action.help if says_nothing else super()._get_help_string(action)
+        default = action.default
+        if default is None or default is False or default in ([], {}):
+            return action.help
+        if isinstance(default, list):
+            return f"{action.help} (default: {' '.join(map(str, default))})"
+        return super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -70,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:  # said here, and not by the parser of all commands, which does not know the options
             near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
-            self.error(f"unknown arguments {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
         return found, unknown
 
 

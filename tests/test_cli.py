@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -30,7 +31,7 @@ def _artefact(path: Path) -> Path:
 
 
 def test_inspect_prints_weights_and_calibrated_levels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(_artefact(tmp_path))]) == 0
+    assert main(["inspect", "--full", str(_artefact(tmp_path))]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     header, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     second = dict(zip(header, rows[1]))
@@ -48,10 +49,15 @@ def test_inspect_prints_a_function_and_tables_that_it_writes(
     function = replace(function, provenance={"held_out_error": errors})
     own = DyWeightScheduler(prediction_type="flow_prediction").with_continuous(function)
     own.save_pretrained(tmp_path / "function")
-    assert main(["inspect", str(tmp_path / "function"), "--plot", str(tmp_path / "solver.png")]) == 0
-    shown = capsys.readouterr().out
-    assert "any number of steps" in shown and "euler(2M)" in shown and "halve at 4 steps" in shown
-    assert "4 steps: held-out error 0.25000 -> 0.12500" in shown and "shift" in shown
+    assert main(["inspect", "--full", str(tmp_path / "function"), "--plot", str(tmp_path / "solver.png")]) == 0
+    said, _, shown = capsys.readouterr().out.partition("any number of steps, grid")
+    assert (
+        "DyWeightScheduler\n" in said
+        and "any number of steps" in said
+        and "euler(2M)" in shown
+        and "halve at 4 steps" in shown
+    )
+    assert re.search(r"\| 4 +\| 0.25 +\| 0.125 ", said) and "shift" in shown
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown.splitlines() if "|" in line]
     coefficients = {row[0]: dict(zip(rows[0], row)) for row in rows[2:5]}
     assert list(coefficients) == ["levels", "w, difference 1", "log s"]
@@ -62,9 +68,9 @@ def test_inspect_prints_a_function_and_tables_that_it_writes(
         assert picture.convert("L").getextrema() == pytest.approx((0, 255), abs=60)
     table = DyWeightScheduler.from_pretrained(_artefact(tmp_path / "table")).tables[2]
     own.with_tables([table]).save_pretrained(tmp_path / "both")
-    assert main(["inspect", str(tmp_path / "both")]) == 0
+    assert main(["inspect", "--full", str(tmp_path / "both")]) == 0
     both = capsys.readouterr().out
-    assert "any number of steps" in both and "1.5000" in both and longer not in both
+    assert "2 and any other number of steps" in both and "1.5000" in both and longer not in both
 
 
 @pytest.mark.parametrize(
@@ -205,8 +211,12 @@ def test_the_image_to_image_example_compares_at_equal_evaluations(tmp_path: Path
 
 
 def test_import_needs_no_extra() -> None:
-    extras = ["transformers", "accelerate", "matplotlib"]
-    _python("-c", f"import sys; sys.modules.update(dict.fromkeys({extras})); import dywspan, dywspan.cli")
+    extras = ["transformers", "accelerate", "matplotlib", "datasets"]
+    script = (
+        f"import sys; sys.modules.update(dict.fromkeys({extras}))\nfrom dywspan import *; from dywspan.cli import main"
+    )
+    shown = _python("-c", f"{script}\nmain(['inspect', 'examples/emoji-sd-spanlift']); main(['list', 'examples'])")
+    assert "SpanLiftScheduler\n" in shown and "| examples/emoji-sd-spanlift " in shown
 
 
 def _run(*arguments: object) -> str:

@@ -339,7 +339,7 @@ def test_a_run_writes_what_it_learned(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "from dywspan import DyWeightScheduler, bind" in card and "pipe = bind(DiffusionPipeline" in card
     assert "guidance_scale=6, num_inference_steps=2)" in card and "(samples-2.png)" in card
     assert "| 2 @ 1 " in card and "for 2 and any other number of steps" in card
-    assert main(["inspect", str(tmp_path)]) == 0
+    assert main(["inspect", "--full", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "(delta u) log(g/g0)" in shown and "g0 = 2.44949" in shown
 

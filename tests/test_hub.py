@@ -17,7 +17,7 @@ from hub_server import TOKEN, Hub, Repo
 from dywspan import DyWeightScheduler, SolverTable
 
 CLIENT = """
-import json, sys, time
+import contextlib, io, json, os, sys, time
 from dywspan import DyWeightScheduler, SolverTable
 
 def tables(scheduler):
@@ -25,6 +25,15 @@ def tables(scheduler):
 
 def load(*args, **kwargs):
     return tables(DyWeightScheduler.from_pretrained(*args, **kwargs))
+
+# A command's exit status, and what it prints.
+def command(token, *arguments):
+    from dywspan.cli import main
+    os.environ["HF_TOKEN"] = token
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        status = main(arguments)
+    del os.environ["HF_TOKEN"]
+    return [status, out.getvalue()]
 
 for name, call in json.load(sys.stdin):
     start = time.monotonic()
@@ -66,6 +75,9 @@ def numbers(scheduler: DyWeightScheduler) -> dict[str, Any]:
 
 OLD, NEW, DEEP, SECRET, PUSHED = (solver(seed) for seed in range(5))
 NAME = "scheduler_config.json"
+EULER = DyWeightScheduler().with_tables(
+    [SolverTable(torch.ones(4, 1, dtype=torch.float64), torch.ones(4), {"name": "discrete", "sigma_max": 14.0})]
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +106,8 @@ def online(hub: Hub, home: Path) -> dict[str, dict[str, Any]]:
     pushed = json.dumps(json.loads(PUSHED.to_json_string()))
     push = f"DyWeightScheduler.from_config(json.loads({pushed!r})).push_to_hub"
     first = hub.repos["org/solvers"].refs["v1"]
+    pushed_folder = home / "my-solvers"
+    EULER.save_pretrained(pushed_folder)
     return client(
         hub,
         home,
@@ -116,6 +130,11 @@ def online(hub: Hub, home: Path) -> dict[str, dict[str, Any]]:
             "pull hidden": "load('org/hidden', token=False)",
             "pull private": f"load('org/hidden', token={TOKEN!r})",
             "push without rights": f"str({push}('org/mine', token=False))",
+            "push command": f"command({TOKEN!r}, 'push', {str(pushed_folder)!r}, 'org/command', '--private')",
+            "push refused": f"command('hf_wrong', 'push', {str(pushed_folder)!r}, 'org/refused')",
+            "pull command": f"load('org/command', token={TOKEN!r})",
+            "list": f"command({TOKEN!r}, 'list')",
+            "inspect": f"command({TOKEN!r}, 'inspect', 'org/solvers')",
             "local_files_only": "load('org/solvers', local_files_only=True)",
             "not cached": "load('org/other', local_files_only=True)",
         },
@@ -157,6 +176,31 @@ def test_failure_is_named_and_quick(online: dict[str, Any], call: str, words: li
     assert result["os"], result  # an OSError, as for any file that cannot be read
     assert all(word in result["message"] for word in words), result["message"]
     assert result["seconds"] < 30
+
+
+def test_the_push_command_makes_a_card_that_names_the_repository(online: dict[str, Any], hub: Hub, home: Path) -> None:
+    status, said = online["push command"]["value"]
+    assert status == 0 and said == f"Uploaded to {hub.url}/org/command\n"
+    repository = hub.repos["org/command"]
+    assert repository.private and {*repository.files} == {NAME, "README.md", "solver.png"}
+    assert 'DyWeightScheduler.from_pretrained("org/command")' in repository.files["README.md"].decode()
+    assert online["pull command"]["value"] == numbers(EULER)
+    assert [file.name for file in (home / "my-solvers").iterdir()] == [NAME], "nothing is written beside the artefact"
+
+
+def test_the_push_command_says_in_a_line_why_it_failed(online: dict[str, Any], hub: Hub) -> None:
+    status, said = online["push refused"]["value"]
+    assert status == 2 and said.count("\n") == 1 and "Traceback" not in said
+    assert said.startswith("dywspan: The upload to org/refused failed") and "hf auth login" in said
+
+
+def test_list_and_inspect_know_the_hub(online: dict[str, Any]) -> None:
+    status, said = online["list"]["value"]
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in said.splitlines() if line.startswith("| ")}
+    assert status == 0 and {"org/solvers", "org/solvers, subfolder sd/cfg7", "org/secret"} <= rows.keys()
+    assert [cell.strip() for cell in rows["org/solvers"]] == ["DyWeightScheduler", "not said", "4 steps"]
+    status, said = online["inspect"]["value"]
+    assert status == 0 and said.startswith("DyWeightScheduler\n  for         4 steps\n")
 
 
 def test_push_needs_rights(online: dict[str, Any], hub: Hub) -> None:

@@ -19,7 +19,7 @@ def overhead_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sizes", nargs="+", choices=SIZES, default=[*SIZES], help="pipelines whose latents are stepped"
     )
-    parser.add_argument("--steps", type=int, nargs="+", default=[3, 10, 50])
+    parser.add_argument("--steps", type=int, nargs="+", default=[3, 10, 50], help="numbers of steps to measure")
     parser.add_argument("--repeats", type=int, default=30, help="runs by each solver, in turns")
     parser.add_argument("--json", help="also write the table here")
 
@@ -116,7 +116,7 @@ def tune_options(parser: argparse.ArgumentParser) -> None:
         "--fresh-prompts", default=str(EXAMPLES / "prompts" / "emoji-held-out.txt"), help="to measure on"
     )
     parser.add_argument("--samples", type=int, default=256, help="to measure on, after those to select by")
-    parser.add_argument("--steps", type=int, nargs="+", default=[3, 4, 5, 7])
+    parser.add_argument("--steps", type=int, nargs="+", default=[3, 4, 5, 7], help="numbers of steps to tune for")
     parser.add_argument("--solvers", nargs="*", default=[], help="artefacts to measure as well")
     parser.add_argument("--cache", help="directory of the reference's samples")
     parser.add_argument("--seed", type=int, default=0, help="of the samples to tune with")
