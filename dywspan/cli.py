@@ -62,15 +62,15 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 class _Parser(argparse.ArgumentParser):
     """A parser that gets its command's options when it is to parse."""
 
-    command: Command | None = None
+    options: str | Mapping[str, Command] = ""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        command, self.command = self.command, None
-        if command is not None and isinstance(command.options, str):
-            module, function = command.options.split(":")
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        options, self.options = self.options, ""
+        if isinstance(options, Mapping):
+            _add(self, options)
+        elif options:
+            module, function = options.split(":")
             getattr(import_module(f"dywspan.commands.{module}"), function)(self)
-        elif command is not None:
-            _add(self, command.options)
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:  # said here, and not by the parser of all commands, which does not know the options
             near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
@@ -81,13 +81,15 @@ class _Parser(argparse.ArgumentParser):
 def _add(parser: argparse.ArgumentParser, commands: Mapping[str, Command]) -> None:
     among = parser.add_subparsers(required=True, title="commands", metavar="command", parser_class=_Parser)
     for name, command in commands.items():
-        about = {"help": command.help, "description": f"{command.help[0].upper()}{command.help[1:]}."}
-        among.add_parser(name, formatter_class=_Formatter, **about).command = command
+        description = f"{command.help[0].upper()}{command.help[1:]}."
+        sub = among.add_parser(name, help=command.help, description=description, formatter_class=_Formatter)
+        sub.options = command.options
 
 
 def _out_of_memory() -> list[type[Exception]]:
     """torch's error, if anything has imported torch."""
-    return [sys.modules["torch"].OutOfMemoryError] if "torch" in sys.modules else []
+    torch = sys.modules.get("torch")
+    return [torch.OutOfMemoryError] if torch is not None else []
 
 
 if __name__ == "__main__":

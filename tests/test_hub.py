@@ -75,8 +75,9 @@ def numbers(scheduler: DyWeightScheduler) -> dict[str, Any]:
 
 OLD, NEW, DEEP, SECRET, PUSHED = (solver(seed) for seed in range(5))
 NAME = "scheduler_config.json"
+ONES = torch.ones(4, 1, dtype=torch.float64)
 EULER = DyWeightScheduler().with_tables(
-    [SolverTable(torch.ones(4, 1, dtype=torch.float64), torch.ones(4), {"name": "discrete", "sigma_max": 14.0})]
+    [SolverTable(ONES, ONES[:, 0], {"name": "discrete", "sigma_min": 0.03, "sigma_max": 14.0})]
 )
 
 
