@@ -30,6 +30,7 @@ from torch import Tensor
 from dywspan import DyWeightScheduler, SpanLiftScheduler
 from dywspan.artifact import lift_to_json, table_to_json
 from dywspan.cli import main
+from dywspan.commands.learn import DISTILL
 from dywspan.distill import gradients, trainer
 from dywspan.distill.config import DistillConfig
 from dywspan.distill.gradients import batch_loss
@@ -48,7 +49,7 @@ MINIMAL = {"model": "some/model", "output": "somewhere"}
 
 def parse(*arguments: str) -> dict[str, Any]:
     parser = argparse.ArgumentParser()
-    add_arguments(parser, DistillConfig)
+    add_arguments(parser, DistillConfig, DISTILL)
     return vars(parser.parse_args(arguments))
 
 
