@@ -1,10 +1,10 @@
 """How a solver is tuned: a cheap teacher, every classical solver, and least squares from the best of them.
 
 1. The teacher, Adams(3M) on the usual grid, samples the first ``PROBE`` at M and at 2M steps: that says its error.
-2. One solver judges the grids on those, then all solvers are judged on the best ``GRIDS``; the best of each grid stays.
+2. The ``COMMON`` classical solvers on all grids are judged on the first of those, the better ones on more: ``ROUNDS``.
 3. The teacher samples the others, at the fewest steps that make it ``FINER`` than the best of those solvers, and at
-   least ``LONGER`` times theirs. On these the best solver is chosen.
-4. Learning starts from that solver, and lasts as long as the budget.
+   least ``LONGER`` times theirs. On all of them the best solver is chosen.
+4. Learning starts from that solver, by :mod:`dywspan.distill.secant`, and lasts as long as the budget.
 5. Both are compared on samples that nothing was learned from, and the better one is kept.
 """
 
@@ -48,12 +48,14 @@ from .arena import Arena, typical
 from .config import TuneConfig
 
 SEED = 3 * 10**6  # of the first sample, far from those of learning and measuring
-PROBE, FEW = 4, 2  # samples of the first rounds
+PROBE = 4  # samples of the first rounds
 FINER = 4.0  # times smaller than the best classical solver's error, the teacher's must be
 LONGER = 4  # times the student's steps, at least: few samples may hide what a teacher lacks
-LEADER = {"iPNDM(2M)": SOLVERS["iPNDM(2M)"]}  # that grids are judged by
-GRIDS = 3  # that all solvers are judged on
-PATIENCE = 3  # updates without a better one
+COMMON = {
+    name: SOLVERS[name] for name in ("iPNDM(2M)", "iPNDM(3M)", "Adams(2M)", "DEIS(2M)", "DPM-Solver++(2M)", "UniP(2M)")
+}
+ROUNDS = ((1, 16), (2, 8), (PROBE, 4))  # samples that solvers are judged on, and how many of them stay
+UPDATES, LEAST, PATIENCE = 3, 4, 3  # at least so many updates, of so many pairs; and so many without a better solver
 NEWEST = 2  # derivatives whose weights are learned in every row
 
 
@@ -156,18 +158,15 @@ class Course:
     # ------------------------------------------------------------------ one number of steps
 
     def _classical(self, n: int) -> tuple[list[Classical], float, int]:
-        """The best of each grid on the probe, the best one's error there, and what that took."""
+        """The best ones on the probe, the first one's error there, and what that took."""
         self._stage(f"classical solvers, {n} steps")
         before = self._evaluations()
         scheduler, request = self.asked[n]
-        found = grids(self.pipe, scheduler, request)
-        leaders = [own for name, grid in found.items() for own in solvers_on(grid, name, request, LEADER)]
-        best = [own.grid for own in self._kept(n, leaders, range(PROBE), GRIDS)]
-        # By grid: the samples that all are judged on are too few to leave the others out.
-        groups = [solvers_on(found[name], name, request) for name in best]
-        groups += [own] if (own := of_diffusers(self.pipe, scheduler, request)) else []
-        groups = [self._kept(n, self._kept(n, group, range(FEW), 2), range(PROBE), 1) for group in groups]
-        kept = self._kept(n, [own for group in groups for own in group], range(PROBE), len(groups))
+        found = grids(self.pipe, scheduler, request).items()
+        kept = [own for name, grid in found for own in solvers_on(grid, name, request, COMMON)]
+        kept += of_diffusers(self.pipe, scheduler, request)
+        for count, stay in ROUNDS:
+            kept = self._kept(n, kept, range(count), stay)
         return kept, self._judged(n, kept[0], range(PROBE)), self._evaluations() - before
 
     def _kept(self, n: int, among: Sequence[Classical], places: Sequence[int], count: int) -> list[Classical]:
@@ -192,8 +191,8 @@ class Course:
         left = self.config.budget(n) - self.spent - judging
         before = self._evaluations()
         student = self._student(best.table)
-        jacobian = len(self.training) * (student.calls(n) + n)
-        made = self._learn(n, student, max(1, int((left - jacobian) / (n * len(self.arena.inputs)))))
+        pairs, updates = self._affordable(n, student, left)
+        made = self._learn(n, student, pairs, updates)
         table = student.learned()
         errors = {"classical": classical, "tuned": self._errors(n, table, self.held_out)}
         learning = self._evaluations() - before
@@ -214,19 +213,26 @@ class Course:
         missing = max(0, NEWEST - table.weights.shape[1])
         return Newest(self.own, replace(table, weights=pad(table.weights, (0, missing))))
 
-    def _learn(self, n: int, student: Newest, updates: int) -> dict[str, Any]:
+    def _affordable(self, n: int, student: Newest, evaluations: int) -> tuple[int, int]:
+        """Pairs to learn from, and updates: a Jacobian of each pair, and in each update a sampling of all."""
+        held_out, each = len(self.held_out), student.calls(n) + n
+        most = int((evaluations - UPDATES * n * held_out) / (each + UPDATES * n))
+        pairs = max(LEAST, min(len(self.training), most))
+        return pairs, max(1, int((evaluations - pairs * each) / (n * (pairs + held_out))))
+
+    def _learn(self, n: int, student: Newest, pairs: int, updates: int) -> dict[str, Any]:
         """Move the student to the best that it is on the held-out samples; says what its provenance records."""
         config = LearningConfig(
             optimizer="least_squares",
             updates=updates,
-            batch_size=len(self.training),
+            batch_size=pairs,
             evaluate_every=1,
             patience=PATIENCE,
             order=student.weights.shape[1],
             mixed_precision="no",
             seed=self.config.seed,
         )
-        train, held_out = (self.arena.pairs(places) for places in (self.training, self.held_out))
+        train, held_out = (self.arena.pairs(places) for places in (self.training[:pairs], self.held_out))
         term = Term(n, self.config.call, train, held_out)
         task = Task(self.pipe, self.teacher, [term], config, make_loss(self.pipe, "rmse"))
         return learn(task, student, quiet=True).provenance(term.name)
