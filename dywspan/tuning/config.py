@@ -8,7 +8,7 @@ from typing import Any
 from ..core.layout import LAYOUTS
 from ..settings import check_types, help_of, option
 
-BUDGETS = (1000, 2000)  # of up to four steps, and of more
+BUDGETS, PAIRS = (1000, 2000), (10, 12)  # of up to four steps, and of more
 MOST = 16  # steps; with more, classical solvers are as good
 
 
@@ -29,7 +29,7 @@ class TuneConfig:
         f"of the network, guided, to spend on each number of steps; default {BUDGETS[0]} up to 4 steps, else "
         f"{BUDGETS[1]}",
     )
-    pairs: int = option(12, "samples to learn from")
+    pairs: int | None = option(None, f"samples to learn from; default {PAIRS[0]}, or {PAIRS[1]} for more than 4 steps")
     held_out: int = option(8, "samples to judge by, from which nothing is learned")
     layout: str = option("image", f"of the latents, for pictures: {', '.join(sorted(LAYOUTS))}")
     seed: int = option(0, "of the samples' noise")
@@ -47,6 +47,11 @@ class TuneConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}: {help_of(self, name)}.")
+
+    @property
+    def training(self) -> int:
+        """How many samples are learned from."""
+        return self.pairs or PAIRS[max(self.steps) > 4]
 
     def budget(self, steps: int) -> int:
         """Guided evaluations of the network to spend on this number of steps."""

@@ -109,8 +109,8 @@ class Course:
         self.pipe, self.config, self.memo, self.bar = pipe, config, memo, bar
         seeds = range(SEED + config.seed, SEED + config.seed + len(inputs))
         self.arena = Arena(pipe, inputs, seeds, config.call, memo)
-        self.training = range(config.pairs)
-        self.held_out = range(config.pairs, len(inputs))
+        self.training = range(config.training)
+        self.held_out = range(config.training, len(inputs))
         self.own = DyWeightScheduler.from_config(pipe.scheduler)
         self.asked = {n: asked_for(pipe, n, inputs, config.call) for n in config.steps}
         self.per_evaluation, self.spent, self.probed = 1.0, 0, 0.0
@@ -277,7 +277,7 @@ def tuning(pipe: Any, config: TuneConfig) -> Iterator[Course]:
 
 def _inputs(pipe: Any, config: TuneConfig) -> Inputs:
     """Each sample's own arguments; prompts are gone through again, with new noise, where there are too few."""
-    needed = config.pairs + config.held_out
+    needed = config.training + config.held_out
     missing = "prompt" in required_arguments(pipe) | _takes_text(pipe) and "prompt" not in config.call
     source = OWN if config.prompts is None and missing else config.prompts
     found = read_inputs(source, config.prompt_column, config.prompt_split, needed) or [{}]
