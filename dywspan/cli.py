@@ -1,4 +1,4 @@
-"""Command line: ``dywspan demo | tune | distill | merge | convert | inspect | eval | bench``."""
+"""Command line: ``dywspan demo | tune | distill | merge | convert | convert-edm | inspect | eval | bench``."""
 
 from __future__ import annotations
 
@@ -116,6 +116,15 @@ def convert(args: argparse.Namespace) -> None:
     ends = {"sigma_min": args.sigma_min, "sigma_max": args.sigma_max}
     scheduler = convert(args.source, args.destination, grid=args.grid, **ends)
     print(f"{args.destination}: solvers for {sorted(scheduler.tables)} steps")
+
+
+def convert_network(args: argparse.Namespace) -> None:
+    """Turn a network that NVIDIA published with EDM into a pipeline, without executing anything its pickle holds."""
+    from .edm import convert_edm
+
+    pipe = convert_edm(args.source, args.destination)
+    count = sum(p.numel() for p in pipe.unet.parameters())
+    print(f"{args.destination}: EDMPipeline, {pipe.unet.config.architecture}, {count / 1e6:.1f} M parameters")
 
 
 def merge(args: argparse.Namespace) -> None:
@@ -239,6 +248,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--grid", type=json.loads, help="overrides the file's grid, as JSON")
     sub.add_argument("--sigma-min", type=float, help="overrides the file's range")
     sub.add_argument("--sigma-max", type=float)
+
+    sub = command("convert-edm", convert_network)
+    sub.add_argument("source", help="a .pkl file, such as edm-cifar10-32x32-uncond-vp.pkl")
+    sub.add_argument("destination", help="directory of the pipeline, a new or empty one")
 
     sub = command("inspect", inspect)
     sub.add_argument("artefact", help="a directory or a Hub id")
