@@ -333,15 +333,16 @@ def test_a_published_file_becomes_the_network(
     evil = lambda given: given["file"].update(augment_pipe=Evil(marker))  # noqa: E731
     file = file_of(network, tmp_path, marker, evil)
     assert main(["convert-edm", str(file), str(tmp_path / "new" / "pipe")]) == 0
-    assert f"EDMPipeline, {architecture}, 0." in capsys.readouterr().out
+    assert f"EDMPipeline, {architecture}, " in capsys.readouterr().out
     files = {str(f.relative_to(tmp_path / "new")) for f in (tmp_path / "new").rglob("*") if f.is_file()}
     weights = "unet/diffusion_pytorch_model.safetensors"
     own = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json", weights)
     assert files == {f"pipe/{name}" for name in own}
     pipe = load_pipeline(str(tmp_path / "new" / "pipe"), device="cpu")
     assert isinstance(pipe, EDMPipeline) and not pipe.unet.training
-    assert {**pipe.unet.config, "dropout": 0.0}.items() >= {k: network.config[k] for k in (*COMMON, *TINY["adm"])}.items()
-    assert pipe.unet.config.dropout == 0.13 and pipe.unet.config.architecture == architecture
+    same = ("architecture", *COMMON, *TINY["adm"])
+    assert {k: pipe.unet.config[k] for k in same} == {k: network.config[k] for k in same}
+    assert pipe.unet.config.dropout == 0.13
     own_scheduler = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0, "prediction_type": "epsilon"}
     assert dict(pipe.scheduler.config).items() >= own_scheduler.items()
     found = pipe.unet.state_dict()
@@ -483,18 +484,18 @@ def test_a_network_without_classes_takes_no_labels() -> None:
 
 def test_a_table_and_a_lift_are_learned_for_classes_with_afs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the papers' pixel experiments: polynomial grids, a teacher that ends by denoising, AFS."""
-    pipeline().save_pretrained(tmp_path / "model")
+    pipeline("ddpm++", num_class_embeds=5).save_pretrained(tmp_path / "model")
     pipe, told = load_pipeline(str(tmp_path / "model"), device="cpu"), []
-    pipe.unet.register_forward_pre_hook(lambda module, args: told.append(float(args[1])))
+    pipe.unet.register_forward_pre_hook(lambda module, args: told.append(args[1].item()))
     shared: dict[str, Any] = {"model": str(tmp_path / "model"), "prompts": LABELS, "steps": [2], "order": 3}
     shared |= {"teacher": "ipndm", "teacher_steps": 8, "teacher_order": 3, "teacher_grid": GRID, "pairs": 8}
     shared |= {"held_out": 4, "batch_size": 4, "pictures": 1, "loss": "mse"}
-    config = DistillConfig(output=str(tmp_path / "table"), grid=GRID, afs=True, updates=12, lr=3e-2, **shared)
+    config = DistillConfig(output=str(tmp_path / "table"), grid=GRID, afs=True, optimizer="least_squares", updates=1, **shared)
     table = SolverTrainer(pipe, config).train().tables[2]
     first, *_, last = told[:9]
     assert (first, last) == pytest.approx((math.log(80) / 4, math.log(0.002) / 4)), "8 steps, and one that denoises"
     lifting = DistillConfig(output=str(tmp_path / "lift"), solver="spanlift", base=str(tmp_path / "table"),
-                            operator={"width": 8}, updates=12, lr=1e-2, **shared)  # fmt: skip
+                            operator={"width": 8}, updates=8, lr=1e-2, **shared)  # fmt: skip
     lift = SolverTrainer(pipe, lifting).train().lifts[2]
     for learned in (table, lift):
         error = learned.provenance["held_out_error"]
@@ -509,8 +510,9 @@ def test_a_table_and_a_lift_are_learned_for_classes_with_afs(tmp_path: Path, mon
     assert len(run_usage(card, tmp_path / "table", monkeypatch)["result"].images) == 1
 
 
+@pytest.mark.slow
 def test_tuning() -> None:
     pipe = pipeline("ddpm++")
-    scheduler = dywspan.tune(pipe, steps=2, pairs=6, held_out=4, evaluations=600)
+    scheduler = dywspan.tune(pipe, steps=2, pairs=8, held_out=4, evaluations=600)
     assert pipe.scheduler is scheduler and scheduler.tables[2].convention == "edm"
     assert pipe(num_inference_steps=2, output_type="pt").images.isfinite().all()

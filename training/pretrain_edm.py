@@ -33,11 +33,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("build/edm"), help="checkpoints, pictures, pipeline")
     parser.add_argument("--channels", type=int, default=16, help="of the first level; the others have 2 and 4 times that")
     parser.add_argument("--blocks", type=int, default=1, help="of a level")
-    parser.add_argument("--updates", type=int, default=700)
+    parser.add_argument("--updates", type=int, default=1600)
     parser.add_argument("--batch-size", type=int, default=32, help="of all processes together")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--checkpoint-every", type=int, default=50, help="updates")
-    parser.add_argument("--pictures-every", type=int, default=350, help="updates, whole checkpoints")
+    parser.add_argument("--pictures-every", type=int, default=400, help="updates, whole checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.compile = False

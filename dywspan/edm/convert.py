@@ -50,7 +50,7 @@ _FIXED = {
 }
 
 # Where their parameters are here. The augmentation's layer has no bias: without augmentation it adds nothing.
-_RENAMED = {r"^map_augment\.weight$|(^|\.)resample_filter$": "", r"^map_": "embedding.map_", r"^dec\.\d+x\d+_aux_": "out_"}
+_RENAMED = {r"^map_augment\.weight$|^.*resample_filter$": "", r"^map_": "embedding.map_", r"^dec\.\d+x\d+_aux_": "out_"}
 
 
 def convert_edm(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> EDMPipeline:
