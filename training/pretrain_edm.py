@@ -38,6 +38,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--checkpoint-every", type=int, default=50, help="updates")
     parser.add_argument("--pictures-every", type=int, default=400, help="updates, whole checkpoints")
+    parser.add_argument("--pictures", type=int, default=40, help="to draw")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.compile = False
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         given = (images[rows], *draws(len(rows), images.shape[1:], generator))
         pipe = pipeline(training.raw)
         pipe.scheduler = DyWeightScheduler.from_config(pipe.scheduler, solver="dpmpp", solver_order=2)
-        noise = torch.randn(40, *images.shape[1:], generator=generator)
+        noise = torch.randn(args.pictures, *images.shape[1:], generator=generator)
         draw(pipe(latents=noise, output_type="latent").images, 10, training.folder / f"{training.update:06d}.png")
         return {"held_out": float(errors(training.raw, *(v.to(device) for v in given)).mean())}
 
