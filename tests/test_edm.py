@@ -1,4 +1,4 @@
-"""EDM's pixel networks: the paper's formulas in plain numbers, NVIDIA's files read without running them, and learning."""
+"""EDM's pixel networks: the paper's formulas in plain numbers, NVIDIA's files read but not run, and learning."""
 
 from __future__ import annotations
 
@@ -183,7 +183,9 @@ ADM |= {"layers_per_block": 3, "attention_resolutions": (32, 16, 8), "num_class_
 
 
 @pytest.mark.parametrize(
-    ("settings", "millions", "billions"), [(ADM, 295.899267, 109.665), ({"sample_size": 32}, 55.7, None)], ids=["adm", "ddpm++"]
+    ("settings", "millions", "billions"),
+    [(ADM, 295.899267, 109.665), ({"sample_size": 32}, 55.7, None)],
+    ids=["adm", "ddpm++"],
 )
 def test_sizes_are_the_published_ones(settings: dict[str, Any], millions: float, billions: float | None) -> None:
     """Multiply-adds count those of resampling as convolutions: four for each pixel of the smaller image."""
@@ -246,7 +248,9 @@ class Persistent(nn.Module):
             inner = {n.partition(".")[2]: v for n, v in tensors.items() if n.partition(".")[0] == part}
             if "" not in inner:
                 layers = ("enc", "dec")
-                self.add_module(part, _dictionary(source, inner) if part in layers else Persistent("Any", source, inner))
+                self.add_module(
+                    part, _dictionary(source, inner) if part in layers else Persistent("Any", source, inner)
+                )
             elif part == "resample_filter":
                 self.register_buffer(part, inner[""])
             else:
@@ -256,6 +260,10 @@ class Persistent(nn.Module):
         state = {k: v for k, v in self.__dict__.items() if k not in ("class_name", "source")}
         meta = EasyDict(type="class", version=6, module_src=self.source, class_name=self.class_name, state=state)
         return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (meta,)
+
+
+def _layer(source: str, tensors: dict[str, Tensor]) -> Persistent:
+    return Persistent("Any", source, tensors)
 
 
 def _dictionary(source: str, tensors: dict[str, Tensor]) -> nn.ModuleDict:
@@ -317,7 +325,9 @@ def file_of(network: EDMUNet, folder: Path, marker: Path, change: Change = lambd
     given: dict[str, Any] = {"outer": "EDMPrecond", "inner": inner, "arguments": arguments, "tensors": tensors}
     given |= {"file": {"loss_fn": None, "dataset_kwargs": EasyDict(path="somewhere")}, "sigma_data": 0.5}
     change(given)
-    model = Persistent(given["inner"], source, given["tensors"], _init_args=(), _init_kwargs=EasyDict(given["arguments"]))
+    model = Persistent(
+        given["inner"], source, given["tensors"], _init_args=(), _init_kwargs=EasyDict(given["arguments"])
+    )
     ema = Persistent(given["outer"], source, {}, img_resolution=8, sigma_data=given["sigma_data"], use_fp16=False)
     ema._modules["model"] = model
     with modules_of_theirs():
@@ -371,9 +381,13 @@ def swap(key: str, value: Any) -> Change:
         (put("arguments", "model_channels", 10**9), "model_channels=1000000000 must be"),
         (put("arguments", "channel_mult", "wide"), "channel_mult='w' must be"),
         (put("tensors", "enc.4x4_down.conv0.resample_filter", FILTER / 2), "does not resample by means of 2 x 2"),
-        (put("tensors", "map_layer0.weight", torch.ones(3, 3)), "1 tensors are not those .*: embedding.map_layer0.weight"),
+        (
+            put("tensors", "map_layer0.weight", torch.ones(3, 3)),
+            "1 tensors are not those .*: embedding.map_layer0.weight",
+        ),
         (put("tensors", "map_more.weight", torch.ones(3)), "1 tensors are not those"),
         (put("file", "ema", None), "holds no EDM network"),
+        (put("tensors", "x" * 200, torch.ones(3)), "holds no EDM network .*names that no layer has"),
         (swap("sigma_data", "half"), "sigma_data='half' must be"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -434,8 +448,26 @@ def test_layers_that_are_named_again_and_again_end(loops: bool, tmp_path: Path, 
     ema._modules["model"] = model
     with modules_of_theirs():
         (tmp_path / "network.pkl").write_bytes(pickle.dumps({"ema": ema}))
-    with pytest.raises(ValueError, match="more than 10000 layers"):
+    with pytest.raises(ValueError, match="more layers, or layers deeper"):
         convert_edm(tmp_path / "network.pkl", tmp_path / "pipe")
+
+
+def test_one_memory_for_many_tensors_is_refused(tmp_path: Path, marker: Path) -> None:
+    """Copies of it would be larger than the file by as much as it likes."""
+
+    def change(given: dict[str, Any]) -> None:
+        shared = torch.zeros(10**5)
+        given["tensors"] = {k: shared[: v.numel()].view(v.shape) for k, v in given["tensors"].items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "clone", lambda tensor: tensor)
+        file = file_of(tiny("ddpm++"), tmp_path, marker, lambda given: (change(given), put_filters(given)))
+    with pytest.raises(ValueError, match="share memory"):
+        convert_edm(file, tmp_path / "pipe")
+
+
+def put_filters(given: dict[str, Any]) -> None:
+    given["tensors"].update({k: FILTER for k in given["tensors"] if k.endswith("resample_filter")})
 
 
 # ------------------------------------------------------------------------------------------------ sampling and learning
@@ -490,13 +522,18 @@ def test_a_table_and_a_lift_are_learned_for_classes_with_afs(tmp_path: Path, mon
     shared: dict[str, Any] = {"model": str(tmp_path / "model"), "prompts": LABELS, "steps": [2], "order": 3}
     shared |= {"teacher": "ipndm", "teacher_steps": 8, "teacher_order": 3, "teacher_grid": GRID, "pairs": 8}
     shared |= {"held_out": 4, "batch_size": 4, "pictures": 1, "loss": "mse"}
-    config = DistillConfig(output=str(tmp_path / "table"), grid=GRID, afs=True, optimizer="least_squares", updates=1, **shared)
+    config = DistillConfig(
+        output=str(tmp_path / "table"), grid=GRID, afs=True, optimizer="least_squares", updates=1, **shared
+    )
     table = SolverTrainer(pipe, config).train().tables[2]
     first, *_, last = told[:9]
     assert (first, last) == pytest.approx((math.log(80) / 4, math.log(0.002) / 4)), "8 steps, and one that denoises"
-    lifting = DistillConfig(output=str(tmp_path / "lift"), solver="spanlift", base=str(tmp_path / "table"),
-                            operator={"width": 8}, updates=8, lr=1e-2, **shared)  # fmt: skip
-    lift = SolverTrainer(pipe, lifting).train().lifts[2]
+    own = {"solver": "spanlift", "base": str(tmp_path / "table"), "operator": {"width": 8}, "updates": 6, "lr": 1e-3}
+    lift = (
+        SolverTrainer(pipe, DistillConfig(output=str(tmp_path / "lift"), evaluate_every=1, **own, **shared))
+        .train()
+        .lifts[2]
+    )
     for learned in (table, lift):
         error = learned.provenance["held_out_error"]
         assert error["after"] < error["before"]

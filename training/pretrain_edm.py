@@ -1,7 +1,8 @@
 """Train a small EDM network from scratch, on emoji of 32 x 32 pixels: ``python training/pretrain_edm.py``.
 
-DDPM++ with few channels, EDM's loss, no classes and no augmentation. The pipeline ends up in OUTPUT/edm-emoji. A run that
-was stopped goes on where it was; every update draws its batch from (seed, update), so a resumed run is the same run.
+DDPM++ with few channels, EDM's loss, no classes and no augmentation. The pipeline ends up in OUTPUT/edm-emoji.
+A run that was stopped goes on where it was; every update draws its batch from (seed, update), so a resumed run is
+the same run.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("build/emoji64"), help="the data set, built when missing")
     parser.add_argument("--output", type=Path, default=Path("build/edm"), help="checkpoints, pictures, pipeline")
-    parser.add_argument("--channels", type=int, default=16, help="of the first level; the others have 2 and 4 times that")
+    parser.add_argument("--channels", type=int, default=16, help="of the first level; then 2 and 4 times that")
     parser.add_argument("--blocks", type=int, default=1, help="of a level")
     parser.add_argument("--updates", type=int, default=1600)
     parser.add_argument("--batch-size", type=int, default=32, help="of all processes together")

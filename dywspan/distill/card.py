@@ -79,7 +79,7 @@ def write_card(
     steps = [*dict.fromkeys(map(steps_of, made))]
     where = settings["push_to_hub"] or folder.name
     use = {"imports": f"from dywspan import {kind}", "steps": steps[len(steps) // 2]}
-    is_ours = any(p.get("pipeline") == "EDMPipeline" for p in made.values())  # which no name in a file leads diffusers to
+    is_ours = any(p.get("pipeline") == "EDMPipeline" for p in made.values())  # diffusers finds its own classes only
     use |= {"library": "dywspan.edm", "pipeline": "EDMPipeline"} if is_ours else _DIFFUSERS
     use["load"] = f'{use["pipeline"]}.from_pretrained("{model}")' if model else "..."
     use["swap"] = f'pipe.scheduler = {kind}.from_pretrained("{where}")'

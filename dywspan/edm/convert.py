@@ -18,7 +18,7 @@ from diffusers import EDMEulerScheduler
 from torch import Tensor
 
 from ..core.check import number, shown
-from ..inert_pickle import Inert, read_pickle
+from ..inert_pickle import read_pickle
 from .network import EDMUNet
 from .pipeline import EDMPipeline
 
@@ -64,8 +64,8 @@ def convert_edm(source: str | os.PathLike[str], destination: str | os.PathLike[s
         destination: folder for ``model_index.json``, ``unet`` and ``scheduler``.
 
     Raises:
-        ValueError: a folder that is not empty; a file that is damaged, or holds no such network, or one of another kind:
-            NCSN++, or the preconditioning of VP, VE or iDDPM.
+        ValueError: a folder that is not empty; a file that is damaged or holds no such network, but one of NCSN++, say,
+            or with the preconditioning of VP, VE or iDDPM.
         OSError: a file that is not there, a folder that cannot be written.
     """
     folder = Path(destination)
@@ -104,14 +104,16 @@ def _pipeline(root: Any) -> EDMPipeline:
     other = [f"{k}={shown(given[k])}" for k, v in _FIXED.items() if given.get(k, v) != v]
     if other or any(v.numel() != 4 or bool((v != 0.25).any()) for v in filters):
         raise ValueError(f"it is no DDPM++ and no ADM: {', '.join(other) or 'it does not resample by means of 2 x 2'}.")
-    settings = {own: given[theirs] for own, theirs in _ARGUMENTS.items()}
+    settings: dict[str, Any] = {own: given[theirs] for own, theirs in _ARGUMENTS.items()}
     with torch.device("meta"):
         network = EDMUNet(architecture, **settings | {"num_class_embeds": settings["num_class_embeds"] or None})
     weights = {new: v for k, v in tensors.items() if (new := _renamed(k))}
     sizes = ({k: tuple(v.shape) for k, v in known.items()} for known in (network.state_dict(), weights))
     if wrong := sorted({k for k, _ in set.symmetric_difference(*(set(known.items()) for known in sizes))}):
         raise ValueError(f"{len(wrong)} tensors are not those of its arguments: {', '.join(wrong[:3])}, ...")
-    network.load_state_dict({k: v.float().clone() for k, v in weights.items()}, assign=True)
+    if len({v.untyped_storage().data_ptr() for v in weights.values()}) < len(weights):
+        raise ValueError("its tensors share memory, which those of no such network do.")
+    network.load_state_dict({k: v.float().contiguous() for k, v in weights.items()}, assign=True)
     sigma_data = number("sigma_data", outer.get("sigma_data", 0.5), 1e-6, 1e6)
     scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=sigma_data, rho=7.0)
     return EDMPipeline(network.eval().requires_grad_(False), scheduler)
@@ -129,25 +131,25 @@ def _object(node: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _parts(attributes: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Those of a module: ``_modules``, ``_parameters`` or ``_buffers``."""
-    return {k: v for k, v in (attributes.get(kind) or {}).items() if v is not None}
+    """Those of a module by name: ``_modules``, ``_parameters`` or ``_buffers``."""
+    parts = attributes.get(kind) or {}
+    if not all(isinstance(name, str) and len(name) < 100 for name in parts):
+        raise TypeError("names that no layer has")
+    return {k: v for k, v in parts.items() if v is not None}
 
 
 def _tensors(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a module and all in it, by path. A file may name one module many times, or in itself."""
+    """Parameters and buffers of a module and those in it, by path. A file may name one module many times, or in itself."""
     todo = [("", attributes)]
     for seen, (path, own) in enumerate(todo):
-        if seen >= _LARGEST:
-            raise ValueError(f"it has more than {_LARGEST} layers, which no such network has.")
+        if seen >= 10_000 or path.count(".") > 10:
+            raise ValueError("it has more layers, or layers deeper in others, than any such network.")
         for kind in ("_parameters", "_buffers"):
             for name, value in _parts(own, kind).items():
                 if not isinstance(value, Tensor):
                     raise ValueError(f"{path}{name} is no tensor.")
                 yield f"{path}{name}", value
         todo += [(f"{path}{name}.", _object(child)[1]) for name, child in _parts(own, "_modules").items()]
-
-
-_LARGEST = 10_000
 
 
 def _renamed(name: str) -> str:

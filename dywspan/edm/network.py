@@ -217,8 +217,8 @@ class EDMUNet(ModelMixin, ConfigMixin):
         levels = len(channel_mult)
         if sample_size % 2 ** (levels - 1) or model_channels % 4:
             raise ValueError(
-                f"sample_size={sample_size} must be a multiple of {2 ** (levels - 1)}, which {levels} levels halve, and "
-                f"model_channels={model_channels} of 4."
+                f"sample_size={sample_size} must be a multiple of {2 ** (levels - 1)}, as {levels} levels halve it, "
+                f"and model_channels={model_channels} of 4."
             )
         widths, sizes = [model_channels * m for m in channel_mult], [sample_size >> i for i in range(levels)]
         attending = [w for w, s in zip(widths, sizes) if s in (*attention_resolutions, sizes[-1])]

@@ -38,8 +38,9 @@ def load_pipeline(
     """
     name = "dtype" if release(diffusers.__version__) >= (0, 42) else "torch_dtype"
     try:  # diffusers finds no class but its own by the name that files give
-        saved = diffusers.DiffusionPipeline.load_config(model, revision=revision)["_class_name"]
-        kind: Any = pipeline_class(saved) if saved == "EDMPipeline" else diffusers.DiffusionPipeline
+        config: Any = diffusers.DiffusionPipeline.load_config(model, revision=revision)
+        ours = config["_class_name"] == "EDMPipeline"
+        kind = pipeline_class("EDMPipeline") if ours else diffusers.DiffusionPipeline
         pipe = kind.from_pretrained(model, revision=revision, **{name: dtype}, **(parts or {}))
     except OSError:
         if (pipe := _load_modular(model, revision)) is None:
