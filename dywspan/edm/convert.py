@@ -105,8 +105,9 @@ def _pipeline(root: Any) -> EDMPipeline:
     if other or any(v.numel() != 4 or bool((v != 0.25).any()) for v in filters):
         raise ValueError(f"it is no DDPM++ and no ADM: {', '.join(other) or 'it does not resample by means of 2 x 2'}.")
     settings: dict[str, Any] = {own: given[theirs] for own, theirs in _ARGUMENTS.items()}
+    settings["num_class_embeds"] = settings["num_class_embeds"] or None
     with torch.device("meta"):
-        network = EDMUNet(architecture, **settings | {"num_class_embeds": settings["num_class_embeds"] or None})
+        network = EDMUNet(architecture, **settings)
     weights = {new: v for k, v in tensors.items() if (new := _renamed(k))}
     sizes = ({k: tuple(v.shape) for k, v in known.items()} for known in (network.state_dict(), weights))
     if wrong := sorted({k for k, _ in set.symmetric_difference(*(set(known.items()) for known in sizes))}):
@@ -139,7 +140,7 @@ def _parts(attributes: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _tensors(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a module and those in it, by path. A file may name one module many times, or in itself."""
+    """Parameters and buffers of a module and those in it, by path; a file may name one often, or within itself."""
     todo = [("", attributes)]
     for seen, (path, own) in enumerate(todo):
         if seen >= 10_000 or path.count(".") > 10:

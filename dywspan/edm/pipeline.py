@@ -84,8 +84,8 @@ class EDMPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         x = latents.to(device, dtype) * self.scheduler.init_noise_sigma
         told = {} if labels is None else {"class_labels": labels}
-        steps: Any = self.progress_bar(self.scheduler.timesteps)
-        for t in steps:
+        bar: Any = self.progress_bar
+        for t in bar(self.scheduler.timesteps):
             output = self.unet(self.scheduler.scale_model_input(x, t), t, **told, return_dict=False)[0]
             x = self.scheduler.step(output, t, x, return_dict=False)[0]
         images: Any = x
