@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dywspan
-from dywspan import DyWeightScheduler, SpanLiftScheduler
+from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
 from dywspan.cli import main
 from dywspan.distill import DistillConfig, SolverTrainer
 from dywspan.edm import EDMPipeline, EDMUNet, convert_edm
@@ -167,15 +167,28 @@ def test_a_forward_pass_is_that_by_hand(architecture: str, classes: int | None) 
         np.testing.assert_allclose(output[i : i + 1], expected, rtol=1e-4, atol=1e-4 * abs(expected).max())
 
 
-def test_a_step_from_noise_to_zero_is_the_denoised_image() -> None:
+def denoised(network: EDMUNet, x: Tensor, sigma: float) -> Tensor:
     """D = c_skip x + c_out F(c_in x; ln(sigma) / 4), EDM table 1, with sigma_data = 0.5."""
+    total = sigma**2 + 0.5**2
+    output = network(x / total**0.5, math.log(sigma) / 4).sample
+    return 0.5**2 / total * x + sigma * 0.5 / total**0.5 * output
+
+
+def test_a_step_from_noise_to_zero_is_the_denoised_image() -> None:
     pipe, noise = pipeline("ddpm++"), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     pipe.scheduler = DyWeightScheduler.from_config(pipe.scheduler, solver="euler", grid={"sigmas": [80.0, 0.0]})
-    x, total = 80 * noise, 80**2 + 0.5**2
-    output = pipe.unet(x / total**0.5, math.log(80) / 4).sample
-    expected = 0.5**2 / total * x + 80 * 0.5 / total**0.5 * output
     found = pipe(latents=noise, num_inference_steps=1, output_type="latent").images
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, denoised(pipe.unet, 80 * noise, 80), rtol=1e-4, atol=1e-4)
+
+
+def test_the_analytical_first_step_asks_no_network() -> None:
+    """d_0 = x_0 / sqrt(1 + 80^2), and one evaluation to zero from 10."""
+    pipe, noise = pipeline("ddpm++"), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    table = SolverTable(torch.ones(2, 1).double(), torch.ones(2).double(), {"sigmas": [80.0, 10.0, 0.0]}, afs=True)
+    pipe.scheduler = DyWeightScheduler.from_config(pipe.scheduler).with_tables([table])
+    found = pipe(latents=noise, num_inference_steps=1, output_type="latent").images
+    x = 80 * noise * (1 + (10 - 80) / (1 + 80**2) ** 0.5)
+    torch.testing.assert_close(found, denoised(pipe.unet, x, 10), rtol=1e-4, atol=1e-4)
 
 
 ADM = {"architecture": "adm", "sample_size": 64, "model_channels": 192, "channel_mult": (1, 2, 3, 4)}
@@ -530,6 +543,7 @@ def test_a_network_without_classes_takes_no_labels() -> None:
         pipeline("ddpm++").unet(torch.zeros(1, 3, 8, 8), 0.0, torch.tensor([1]))
 
 
+@pytest.mark.slow
 def test_a_table_and_a_lift_are_learned_for_classes_with_afs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the papers' pixel experiments: polynomial grids, a teacher that ends by denoising, AFS."""
     pipeline("ddpm++", num_class_embeds=5).save_pretrained(tmp_path / "model")
