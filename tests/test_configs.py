@@ -28,6 +28,7 @@ from dywspan.core.layout import LAYOUTS
 from dywspan.distill.config import DistillConfig, LearningConfig
 from dywspan.distill.losses import LATENT
 from dywspan.distill.setup import prepare
+from dywspan.edm import EDMPipeline, EDMUNet
 from dywspan.pipelines.features import FEATURES, NETWORKS
 from dywspan.pipelines.inputs import OWN, SETS
 from dywspan.settings import add_arguments, make_config
@@ -131,16 +132,13 @@ def test_a_lift_finds_its_base_and_its_teacher_pairs(name: str) -> None:
     assert {k: getattr(lift, k) for k in shared} == {k: getattr(base, k) for k in shared}
 
 
-def _edm() -> diffusers.EDMEulerScheduler:
-    return diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
-
-
-def _unconditional() -> Any:
-    return diffusers.DDPMPipeline(unet=pixel_unet(), scheduler=_edm())
+def _unconditional(**network: Any) -> Any:
+    unet = EDMUNet("ddpm++", 8, model_channels=8, channel_mult=(1, 1), layers_per_block=1, **network)
+    return EDMPipeline(unet, diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5))
 
 
 def _labelled() -> Any:
-    return diffusers.ConsistencyModelPipeline(unet=pixel_unet(), scheduler=_edm())
+    return _unconditional(num_class_embeds=1000)
 
 
 def _latent() -> Any:

@@ -18,7 +18,8 @@ UPPER = {"pipelines", "distill", "evaluate", "tuning", "bench"}
 # Of each folder, those of the package that it imports nothing of.
 FORBIDDEN = {
     "core": {name.split(".")[1] for name in FILES if "." in name} - {"core"},
-    "schedulers": UPPER,
+    "schedulers": {*UPPER, "edm"},
+    "edm": UPPER,
     "pipelines": UPPER - {"pipelines"},
     "distill": {"evaluate", "tuning", "bench"},
     "evaluate": {"distill", "tuning", "bench"},

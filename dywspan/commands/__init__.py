@@ -39,6 +39,9 @@ COMMANDS = {
     ),
     "merge": Command("put solvers that were learned apart into one artefact", "artefacts:merge_options"),
     "convert": Command("make an artefact of solvers that others published", "artefacts:convert_options"),
+    "convert-edm": Command(
+        "make a pipeline of a pixel network that NVIDIA published with EDM", "artefacts:convert_edm_options"
+    ),
     "push": Command("upload an artefact to the Hub", "artefacts:push_options"),
     "eval": Command("measure solvers, or images that are there already, by any metrics", "measure:evaluate_options"),
     "bench": Command("measure overhead, memory and learning; print what was measured", BENCH),

@@ -130,6 +130,22 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{args.destination}: solvers for {sorted(scheduler.tables)} steps")
 
 
+def convert_edm_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dywspan convert-edm``."""
+    parser.set_defaults(run=convert_network)
+    parser.add_argument("source", help="a .pkl file, such as edm-cifar10-32x32-uncond-vp.pkl")
+    parser.add_argument("destination", help="directory of the pipeline, a new or empty one")
+
+
+def convert_network(args: argparse.Namespace) -> None:
+    """Turn a network that NVIDIA published with EDM into a pipeline, without executing anything its pickle holds."""
+    from ..edm import convert_edm
+
+    pipe = convert_edm(args.source, args.destination)
+    count = sum(p.numel() for p in pipe.unet.parameters())
+    print(f"{args.destination}: EDMPipeline, {pipe.unet.config.architecture}, {count / 1e6:.1f} M parameters")
+
+
 def push_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dywspan push``."""
     parser.set_defaults(run=push)

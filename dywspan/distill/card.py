@@ -10,13 +10,15 @@ from ..artifact import for_every_count, provenances, steps_of, write_atomically
 from ..text import markdown
 
 _USE = """```python
-from diffusers import DiffusionPipeline
+from {library} import {pipeline}
 {imports}
 
 pipe = {load}
 {swap}
 result = pipe({arguments}num_inference_steps={steps})
 ```"""
+
+_DIFFUSERS = {"library": "diffusers", "pipeline": "DiffusionPipeline"}
 
 
 def _network(scheduler: Any) -> str:
@@ -78,7 +80,9 @@ def write_card(
     steps = [*dict.fromkeys(map(steps_of, made))]
     where = settings["push_to_hub"] or folder.name
     use = {"imports": f"from dywspan import {kind}", "steps": steps[len(steps) // 2]}
-    use["load"] = f'DiffusionPipeline.from_pretrained("{model}")' if model else "..."
+    is_ours = any(p.get("pipeline") == "EDMPipeline" for p in made.values())  # diffusers finds its own classes only
+    use |= {"library": "dywspan.edm", "pipeline": "EDMPipeline"} if is_ours else _DIFFUSERS
+    use["load"] = f'{use["pipeline"]}.from_pretrained("{model}")' if model else "..."
     use["swap"] = f'pipe.scheduler = {kind}.from_pretrained("{where}")'
     if scheduler.time_lifts:
         use |= {"imports": "import dywspan", "swap": f'dywspan.apply(pipe, "{where}")'}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import provenances
+from ..pipelines.rollout import pipeline_class
 from ..schedulers.apply import load
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.merge import merge
@@ -65,13 +66,11 @@ def merge_artefacts(
 
 def settings_of(scheduler: Any) -> dict[str, Any]:
     """Of the runs, as far as their provenances say: what a card shows of the use."""
-    import diffusers
-
     made: list[Any] = [*provenances(scheduler).values()]
     first = made[0] if made else {}
     call = first.get("call", {})
     call = {k: v for k, v in call.items() if all(other.get("call", {}).get(k) == v for other in made)}
-    kind: Any = getattr(diffusers, str(first.get("pipeline")), None)
+    kind = pipeline_class(str(first.get("pipeline")))
     has_prompts = kind is None or "prompt" in inspect.signature(kind.__call__).parameters
     model = first.get("base_model") or "the model they were learned on"
     return {"model": model, "prompts": [] if has_prompts else None, "call": call, "variants": {}, "push_to_hub": None}

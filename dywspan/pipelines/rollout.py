@@ -37,8 +37,11 @@ def load_pipeline(
         parts: components that are taken instead of the model's own; None: left out.
     """
     name = "dtype" if release(diffusers.__version__) >= (0, 42) else "torch_dtype"
-    try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, revision=revision, **{name: dtype}, **(parts or {}))
+    try:  # diffusers finds no class but its own by the name that files give
+        config: Any = diffusers.DiffusionPipeline.load_config(model, revision=revision)
+        ours = config["_class_name"] == "EDMPipeline"
+        kind = pipeline_class("EDMPipeline") if ours else diffusers.DiffusionPipeline
+        pipe = kind.from_pretrained(model, revision=revision, **{name: dtype}, **(parts or {}))
     except OSError:
         if (pipe := _load_modular(model, revision)) is None:
             raise
@@ -53,6 +56,15 @@ def load_pipeline(
         if isinstance(part, torch.nn.Module) and parts.get(name) is not part:
             part.to(device)
     return pipe
+
+
+def pipeline_class(name: str) -> Any:
+    """Of diffusers, or ours; None: neither has it."""
+    if name == "EDMPipeline":
+        from ..edm import EDMPipeline
+
+        return EDMPipeline
+    return getattr(diffusers, name, None)
 
 
 def _load_modular(model: str, revision: str | None) -> Any:
@@ -154,12 +166,12 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost layers that stand in lists: what a network consists of."""
+    """The outermost layers that stand in lists or dictionaries: what a network consists of."""
     found: list[nn.Module] = []
     for child in model.children():
         found += (
-            [m for m in child if any(True for _ in m.parameters())]
-            if isinstance(child, nn.ModuleList)
+            [m for m in child.children() if any(True for _ in m.parameters())]
+            if isinstance(child, nn.ModuleList | nn.ModuleDict)
             else blocks(child)
         )
     return found

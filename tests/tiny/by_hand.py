@@ -32,8 +32,10 @@ def check(tiny: Tiny, trace: Trace, table: SolverTable, lifted: SpanLiftSchedule
     taus = [float(s) * level for s, level in zip(table.time_scale, levels)]
     torch.testing.assert_close(trace.timesteps.double(), model_times(tiny, taus), rtol=1e-5, atol=1e-3)
 
-    # The frame the network sees: x / sqrt(1 + tau^2) for the first two kinds of network in derivative().
-    frame = [1.0] * (n + 1) if tiny.flow else [(1 + tau**2) ** -0.5 for tau in taus] + [1.0]
+    # The frame the network sees: x / sqrt(1 + tau^2) for the first two kinds of network in derivative(); of EDM's,
+    # whose output stands for data of another deviation, x / sqrt(sigma_data^2 + tau^2).
+    scale = [(tiny.sigma_data**2 + tau**2) ** -0.5 for tau in taus]
+    frame = [1.0] * (n + 1) if tiny.flow else [*scale, 1.0]
     begin = trace.timesteps.tolist().index(float(tiny.seen(trace.timesteps)[0]))
     for time, clean, noise, noisy in trace.noised:
         i = trace.timesteps.tolist().index(time)
@@ -86,12 +88,18 @@ def model_times(tiny: Tiny, taus: list[float]) -> Tensor:
 
 
 def derivative(tiny: Tiny, x: Tensor, output: Tensor, sigma: float, tau: float) -> Tensor:
-    """d = (x - D) / sigma, D = x - tau * eps or (x - tau * sqrt(1 + tau^2) * v) / (1 + tau^2); flow: the velocity."""
+    """d = (x - D) / sigma, D = x - tau * eps or (x - tau * sqrt(1 + tau^2) * v) / (1 + tau^2); flow: the velocity.
+
+    EDM's own networks: D = (s^2 x + s tau sqrt(s^2 + tau^2) F) / (s^2 + tau^2), s = sigma_data.
+    """
     scheduler, config = tiny.pipe.scheduler, tiny.pipe.scheduler.config
     if tiny.flow:
         return -output if config.get("invert_sigmas") else output
     x0 = x - tau * output
-    if config.prediction_type != "epsilon":
+    if tiny.edm and config.prediction_type == "epsilon":  # D = c_skip x + c_out F
+        variance = tiny.sigma_data**2 + tau**2
+        x0 = tiny.sigma_data**2 / variance * x + tau * tiny.sigma_data * variance**-0.5 * output
+    elif config.prediction_type != "epsilon":
         x0 = (x - tau * (1 + tau**2) ** 0.5 * output) / (1 + tau**2)
     if config.get("thresholding"):
         x0 = scheduler._threshold_sample(x0)

@@ -7,6 +7,8 @@ from typing import Any
 
 import diffusers as d
 
+from dywspan.edm import EDMPipeline, EDMUNet
+
 from .parts import (
     LATENT,
     NO_TEXT,
@@ -102,3 +104,14 @@ def dit() -> Tiny:
     pipe = d.DiTPipeline(transformer=transformer, vae=vae(), scheduler=ddim())
     inputs = lambda i: {"class_labels": [3 + k for k in i], "output_type": "np"}
     return Tiny(pipe, inputs, "class labels, batch doubled for guidance throughout", raw_noise=True)
+
+
+@row("EDMPipeline")
+def edm() -> Tiny:
+    unet = EDMUNet("adm", 8, num_class_embeds=9, model_channels=64, channel_mult=(1, 1), layers_per_block=1,
+                   attention_resolutions=(4,))  # fmt: skip
+    pipe = EDMPipeline(unet, d.EDMEulerScheduler())
+    inputs = lambda i: {"class_labels": [3 + k for k in i], "output_type": "np"}
+    exercises = "dywspan's own, of EDM's pixel networks: class labels, preconditioned by the scheduler"
+    # diffusers starts at sqrt(80^2 + 1).
+    return Tiny(pipe, inputs, exercises, "unet", channels=3, tolerance=1e-3)

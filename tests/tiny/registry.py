@@ -13,6 +13,8 @@ import diffusers as d
 import torch
 from torch import Tensor, nn
 
+from dywspan.pipelines.rollout import pipeline_class
+
 Indices = Sequence[int]
 
 
@@ -77,9 +79,14 @@ class Tiny:
 
     @property
     def edm(self) -> bool:
-        """Preconditioned as in EDM, for data of deviation 1."""
+        """Preconditioned as in EDM."""
         scheduler = self.pipe.scheduler
         return type(scheduler).__name__.startswith("EDM") or scheduler.config.get("timestep_type") == "continuous"
+
+    @property
+    def sigma_data(self) -> float:
+        """Of EDM's preconditioning, the deviation of the data; with 1 the input's scale is that of a VP network."""
+        return self.pipe.scheduler.config.get("sigma_data", 1.0) if self.edm else 1.0
 
 
 @dataclass(eq=False)
@@ -111,7 +118,7 @@ def available(name: str) -> bool:
     if "LoRA" in name and find_spec("peft") is None:
         return False
     try:
-        return hasattr(d, name.split()[0])
+        return pipeline_class(name.split()[0]) is not None
     except RuntimeError:
         return False
 
