@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +13,7 @@ import torch
 
 from .artifact import markdown, shown_tables
 from .core.continuous import FEATURES, GUIDED
-from .evaluate.report import write_results
 from .schedulers.apply import load
-from .schedulers.bind import bind
 from .schedulers.spanlift import SpanLiftScheduler
 from .version import __version__
 
@@ -37,54 +33,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def demo(args: argparse.Namespace) -> None:
-    """Learned and classical solvers beside a 50-step reference: a picture and a table."""
-    from .bench.commands import check_here
-    from .evaluate.baselines import BASELINES, find_solvers, make_cell
-    from .evaluate.compare import compare, summary
-    from .pipelines.pairs import make_pairs
-    from .pipelines.rollout import load_pipeline, sample
-    from .pipelines.teacher import Teacher
-    from .plot import picture
+    """An evaluation of solvers that ship with an embedded pipeline, beside classical ones: a table and pictures."""
+    from .bench.commands import EXAMPLES, check_here
+    from .evaluate.config import QualityConfig
+    from .evaluate.quality import run
+    from .settings import make_config
 
-    learned, lifted = args.solvers or f"{args.model}-solvers", args.spanlift or f"{args.model}-spanlift"
-    check_here(args.model, learned)
-    pipe, tables = bind(load_pipeline(str(args.model))), shown_tables(load(learned))
-    call = dict(next(iter(tables.values())).provenance.get("call", {}))  # what it was learned for
-    if args.guidance_scale is not None:
-        call["guidance_scale"] = args.guidance_scale
-    prompts = _lines(args.prompts, args.samples)
-    inputs, seeds = [{"prompt": prompt} for prompt in prompts], range(len(prompts))
-    teacher = Teacher(BASELINES["iPNDM(2M)"][0](pipe, 50), 50)
-    reference = make_pairs(pipe, teacher, inputs, seeds, call=call)
-    artefacts = [str(path) for path in (learned, lifted) if Path(path).exists()]
-    solvers = find_solvers(["DDIM", "Euler", "DPM-Solver++(2M)", "UniPC", "iPNDM(2M)", *artefacts])
-    results = []
-    for n in args.steps:
-        fitting = {}
-        for solver in solvers:
-            with contextlib.suppress(ValueError):  # not for this kind of pipeline, or not learned for n steps
-                fitting[solver.name] = make_cell(pipe, solver, n, inputs[0], call).scheduler
-        results += compare(pipe, fitting, [n], reference, call=call)
-
-    hard = next(r for r in results if r.solver == "iPNDM(2M)")
-    shown = sorted(range(len(prompts)), key=lambda i: -hard.errors[i])[: args.columns]
-    with torch.no_grad():
-        _, output = sample(pipe, teacher.scheduler, 50, [inputs[i] for i in shown], shown, call, decode=True)
-    sheet = [("reference, 50 steps", output.images)]
-    for n in args.steps:
-        sheet.append(("", []))
-        at_n = [r for r in results if r.num_inference_steps == n]
-        sheet += [(f"{r.solver}, {n}", [r.images[i] for i in shown]) for r in at_n]
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    picture(sheet, [prompts[i] for i in shown]).save(args.output)
-
-    rows = [r.row() for r in results]
-    print(f"\nDistance to the 50-step reference (iPNDM), {len(prompts)} prompts, every solver on the same noise:")
-    print("latent MSE / 1000 x feature distance / seconds per image\n")
-    print(markdown(summary(rows)))
-    print(f"\nPicture: {args.output}, of the prompts on which {hard.solver} errs most at {args.steps[0]} steps")
-    if args.json:
-        write_results(args.json, rows)
+    given = {k: v for k, v in vars(args).items() if k != "run"}
+    model = Path(given.pop("model", EXAMPLES / "emoji-sd"))
+    learned = [f"{model}-solvers", f"{model}-spanlift"]
+    check_here(model, *(learned if "solvers" not in given else ()))
+    own: dict[str, Any] = {"solvers": ["euler", "dpmpp-2m", "unipc", "ipndm-2m", *learned], "samples": 48}
+    own |= {"prompts": str(EXAMPLES / "prompts" / "emoji-held-out.txt"), "steps": given.get("steps", [3, 5, 7])}
+    own |= {"metrics": ["latent_mse", "feature_distance"], "output": "demo/demo.json", "picture_steps": own["steps"]}
+    learned = [name for name in given.get("solvers", learned) if Path(name).exists()]
+    tables = [*shown_tables(load(learned[0])).values()] if learned else []
+    own["call"] = dict(tables[0].provenance.get("call", {})) if tables else {}  # what it was learned for
+    run(make_config({"model": str(model), **own, **given}, QualityConfig))
 
 
 def tune(args: argparse.Namespace) -> None:
@@ -114,8 +79,8 @@ def convert(args: argparse.Namespace) -> None:
     from .published import convert
 
     ends = {"sigma_min": args.sigma_min, "sigma_max": args.sigma_max}
-    scheduler = convert(args.source, args.destination, grid=args.grid, **ends)
-    print(f"{args.destination}: solvers for {sorted(scheduler.tables)} steps")
+    scheduler = convert(args.source, args.output, grid=args.grid, **ends)
+    print(f"{args.output}: solvers for {sorted(scheduler.tables)} steps")
 
 
 def merge(args: argparse.Namespace) -> None:
@@ -187,7 +152,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .bench.commands import EXAMPLES, add_benches
+    from .bench.commands import add_benches
     from .distill.config import DistillConfig
     from .evaluate.config import QualityConfig
     from .settings import add_arguments
@@ -203,17 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("demo", demo)
-    sub.add_argument("--model", default=EXAMPLES / "emoji-sd")
-    sub.add_argument("--solvers", help="DyWeight artefact; default: the model's name and -solvers")
-    sub.add_argument("--spanlift", help="SpanLift artefact; default: the model's name and -spanlift, if there is one")
-    sub.add_argument("--prompts", default=EXAMPLES / "prompts" / "emoji-held-out.txt")
-    sub.add_argument("--steps", type=int, nargs="+", default=[3, 5, 7])
-    sub.add_argument("--samples", type=int, default=48, help="prompts the table is measured on")
-    sub.add_argument("--columns", type=int, default=10, help="prompts the picture shows")
-    sub.add_argument("--guidance-scale", type=float, help="default: what the solvers were learned for")
-    sub.add_argument("--output", default="demo.png")
-    sub.add_argument("--json", help="also write the table here")
+    add_arguments(command("demo", demo), QualityConfig)
 
     sub = command("tune", tune)
     sub.add_argument("model", help="pipeline: a directory or a Hub id")
@@ -235,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("convert", convert)
     sub.add_argument("source", help="DyWeight .pt or .pkl file, or a directory of them")
-    sub.add_argument("destination", help="directory of the artefact")
+    sub.add_argument("-o", "--output", required=True, help="directory of the artefact")
     sub.add_argument("--grid", type=json.loads, help="overrides the file's grid, as JSON")
     sub.add_argument("--sigma-min", type=float, help="overrides the file's range")
     sub.add_argument("--sigma-max", type=float)
@@ -246,8 +201,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add_arguments(command("eval", evaluate), QualityConfig)
 
-    sub = commands.add_parser("bench", help="Measure quality, overhead, memory and learning; show what was measured.")
-    add_benches(sub, command, evaluate)
+    sub = commands.add_parser("bench", help="Measure overhead, memory and learning; show what was measured.")
+    add_benches(sub, command)
     return parser
 
 
@@ -261,13 +216,6 @@ def _show_continuous(form: str, names: Sequence[str], function: Any) -> None:
     for n, error in function.provenance.get("held_out_error", {}).items():
         print(f"{n} steps: held-out error {error['before']:.5f} -> {error['after']:.5f}")
     print()
-
-
-def _lines(path: str | os.PathLike[str], count: int) -> list[str]:
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if len(lines) < count:
-        raise ValueError(f"{path} has {len(lines)} prompts, {count} are needed: add some, or lower --samples.")
-    return lines[:count]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import torch
 
 from ..artifact import markdown
 from ..distill.config import DistillConfig
-from ..evaluate.config import QualityConfig
 from ..evaluate.report import write_results
 from ..settings import add_arguments
 from .networks import NETWORKS
@@ -32,7 +31,7 @@ def overhead(args: argparse.Namespace) -> None:
     """Time and memory of a solver's step beside diffusers' own, and its time beside the network's."""
     from .overhead import overhead
 
-    _show(overhead(args.sizes, args.steps, args.repeats), args.json, threads=torch.get_num_threads())
+    _show(overhead(args.sizes, args.steps, args.repeats), args.output, threads=torch.get_num_threads())
 
 
 def memory(args: argparse.Namespace) -> None:
@@ -41,7 +40,7 @@ def memory(args: argparse.Namespace) -> None:
 
     if isinstance(args.model, Path):  # none was named
         check_here(args.model)
-    _show(memory(str(args.model), args.full), args.json)
+    _show(memory(str(args.model), args.full), args.output)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -52,8 +51,8 @@ def train(args: argparse.Namespace) -> None:
     rows = train(args.networks, args.batch_size, args.steps, args.updates, args.device)
     print(table({"rows": rows}))
     print(f"\nA recipe is `dywspan distill` by default: {RECIPE}. Its minutes are reckoned, not measured.")
-    if args.json:
-        write_results(args.json, rows, batch_size=args.batch_size, timed_updates=args.updates, recipe=RECIPE)
+    if args.output:
+        write_results(args.output, rows, batch_size=args.batch_size, timed_updates=args.updates, recipe=RECIPE)
 
 
 def learning(args: argparse.Namespace) -> None:
@@ -67,7 +66,7 @@ def learning(args: argparse.Namespace) -> None:
     if is_main():
         print(table(write_results(args.output, rows)))
         if args.plot:
-            plot(rows, Path(args.output).with_suffix(".png"))
+            plot(rows, args.plot)
 
 
 def tune_bench(args: argparse.Namespace) -> None:
@@ -84,7 +83,7 @@ def tune_bench(args: argparse.Namespace) -> None:
     if len(fresh) < needed:
         raise ValueError(f"{args.fresh_prompts} has {len(fresh)} prompts, {needed} are needed: lower --samples.")
     subject = args.subject or Path(args.model).name
-    old = read_results(args.json)["rows"] if Path(args.json).exists() else []
+    old = read_results(args.output)["rows"] if Path(args.output).exists() else []
     pipe, options = load_pipeline(str(args.model)), {"solvers": args.solvers, "cache": args.cache, "seed": args.seed}
     for row in tuned_rows(pipe, subject, args.prompts, fresh, call=call, steps=args.steps, **options):
         key = [row[name] for name in ("subject", "nfe", "solver")]
@@ -92,7 +91,7 @@ def tune_bench(args: argparse.Namespace) -> None:
         if row["solver"].endswith("(best classical)"):  # there is one of each
             old = [o for o in old if [o["subject"], o["nfe"]] != key[:2] or not o["solver"].endswith(key[2][-16:])]
         old.append({**row, "device": place(pipe).type, "threads": torch.get_num_threads()})
-        write_results(args.json, old)
+        write_results(args.output, old)
     print(table({"rows": [row for row in old if row["subject"] == subject]}))
 
 
@@ -103,36 +102,34 @@ def table(args: argparse.Namespace) -> None:
     print(table(read_results(args.results), args.metrics, args.steps, not args.no_intervals))
 
 
-def add_benches(parser: argparse.ArgumentParser, command: Callable[..., Any], evaluate: Callable[..., Any]) -> None:
+def add_benches(parser: argparse.ArgumentParser, command: Callable[..., Any]) -> None:
     """All of them, as commands of a parser's own.
 
     Args:
         command: makes one of a name, a function and the commands that it is among.
-        evaluate: what ``quality`` runs.
     """
     what = parser.add_subparsers(required=True, metavar="what")
-    add_arguments(command("quality", evaluate, what), QualityConfig)
     sub = command("overhead", overhead, what)
     sub.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES], help="pipelines whose latents are stepped")
     sub.add_argument("--steps", type=int, nargs="+", default=[3, 10, 50])
     sub.add_argument("--repeats", type=int, default=30, help="runs by each solver, in turns")
-    sub.add_argument("--json", help="also write the table here")
+    sub.add_argument("--output", help="also write the table here, as JSON")
     sub = command("memory", memory, what)
     sub.add_argument("--model", default=EXAMPLES / "emoji-sd", help="pipeline whose training memory is measured")
     sub.add_argument("--full", action="store_true", help="also Stable Diffusion 1.5's UNet, up to an hour on a CPU")
-    sub.add_argument("--json", help="also write the table here")
+    sub.add_argument("--output", help="also write the table here, as JSON")
     sub = command("train", train, what)
     sub.add_argument("--networks", nargs="+", choices=NETWORKS, help="default: those of real size; on CPUs emoji-*")
     sub.add_argument("--batch-size", type=int, default=4, help="pairs of an update")
     sub.add_argument("--steps", type=int, help="of all solvers; default: 3, and 5 of a table by gradients")
     sub.add_argument("--updates", type=int, default=2, help="timed ones of each way of learning, after one to warm up")
     sub.add_argument("--device", help="default: cuda, if there is one")
-    sub.add_argument("--json", help="also write the table here")
+    sub.add_argument("--output", help="also write the table here, as JSON")
     sub = command("distill", learning, what, conflict_handler="resolve")
     add_arguments(sub, DistillConfig)
     sub.add_argument("--config", action="append", required=True, help="YAML file of a distillation; repeat for each")
     sub.add_argument("--output", default="distill-cost.json", help="results; what is learned is where its file says")
-    sub.add_argument("--plot", action="store_true", help="also draw error over evaluations, beside output as .png")
+    sub.add_argument("--plot", help="also draw error over evaluations here (PNG, SVG or PDF)")
     sub = command("tune", tune_bench, what)
     sub.add_argument("--model", default=EXAMPLES / "emoji-sd", help="pipeline: a directory or a Hub id")
     sub.add_argument("--subject", help="name of its rows; default: the model's")
@@ -144,7 +141,7 @@ def add_benches(parser: argparse.ArgumentParser, command: Callable[..., Any], ev
     sub.add_argument("--solvers", nargs="*", default=[], help="artefacts to measure as well")
     sub.add_argument("--cache", help="directory of the reference's samples")
     sub.add_argument("--seed", type=int, default=0, help="of the samples to tune with")
-    sub.add_argument("--json", default="tune.json", help="results; rows of other subjects stay")
+    sub.add_argument("--output", default="tune.json", help="results; rows of other subjects stay")
     sub = command("table", table, what)
     sub.add_argument("results", help="JSON file of an evaluation or a bench")
     sub.add_argument("--metrics", nargs="+", help="only these, or only these columns")

@@ -28,6 +28,7 @@ from ..pipelines.precision import autocast
 from ..pipelines.processes import device, is_main
 from ..pipelines.rollout import Inputs, load_pipeline, sample
 from ..pipelines.teacher import Teacher
+from .baselines import full_name
 from .config import QualityConfig
 from .images import find_images, read_image
 from .paired import kept_of, with_pairs, write_samples
@@ -140,7 +141,7 @@ def run(config: QualityConfig) -> dict[str, Any]:
     if config.images is not None:
         return _measure_directory(config)
     task = prepare(config, device())
-    results = _facts(config, task.metrics) | {"reference": task.teacher.summary(), "notes": [*task.notes]}
+    results = _facts(task.config, task.metrics) | {"reference": task.teacher.summary(), "notes": [*task.notes]}
     rows: list[dict[str, Any]] = []
     kept: list[dict[str, Tensor]] = []
     with remembered_prompts(task.pipe, task.cache / "prompts") as memory:
@@ -151,10 +152,10 @@ def run(config: QualityConfig) -> dict[str, Any]:
                 rows.append({"variant": variant} | row if config.variants else row)
                 kept.append(samples)
                 if is_main():
-                    write_results(config.output, with_gaps(rows, config.base, task.metrics), **results)
+                    write_results(config.output, with_gaps(rows, config.gap_from, task.metrics), **results)
             if config.picture_steps:
                 _draw(task, variant, call)
-    rows = with_pairs(with_gaps(rows, config.base, task.metrics), kept, task.metrics)
+    rows = with_pairs(with_gaps(rows, config.gap_from, task.metrics), kept, task.metrics)
     if is_main():
         write_samples(config.output, rows, kept)
     return _finish(config, results | {"rows": rows})
@@ -168,10 +169,10 @@ def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[tuple[dict[str, An
     config, pipe, seeds = task.config, task.pipe, task.seeds
     options: dict[str, Any] = {"call": call, "batch_size": config.batch_size, "model": task.model}
     reference = None
-    if config.base or any(n.startswith("reference") for m in task.metrics for n in m.needs):
+    if config.gap_from or any(n.startswith("reference") for m in task.metrics for n in m.needs):
         kept: dict[str, Any] = {"cache": task.cache / "pairs", "setting": "batch_size"}
         reference = make_pairs(pipe, task.teacher, task.inputs, seeds, **kept, **options)
-    options |= {"cache": task.cache, "reference": reference, "layout": config.layout, "shown": {}}
+    options |= {"cache": task.cache, "reference": reference, "layout": config.layout or "image", "shown": {}}
     options["size"] = config.latent_size and tuple(config.latent_size)
     if (alone := [m for m in task.metrics if not _is_paired(m)]) and reference is not None:
         own = {"solver": "reference", "scheduler": type(task.teacher.scheduler).__name__}
@@ -201,13 +202,17 @@ def _is_paired(metric: Metric) -> bool:
     return any(need.startswith("reference") for need in metric.needs)
 
 
-def with_gaps(rows: Sequence[Mapping[str, Any]], base: str | None, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
-    """Rows with ``gap_closed``: how much of the way from the base to the reference each solver goes, by metric.
+def with_gaps(rows: Sequence[Mapping[str, Any]], origin: str | None, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    """Rows with ``gap_closed``: how much of the way from a solver to the reference each other one goes, by metric.
 
-    (v_base - v) / (v_base - v_reference)   at the same NFE; 1 - v / v_base for a distance to the reference
+    (v_start - v) / (v_start - v_reference)   at the same NFE; 1 - v / v_start for a distance to the reference
+
+    Args:
+        origin: the solver, by name or slug; None: rows as they are.
     """
-    if base is None:
+    if origin is None:
         return [dict(row) for row in rows]
+    base = full_name(origin)
     bases = {(row.get("variant"), row["nfe"]): row for row in rows if row["solver"] == base}
     references = {row.get("variant"): row for row in rows if row["solver"] == "reference"}
     result = []
@@ -238,7 +243,7 @@ def _facts(config: QualityConfig, metrics: Sequence[Metric]) -> dict[str, Any]:
         "layout",
         "latent_size",
     )
-    named = {*told, "images", "base", *(sampled if config.images is None else ())}
+    named = {*told, "images", "gap_from", *(sampled if config.images is None else ())}
     settings = {k: v for k, v in asdict(config).items() if k in named}
     facts = {m.name: {"lower_is_better": m.lower_is_better, **m.facts} for m in metrics}
     return {"settings": {k: v for k, v in settings.items() if v not in (None, "", {})}, "metrics": facts}
@@ -250,8 +255,8 @@ def _finish(config: QualityConfig, results: dict[str, Any]) -> dict[str, Any]:
         facts = {k: v for k, v in results.items() if k != "rows"}
         results = write_results(config.output, results["rows"], **facts)
         print(f"\n{table(results)}\n\nWritten to {config.output}")
-        if config.pictures and len(config.steps) > 1:
-            for picture in plots(results, Path(config.pictures) / Path(config.output).stem):
+        if config.plot and len(config.steps) > 1:
+            for picture in plots(results, Path(config.plot)):
                 print(f"Picture: {picture}")
     return results
 
@@ -259,7 +264,7 @@ def _finish(config: QualityConfig, results: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def _draw(task: Task, variant: str, call: Mapping[str, Any]) -> None:
     """The first samples, one solver a row, at every number of evaluations that is asked for."""
-    config, shown = task.config, slice(0, task.config.columns)
+    config, shown = task.config, slice(0, task.config.pictures)
     inputs, seeds = task.inputs[shown], task.seeds[shown]
     size: Any = config.latent_size and tuple(config.latent_size)
 
@@ -269,7 +274,7 @@ def _draw(task: Task, variant: str, call: Mapping[str, Any]) -> None:
             part = slice(first, first + config.batch_size)
             with autocast(task.pipe, precision):
                 latents = sample(task.pipe, scheduler, steps, inputs[part], seeds[part], call)[0].float()
-            made.append(to_images(task.pipe, latents, config.layout, size))
+            made.append(to_images(task.pipe, latents, str(config.layout), size))
         return torch.cat(made)
 
     prompts = [str(own.get("prompt", "")) for own in inputs]
@@ -282,9 +287,8 @@ def _draw(task: Task, variant: str, call: Mapping[str, Any]) -> None:
             if c.nfe == nfe
         ]
         if is_main():
-            folder = Path(config.pictures or Path(config.output).parent)
-            stem = file_stem(Path(config.output).stem, variant)
-            draw_samples(sheet, prompts, folder / f"{stem}-samples-{nfe}.png")
+            path = Path(config.plot or config.output)
+            draw_samples(sheet, prompts, path.with_name(f"{file_stem(path.stem, variant)}-samples-{nfe}.png"))
 
 
 # ------------------------------------------------------------------------------------------- images already there

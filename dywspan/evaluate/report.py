@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..artifact import markdown, write_atomically
 from ..version import __version__
+from .baselines import full_name
 from .paired import is_separable
 
 
@@ -100,7 +101,9 @@ def table(
         cells = [_marked(text(row), row[name] == best[row.get("nfe")], is_separable(row, name)) for row in rows]
         parts += ["; ".join(title) + ":", _grid(rows, cells)]
         if closing := [row for row in rows if name in row.get("gap_closed", {})]:
-            parts.append(f"Share of the way from {results['settings']['base']} to the reference, {name}:")
+            parts.append(
+                f"Share of the way from {full_name(results['settings']['gap_from'])} to the reference, {name}:"
+            )
             parts.append(_grid(closing, [f"{row['gap_closed'][name]:.0%}" for row in closing]))
     return "\n\n".join(parts)
 
@@ -158,15 +161,15 @@ def _grid(rows: Sequence[Mapping[str, Any]], cells: Sequence[str]) -> str:
     return markdown([*lines.values()])
 
 
-def plots(results: Mapping[str, Any], stem: Path) -> list[Path]:
-    """One picture a metric, ``STEM-METRIC.png``: quality over NFE with 95 % intervals, learned solvers on top."""
+def plots(results: Mapping[str, Any], path: Path) -> list[Path]:
+    """One picture a metric, of ``NAME.png`` in ``NAME-METRIC.png``: quality over NFE with 95 % intervals, learned solvers on top."""
     from matplotlib import pyplot
 
     if "variant" in results["rows"][0]:
         parts = by_variant(results).items()
-        return [path for name, part in parts for path in plots(part, stem.with_name(file_stem(stem.name, name)))]
+        return [path for name, part in parts for path in plots(part, path.with_stem(file_stem(path.stem, name)))]
     rows = [row for row in results["rows"] if row["solver"] != "reference"]
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for name, facts in results["metrics"].items():
         curves: dict[str, list[Mapping[str, Any]]] = {}
@@ -197,7 +200,7 @@ def plots(results: Mapping[str, Any], stem: Path) -> list[Path]:
         axes.grid(alpha=0.25, which="both", lw=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside right upper", frameon=False, fontsize=9, reverse=True)
-        written.append(Path(f"{stem}-{name}.png"))
+        written.append(path.with_stem(f"{path.stem}-{name}"))
         figure.savefig(written[-1], dpi=120)
         pyplot.close(figure)
     return written

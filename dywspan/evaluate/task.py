@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..pipelines.inputs import check_call, read_inputs
 from ..pipelines.rollout import Inputs, load_pipeline, sample
 from ..pipelines.teacher import Teacher, find_teacher
 from ..schedulers.bind import bind, guidance_argument
-from .baselines import Cell, begin, find_solvers, make_cells
+from .baselines import Cell, begin, find_solvers, full_name, make_cells
 from .config import QualityConfig, nearest
 from .metrics import METRICS
 from .statistics import Metric
@@ -64,13 +64,11 @@ def prepare(config: QualityConfig, device: torch.device | str = "cpu") -> Task:
         ValueError, OSError, ModuleNotFoundError: settings that cannot work, files that cannot be read.
     """
     solvers = find_solvers(config.solvers)
-    if config.base is not None and config.base not in [solver.name for solver in solvers]:
-        raise ValueError(
-            f"base={config.base!r} is not among the solvers{nearest(config.base, [s.name for s in solvers])}"
-        )
+    if (start := config.gap_from) is not None and full_name(start) not in [solver.name for solver in solvers]:
+        raise ValueError(f"gap_from={start!r} is not among the solvers{nearest(start, [s.name for s in solvers])}")
     inputs = _inputs(config)
     pipe = load_pipeline(config.model, getattr(torch, config.dtype), device, config.revision)
-    if isinstance(LAYOUTS[config.layout], Packed) or guidance_argument(pipe) is not None:
+    if isinstance(LAYOUTS.get(config.layout or "packed"), Packed) or guidance_argument(pipe) is not None:
         with suppress(TypeError):  # it cannot be told: that counts where it must be, and is said there
             bind(pipe)
     for call in config.calls.values():
@@ -85,31 +83,33 @@ def prepare(config: QualityConfig, device: torch.device | str = "cpu") -> Task:
         begin(pipe, teacher.scheduler, teacher.num_inference_steps, inputs[0], first)
         for solver in solvers:
             made, refused = make_cells(pipe, solver, sorted(config.steps), inputs[0], first)
-            if not made and (solver.name in config.solvers or solver.learned):
+            if not made and (solver.name in map(full_name, config.solvers) or solver.learned):
                 raise ValueError(f"{refused[0]}. Drop it from solvers, or change steps={config.steps}.")
             cells += made
             notes += refused if made else []  # of "all", those that never fit are nobody's business
         if cells and (config.picture_steps or any("latents" not in m.needs for m in metrics)):
-            _check_decoding(pipe, config, cells[0], inputs[0], first)
+            config = _decoding(pipe, config, cells[0], inputs[0], first)
     order = sorted(cells, key=lambda cell: cell.nfe)  # stable: solvers stay in their order
     return Task(config, pipe, inputs, teacher, metrics, order, notes, model)
 
 
 @torch.no_grad()
-def _check_decoding(
+def _decoding(
     pipe: Any, config: QualityConfig, cell: Cell, own: Mapping[str, Any], call: Mapping[str, Any]
-) -> None:
-    """One sample can be decoded.
+) -> QualityConfig:
+    """The configuration with its layout; one sample was decoded.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: it cannot be.
     """
     latents, _ = sample(pipe, cell.scheduler, cell.num_inference_steps, [own], [0], call)
     size: Any = config.latent_size and tuple(config.latent_size)
+    config = replace(config, layout=config.layout or ("packed" if latents.ndim == 3 else "image"))
     try:
-        to_images(pipe, latents.float(), config.layout, size)
+        to_images(pipe, latents.float(), str(config.layout), size)
     except ValueError as error:
         raise ValueError(f"layout={config.layout!r} is not that of {type(pipe).__name__}: {error}") from None
+    return config
 
 
 def _inputs(config: QualityConfig) -> Inputs:
