@@ -17,7 +17,7 @@ from dywspan import DyWeightScheduler, SolverTable
 from dywspan.artifact import table_to_json
 from dywspan.cli import main
 from dywspan.core.continuous import ContinuousTable
-from dywspan.evaluate.report import read_results, table
+from dywspan.evaluate import report
 
 ROOT = Path(__file__).parent.parent
 GRID = {"name": "flow", "shift": 3.0}
@@ -103,10 +103,10 @@ def test_distill_then_demo_in_processes_of_their_own(tmp_path: Path) -> None:
     results = tmp_path / "demo.json"
     show = ["demo", "--solvers", "euler", solvers, "--steps", "2", "--samples", "2", "--pictures", "2"]
     output = _run(*show, "--output", results)
-    written = read_results(results)
+    written = report.read_results(results)
     rows = written["rows"]
     assert [r["solver"] for r in rows] == ["Euler", "DyWeight (learned)"] and all(r["nfe"] == 2 for r in rows)
-    assert table(written) in output and written["settings"]["call"] == {"guidance_scale": 4.0}
+    assert report.table(written) in output and written["settings"]["call"] == {"guidance_scale": 4.0}
     with Image.open(tmp_path / "demo-samples-2.png") as picture:
         assert picture.height > 3 * 64 and picture.width > 2 * 64
 

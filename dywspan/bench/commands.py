@@ -96,10 +96,18 @@ def tune_bench(args: argparse.Namespace) -> None:
 
 
 def table(args: argparse.Namespace) -> None:
-    """The Markdown of an evaluation's or a bench's JSON file."""
-    from ..evaluate.report import read_results, table
+    """The Markdown of an evaluation's or a bench's JSON file; its plots; what changed since an older file."""
+    from ..evaluate.pictures import plots
+    from ..evaluate.report import changes, read_results, table
 
-    print(table(read_results(args.results), args.metrics, args.steps, not args.no_intervals))
+    results = read_results(args.results)
+    if args.against:
+        print(changes(results, read_results(args.against)))
+        return
+    print(table(results, args.metrics, args.steps, not args.no_intervals))
+    if args.plot:
+        for drawn in plots(results, Path(args.plot)):
+            print(f"Picture: {drawn}")
 
 
 def add_benches(parser: argparse.ArgumentParser, command: Callable[..., Any]) -> None:
@@ -146,6 +154,10 @@ def add_benches(parser: argparse.ArgumentParser, command: Callable[..., Any]) ->
     sub.add_argument("results", help="JSON file of an evaluation or a bench")
     sub.add_argument("--metrics", nargs="+", help="only these, or only these columns")
     sub.add_argument("--steps", type=int, nargs="+", help="only these numbers of evaluations")
+    sub.add_argument(
+        "--plot", help="also draw it here (PNG, SVG or PDF), each metric in a file of its own: NAME-METRIC"
+    )
+    sub.add_argument("--against", help="an older JSON file: print only which solvers' ranks and numbers changed since")
     sub.add_argument("--no-intervals", action="store_true", help="numbers alone, without half their 95 %% interval")
 
 

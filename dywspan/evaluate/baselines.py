@@ -136,7 +136,8 @@ BASELINES: dict[str, tuple[Maker, ...]] = {
 }
 
 
-SLUGS = {slug(name): name for name in BASELINES}
+BEST = "best classical"  # of all classical solvers on all grids, see :mod:`.rivals`
+SLUGS = {slug(name): name for name in (*BASELINES, BEST)}
 # Stable Diffusion's schedulers may end at the first training level, sigma = 0.029, instead of 0: that is allowed.
 STRAY = 0.05
 
@@ -159,6 +160,7 @@ class Cell:
         scheduler: that samples.
         num_inference_steps: what its ``set_timesteps`` is given.
         nfe: guided evaluations of the denoiser: the steps the pipeline then takes.
+        line: of tables and plots that it belongs to, where that is not its own.
     """
 
     solver: str
@@ -166,6 +168,7 @@ class Cell:
     num_inference_steps: int
     nfe: int
     learned: bool = False
+    line: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """All that determines its endpoints: of what was learned count by count, this count's."""
@@ -183,6 +186,8 @@ class Cell:
 def find_solvers(names: Sequence[str]) -> list[Solver]:
     """Solvers by name or slug: of ``BASELINES`` ("all" is each of them), or artefacts, by directory or Hub id.
 
+    ``BEST`` has no maker: it is chosen by samples, see :mod:`.rivals`.
+
     Raises:
         ValueError: an unknown name; says which one is nearest.
         OSError: an artefact that cannot be read.
@@ -192,8 +197,8 @@ def find_solvers(names: Sequence[str]) -> list[Solver]:
     for name in map(full_name, names):
         if name == "all":
             found |= {known: Solver(known, makers) for known, makers in BASELINES.items()}
-        elif name in BASELINES:
-            found[name] = Solver(name, BASELINES[name])
+        elif name in BASELINES or name == BEST:
+            found[name] = Solver(name, BASELINES.get(name, ()))
         elif "/" in name or Path(name).exists():
             artefacts[name] = load(name)
         else:

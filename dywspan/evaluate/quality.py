@@ -28,11 +28,14 @@ from ..pipelines.precision import autocast
 from ..pipelines.processes import device, is_main
 from ..pipelines.rollout import Inputs, load_pipeline, sample
 from ..pipelines.teacher import Teacher
-from .baselines import full_name
+from ..schedulers.bind import guidance_scale
+from .baselines import Cell, full_name
 from .config import QualityConfig
 from .images import find_images, read_image
-from .paired import kept_of, with_pairs, write_samples
-from .report import draw_samples, file_stem, plots, table, write_results
+from .paired import Kept, kept_of, line_of, with_pairs, write_samples
+from .pictures import best_of, draw_samples, places, plots
+from .report import file_stem, table, write_results
+from .rivals import best_cells
 from .rows import measure
 from .statistics import Metric, Sample, numbers
 from .task import Task, make_metrics, prepare, sample_fields
@@ -143,30 +146,34 @@ def run(config: QualityConfig) -> dict[str, Any]:
     task = prepare(config, device())
     results = _facts(task.config, task.metrics) | {"reference": task.teacher.summary(), "notes": [*task.notes]}
     rows: list[dict[str, Any]] = []
-    kept: list[dict[str, Tensor]] = []
+    kept: list[Kept] = []
     with remembered_prompts(task.pipe, task.cache / "prompts") as memory:
         for variant, call in config.calls.items():
             if memory is not None:
                 memory.fill(task.inputs, call, config.batch_size)
-            for row, samples in _compare(task, call):
+            measured = []
+            for row, samples, scheduler in _compare(task, call):
                 rows.append({"variant": variant} | row if config.variants else row)
                 kept.append(samples)
+                if scheduler is not None:
+                    measured.append((row, samples, scheduler))
                 if is_main():
                     write_results(config.output, with_gaps(rows, config.gap_from, task.metrics), **results)
             if config.picture_steps:
-                _draw(task, variant, call)
+                _draw(task, variant, call, measured)
     rows = with_pairs(with_gaps(rows, config.gap_from, task.metrics), kept, task.metrics)
     if is_main():
         write_samples(config.output, rows, kept)
     return _finish(config, results | {"rows": rows})
 
 
-def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Kept, Any]]:
     """A row for the reference, where metrics say something of it, and one for every cell, as they are measured.
 
-    With each, what every sample adds to its numbers, see :func:`.paired.kept_of`.
+    With each, what every sample adds to its numbers, see :func:`.paired.kept_of`, and the cell's scheduler.
     """
     config, pipe, seeds = task.config, task.pipe, task.seeds
+    guidance = guidance_scale(pipe, {**task.inputs[0], **call})
     options: dict[str, Any] = {"call": call, "batch_size": config.batch_size, "model": task.model}
     reference = None
     if config.gap_from or any(n.startswith("reference") for m in task.metrics for n in m.needs):
@@ -177,16 +184,31 @@ def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[tuple[dict[str, An
     if (alone := [m for m in task.metrics if not _is_paired(m)]) and reference is not None:
         own = {"solver": "reference", "scheduler": type(task.teacher.scheduler).__name__}
         own |= dict.fromkeys(("num_inference_steps", "nfe"), task.teacher.num_inference_steps)
+        own |= {"guidance_scale": guidance}
         values = evaluate(pipe, None, 0, task.inputs, seeds, alone, title="reference", **options)
-        yield own | numbers(alone, values), kept_of(alone, values)
+        yield own | numbers(alone, values), kept_of(alone, values), None
     options |= {"precision": config.mixed_precision}
-    for cell in task.cells:
+    for cell in sorted([*_best(task, call), *task.cells], key=lambda cell: cell.nfe):  # stable
         steps = cell.num_inference_steps
         own = {"solver": cell.describe(), "title": f"{cell.solver}, {cell.nfe}"}
         values = evaluate(pipe, cell.scheduler, steps, task.inputs, seeds, task.metrics, **own, **options)
         row = {"solver": cell.solver, "learned": cell.learned, "scheduler": type(cell.scheduler).__name__}
-        row |= {"num_inference_steps": steps, "nfe": cell.nfe, **_held_out(cell.scheduler, steps)}
-        yield row | numbers(task.metrics, values), kept_of(task.metrics, values)
+        row |= {"line": cell.line} if cell.line else {}
+        row |= {"num_inference_steps": steps, "nfe": cell.nfe, "guidance_scale": guidance}
+        row |= _held_out(cell.scheduler, steps)
+        yield row | numbers(task.metrics, values), kept_of(task.metrics, values), cell.scheduler
+
+
+def _best(task: Task, call: Mapping[str, Any]) -> list[Cell]:
+    """The best classical solver at each number of evaluations, chosen on the samples after the measured ones."""
+    if not task.others:
+        return []
+    config, pipe, own = task.config, task.pipe, range(task.seeds.stop, task.seeds.stop + len(task.others))
+    kept: dict[str, Any] = {"cache": task.cache / "pairs", "setting": "batch_size", "model": task.model}
+    pairs = make_pairs(pipe, task.teacher, task.others, own, call=call, batch_size=config.batch_size, **kept)
+    precision, steps = config.mixed_precision, sorted(config.steps)
+    with autocast(pipe, precision):
+        return best_cells(pipe, pairs, call, steps, task.cache / "best-classical", task.model, precision)
 
 
 def _held_out(scheduler: Any, steps: int) -> dict[str, bool]:
@@ -213,12 +235,12 @@ def with_gaps(rows: Sequence[Mapping[str, Any]], origin: str | None, metrics: Se
     if origin is None:
         return [dict(row) for row in rows]
     base = full_name(origin)
-    bases = {(row.get("variant"), row["nfe"]): row for row in rows if row["solver"] == base}
+    bases = {(row.get("variant"), row["nfe"]): row for row in rows if line_of(row) == base}
     references = {row.get("variant"): row for row in rows if row["solver"] == "reference"}
     result = []
     for row in rows:
         own, variant = dict(row), row.get("variant")
-        if (start := bases.get((variant, row["nfe"]))) and row["solver"] not in (base, "reference"):
+        if (start := bases.get((variant, row["nfe"]))) and line_of(row) not in (base, "reference"):
             reference = references.get(variant, {})
             perfect = {m.name: 0.0 if _is_paired(m) else reference.get(m.name) for m in metrics}
             measured = [
@@ -262,33 +284,56 @@ def _finish(config: QualityConfig, results: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _draw(task: Task, variant: str, call: Mapping[str, Any]) -> None:
-    """The first samples, one solver a row, at every number of evaluations that is asked for."""
-    config, shown = task.config, slice(0, task.config.pictures)
-    inputs, seeds = task.inputs[shown], task.seeds[shown]
-    size: Any = config.latent_size and tuple(config.latent_size)
+def _draw(
+    task: Task, variant: str, call: Mapping[str, Any], measured: Sequence[tuple[dict[str, Any], Kept, Any]]
+) -> None:
+    """Reference, best classical solver and learned ones, a sheet for every number of evaluations that is asked for.
 
-    def images(scheduler: Any, steps: int, precision: str | None = None) -> Tensor:
+    Half of the samples are those on which the classical solver errs most, the others those about its median.
+
+    Args:
+        measured: of every cell its row, what each sample adds to its numbers, and its scheduler.
+    """
+    config = task.config
+    size: Any = config.latent_size and tuple(config.latent_size)
+    paired = next((m for m in task.metrics if _is_paired(m)), None)
+
+    def images(scheduler: Any, steps: int, precision: str, shown: Sequence[int]) -> Tensor:
         made = []
-        for first in range(0, len(inputs), config.batch_size):
-            part = slice(first, first + config.batch_size)
+        for first in range(0, len(shown), config.batch_size):
+            part = shown[first : first + config.batch_size]
+            inputs, seeds = [task.inputs[i] for i in part], [task.seeds[i] for i in part]
             with autocast(task.pipe, precision):
-                latents = sample(task.pipe, scheduler, steps, inputs[part], seeds[part], call)[0].float()
+                latents = sample(task.pipe, scheduler, steps, inputs, seeds, call)[0].float()
             made.append(to_images(task.pipe, latents, str(config.layout), size))
         return torch.cat(made)
 
-    prompts = [str(own.get("prompt", "")) for own in inputs]
-    first = images(task.teacher.scheduler, task.teacher.num_inference_steps)
     for nfe in config.picture_steps:
-        sheet = [(f"reference, {task.teacher.num_inference_steps}", first)]
-        sheet += [
-            (f"{c.solver}, {nfe}", images(c.scheduler, c.num_inference_steps, config.mixed_precision))
-            for c in task.cells
-            if c.nfe == nfe
+        there = [one for one in measured if one[0]["nfe"] == nfe]
+        classical, learned = ([one for one in there if one[0]["learned"] is ours] for ours in (False, True))
+        errors, name = None, "reference"
+        if paired is not None and classical:
+            best = best_of([row for row, *_ in classical], paired.name, paired.lower_is_better)
+            classical = [one for one in classical if one[0] is best]
+            errors, name = classical[0][1][paired.name] * (1 if paired.lower_is_better else -1), best["solver"]
+        worst, typical = places(errors, config.pictures)
+        heads = {0: f"where {name} errs most", len(worst): "typical"} if worst else {}
+        drawn: list[tuple[str, Any, int, str]] = [
+            ("reference", task.teacher.scheduler, task.teacher.num_inference_steps, "no")
+        ]
+        drawn += [
+            (row["solver"], scheduler, row["num_inference_steps"], config.mixed_precision)
+            for row, _, scheduler in [*classical[: 1 if errors is not None else None], *learned]
+        ]
+        shown = [*worst, *typical]
+        sheet = [
+            (f"{label}, {n if i == 0 else nfe}", images(own, n, how, shown))
+            for i, (label, own, n, how) in enumerate(drawn)
         ]
         if is_main():
             path = Path(config.plot or config.output)
-            draw_samples(sheet, prompts, path.with_name(f"{file_stem(path.stem, variant)}-samples-{nfe}.png"))
+            prompts = [str(task.inputs[i].get("prompt", "")) for i in shown]
+            draw_samples(sheet, prompts, path.with_name(f"{file_stem(path.stem, variant)}-samples-{nfe}.png"), heads)
 
 
 # ------------------------------------------------------------------------------------------- images already there
