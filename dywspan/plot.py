@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib import pyplot
 from matplotlib.colors import to_hex, to_rgb
+from matplotlib.patheffects import withStroke
 from PIL import Image, ImageDraw, ImageFont
 
 from .artifact import shown_tables
@@ -39,16 +40,23 @@ def color(solver: str, again: int = 0) -> str:
     return to_hex([c + (1 - c) * min(0.35 * again, 0.7) for c in to_rgb(own)])
 
 
-def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]], size: float = 9.5) -> None:
+def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]], is_low: bool, size: float = 9.5) -> None:
     """Names of lines at the right of a plot, in the order of their ends, none over another.
+
+    Those of lines that end before the others are at their ends.
 
     Args:
         ends: of each line x and y of its last point, its name and its colour.
+        is_low: whether there is more room below a line that ends early, or else above.
         size: of the letters, in points.
     """
     axes.figure.canvas.draw()  # where things are is known afterwards
-    point = axes.figure.dpi / 72
-    order = sorted(ends, key=lambda end: axes.transData.transform(end[:2])[1])
+    point, last = axes.figure.dpi / 72, max(end[0] for end in ends)
+    for x, y, name, own in (end for end in ends if end[0] < last):
+        where: dict[str, Any] = {"textcoords": "offset points", "ha": "left", "va": "top" if is_low else "bottom"}
+        told = axes.annotate(name, (x, y), (2, -9 if is_low else 7), color=own, fontsize=size, zorder=9, **where)
+        told.set_path_effects([withStroke(linewidth=3, foreground="white")])
+    order = sorted((end for end in ends if end[0] == last), key=lambda end: axes.transData.transform(end[:2])[1])
     heights = [1.35 * size * point * (1 + name.count("\n")) for _, _, name, _ in order]
     wanted = [float(axes.transData.transform(end[:2])[1]) for end in order]
     shown = [*wanted]

@@ -41,8 +41,9 @@ from dywspan.evaluate.baselines import (
 from dywspan.evaluate.config import QualityConfig
 from dywspan.evaluate.images import find_images
 from dywspan.evaluate.metrics import METRICS
+from dywspan.evaluate.pictures import plots
 from dywspan.evaluate.quality import evaluate, run, with_gaps
-from dywspan.evaluate.report import by_variant, number, plots, read_results, table
+from dywspan.evaluate.report import by_variant, number, read_results, table
 from dywspan.evaluate.statistics import Metric, Sample, interval
 from dywspan.pipelines.decode import to_images
 from dywspan.pipelines.pairs import make_pairs
@@ -469,7 +470,8 @@ def test_plots_and_sheets_are_drawn(whole: Path, tmp_path: Path) -> None:
         )
     )
     with Image.open(tmp_path / "sheet-samples-3.png") as sheet:
-        assert sheet.height > 4 * 96, "the reference and three solvers"
+        assert sheet.height > 5 * 128 > sheet.height - 128, "the reference, two solvers and their error maps"
+        assert sheet.width > 2 * 128
     assert (tmp_path / "sheet-latent_mse.png").exists()
 
 

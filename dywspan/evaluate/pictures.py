@@ -87,7 +87,7 @@ def _plot(results: Mapping[str, Any], metric: str, path: Path) -> Path:
     axes.grid(alpha=0.25, which="both", lw=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(finding(rows, metric, lower), loc="left", fontsize="medium", fontweight="bold")
-    label_ends(axes, ends)
+    label_ends(axes, ends, is_low=lower)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path

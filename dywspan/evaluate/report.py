@@ -108,9 +108,10 @@ def table(
 
 
 def changes(results: Mapping[str, Any], older: Mapping[str, Any], tolerance: float = 0.02) -> str:
-    """Markdown: where another solver became the best, then numbers that moved, those of both and those of one alone.
+    """Markdown: where another solver became the best, then the numbers that moved.
 
-    So one sees which sentences about the older results have to be written anew.
+    So one sees which sentences about the older results have to be written anew. A number that only one of both has is
+    shown too.
 
     Args:
         tolerance: relative; numbers that moved by less are not shown.
@@ -121,40 +122,33 @@ def changes(results: Mapping[str, Any], older: Mapping[str, Any], tolerance: flo
     new, old = results.get("metrics", {}), older.get("metrics", {})
     if not (metrics := [name for name in new if name in old]):
         raise ValueError(f"Nothing to compare: the files measure {[*new]} and {[*old]}.")
-    parts, best, moved = list[str](), list[dict[str, Any]](), list[dict[str, Any]]()
+    best, moved = list[dict[str, Any]](), list[dict[str, Any]]()
     for name in metrics:
-        better = min if new[name]["lower_is_better"] else max
-        now, then = (_numbers(part, name) for part in (results, older))
-        for cell in dict.fromkeys((variant, nfe) for variant, nfe, _ in (*now, *then)):
-            first = [
-                better((own for own in part if own[:2] == cell), key=part.__getitem__, default=("", 0, "-"))[2]
-                for part in (then, now)
-            ]
+        better, both = min if new[name]["lower_is_better"] else max, [_numbers(r, name) for r in (older, results)]
+        cells = dict.fromkeys(cell for part in both for cell in part)
+        for cell in cells:
+            where = {"metric": name, "variant": cell[0], "NFE": cell[1]}
+            before, now = (part.get(cell, {}) for part in both)
+            first = [better(part, key=part.__getitem__, default="") for part in (before, now)]
             if first[0] != first[1]:
-                where = {"variant": cell[0], "nfe": cell[1], "metric": name}
-                best.append(where | {"best before": first[0], "best now": first[1]})
-        for key in dict.fromkeys((*then, *now)):
-            before, after = then.get(key), now.get(key)
-            if before is None or after is None or abs(after - before) > tolerance * abs(before):
-                row = {"solver": key[2], "variant": key[0], "nfe": key[1], "metric": name}
-                row |= {
-                    "before": "-" if before is None else f"{before:.4g}",
-                    "now": "-" if after is None else f"{after:.4g}",
-                }
-                moved.append(row)
-    parts += (
-        [f"The best solver is another one in {len(best)} places:", markdown(best)]
-        if best
-        else ["The best solvers are the same."]
-    )
-    parts += [f"Numbers that moved by more than {tolerance:.0%}:", markdown(moved)] if moved else ["No number moved."]
-    return "\n\n".join(parts)
+                best.append({**where, "best before": first[0], "best now": first[1]})
+            for solver in dict.fromkeys([*before, *now]):
+                values = [part.get(solver, math.nan) for part in (before, now)]
+                if not abs(values[1] - values[0]) <= tolerance * abs(values[0]):
+                    shown = ["" if math.isnan(value) else f"{value:.4g}" for value in values]
+                    moved.append({**where, "solver": solver, "before": shown[0], "now": shown[1]})
+    told = [f"The best solver is another one at {len(best)} of these:", markdown(best)] if best else []
+    told += [f"Numbers that moved by more than {tolerance:.0%}:", markdown(moved)] if moved else []
+    return "\n\n".join(told or [f"The best solvers are the same, and no number moved by more than {tolerance:.0%}."])
 
 
-def _numbers(results: Mapping[str, Any], metric: str) -> dict[tuple[str, int, str], float]:
-    """By variant, evaluations and solver."""
-    rows = (row for row in results["rows"] if metric in row and row["solver"] != "reference")
-    return {(row.get("variant", ""), row.get("nfe", 0), line_of(row)): row[metric] for row in rows}
+def _numbers(results: Mapping[str, Any], metric: str) -> dict[tuple[str, int], dict[str, float]]:
+    """By variant and number of evaluations, the solvers' numbers."""
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for row in results["rows"]:
+        if metric in row and row["solver"] != "reference":
+            found.setdefault((row.get("variant", ""), row.get("nfe", 0)), {})[line_of(row)] = row[metric]
+    return found
 
 
 def by_variant(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
