@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from test_quality import LEARNED, config
+from test_quality import LEARNED, ROOT, config
 
 from dywspan import DyWeightScheduler, SolverTable
 from dywspan.core.table import InvalidSolverError
@@ -121,3 +121,17 @@ def test_choices_are_one_line_of_a_table_and_named_below_it() -> None:
     lines = [line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("| ")]
     assert lines == ["solver", BEST, "Euler"]
     assert "best classical: UniP(2M), rho 5 (3, 5 NFE); iPNDM(2M), AYS (4 NFE)" in shown
+
+
+@pytest.mark.slow
+def test_shipped_solvers_are_better_than_classical_ones_by_more_than_chance(tmp_path: Path) -> None:
+    model = ROOT / "examples" / "emoji-flow"
+    learned = [f"{model}-{kind}" for kind in ("solvers", "spanlift")]
+    call = DyWeightScheduler.from_pretrained(learned[0]).tables[3].provenance["call"]
+    changes: dict[str, Any] = {"model": str(model), "call": call, "samples": 16, "batch_size": 16}
+    changes |= {"steps": [3], "teacher_steps": 12, "metrics": ["latent_rmse"], "gap_from": None}
+    rows = run(config(tmp_path, **changes, solvers=["unipc", "ipndm-2m", *learned]))["rows"]
+    assert [row["learned"] for row in rows] == [False] * 2 + [True] * 2
+    for row in rows[-2:]:
+        found = row["paired_classical"]["latent_rmse"]
+        assert found["high"] < 0 and found["wins"] > 0.6, row
