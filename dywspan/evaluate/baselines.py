@@ -127,6 +127,7 @@ BASELINES: dict[str, tuple[Maker, ...]] = {
         of_ours("dpmpp", 3),
     ),
     "UniPC": (of_diffusers("UniPCMultistepScheduler"), of_ours("unipc")),
+    "RES(2M)": (of_ours("res", 2),),
     "Adams(2M)": (of_ours("adams", 2),),
     "Adams(3M)": (of_ours("adams", 3),),
     "iPNDM(2M)": (of_ours("ipndm", 2),),
