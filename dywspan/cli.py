@@ -37,9 +37,10 @@ def demo(args: argparse.Namespace) -> None:
     from .bench.commands import EXAMPLES, check_here
     from .evaluate.config import QualityConfig
     from .evaluate.quality import run
-    from .settings import make_config
+    from .settings import read_config
 
-    given = {k: v for k, v in vars(args).items() if k != "run"}
+    given = {k: v for k, v in vars(args).items() if k not in ("run", "config")}
+    given = (read_config(args.config, QualityConfig) if "config" in args else {}) | given
     model = Path(given.pop("model", EXAMPLES / "emoji-sd"))
     learned = [f"{model}-solvers", f"{model}-spanlift"]
     check_here(model, *(learned if "solvers" not in given else ()))
@@ -49,7 +50,7 @@ def demo(args: argparse.Namespace) -> None:
     learned = [name for name in given.get("solvers", learned) if Path(name).exists()]
     tables = [*shown_tables(load(learned[0])).values()] if learned else []
     own["call"] = dict(tables[0].provenance.get("call", {})) if tables else {}  # what it was learned for
-    run(make_config({"model": str(model), **own, **given}, QualityConfig))
+    run(QualityConfig(**{"model": str(model), **own, **given}))
 
 
 def tune(args: argparse.Namespace) -> None:

@@ -177,8 +177,7 @@ def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[tuple[dict[str, An
     options: dict[str, Any] = {"call": call, "batch_size": config.batch_size, "model": task.model}
     reference = None
     if config.gap_from or any(n.startswith("reference") for m in task.metrics for n in m.needs):
-        kept: dict[str, Any] = {"cache": task.cache / "pairs", "setting": "batch_size"}
-        reference = make_pairs(pipe, task.teacher, task.inputs, seeds, **kept, **options)
+        reference = _pairs(task, call, task.inputs, seeds)
     options |= {"cache": task.cache, "reference": reference, "layout": config.layout or "image", "shown": {}}
     options["size"] = config.latent_size and tuple(config.latent_size)
     if (alone := [m for m in task.metrics if not _is_paired(m)]) and reference is not None:
@@ -199,13 +198,18 @@ def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[tuple[dict[str, An
         yield row | numbers(task.metrics, values), kept_of(task.metrics, values), cell.scheduler
 
 
+def _pairs(task: Task, call: Mapping[str, Any], inputs: Inputs, seeds: Sequence[int]) -> Pairs:
+    """The reference's samples, kept one by one."""
+    kept: dict[str, Any] = {"cache": task.cache / "pairs", "setting": "batch_size", "model": task.model}
+    return make_pairs(task.pipe, task.teacher, inputs, seeds, call=call, batch_size=task.config.batch_size, **kept)
+
+
 def _best(task: Task, call: Mapping[str, Any]) -> list[Cell]:
     """The best classical solver at each number of evaluations, chosen on the samples after the measured ones."""
     if not task.others:
         return []
     config, pipe, own = task.config, task.pipe, range(task.seeds.stop, task.seeds.stop + len(task.others))
-    kept: dict[str, Any] = {"cache": task.cache / "pairs", "setting": "batch_size", "model": task.model}
-    pairs = make_pairs(pipe, task.teacher, task.others, own, call=call, batch_size=config.batch_size, **kept)
+    pairs = _pairs(task, call, task.others, own)
     precision, steps = config.mixed_precision, sorted(config.steps)
     with autocast(pipe, precision):
         return best_cells(pipe, pairs, call, steps, task.cache / "best-classical", task.model, precision)
@@ -298,13 +302,16 @@ def _draw(
     size: Any = config.latent_size and tuple(config.latent_size)
     paired = next((m for m in task.metrics if _is_paired(m)), None)
 
-    def images(scheduler: Any, steps: int, precision: str, shown: Sequence[int]) -> Tensor:
+    def images(scheduler: Any, steps: int, shown: Sequence[int]) -> Tensor:
         made = []
         for first in range(0, len(shown), config.batch_size):
             part = shown[first : first + config.batch_size]
             inputs, seeds = [task.inputs[i] for i in part], [task.seeds[i] for i in part]
-            with autocast(task.pipe, precision):
-                latents = sample(task.pipe, scheduler, steps, inputs, seeds, call)[0].float()
+            if scheduler is None:  # the reference, whose samples are kept
+                latents = _pairs(task, call, inputs, seeds).endpoints.to(place(task.pipe))
+            else:
+                with autocast(task.pipe, config.mixed_precision):
+                    latents = sample(task.pipe, scheduler, steps, inputs, seeds, call)[0].float()
             made.append(to_images(task.pipe, latents, str(config.layout), size))
         return torch.cat(made)
 
@@ -318,18 +325,10 @@ def _draw(
             errors, name = classical[0][1][paired.name] * (1 if paired.lower_is_better else -1), best["solver"]
         worst, typical = places(errors, config.pictures)
         heads = {0: f"where {name} errs most", len(worst): "typical"} if worst else {}
-        drawn: list[tuple[str, Any, int, str]] = [
-            ("reference", task.teacher.scheduler, task.teacher.num_inference_steps, "no")
-        ]
-        drawn += [
-            (row["solver"], scheduler, row["num_inference_steps"], config.mixed_precision)
-            for row, _, scheduler in [*classical[: 1 if errors is not None else None], *learned]
-        ]
         shown = [*worst, *typical]
-        sheet = [
-            (f"{label}, {n if i == 0 else nfe}", images(own, n, how, shown))
-            for i, (label, own, n, how) in enumerate(drawn)
-        ]
+        sheet = [(f"reference, {task.teacher.num_inference_steps}", images(None, 0, shown))]
+        for row, _, scheduler in [*classical[: 1 if errors is not None else None], *learned]:
+            sheet.append((f"{row['solver']}, {nfe}", images(scheduler, row["num_inference_steps"], shown)))
         if is_main():
             path = Path(config.plot or config.output)
             prompts = [str(task.inputs[i].get("prompt", "")) for i in shown]
