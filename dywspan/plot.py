@@ -37,7 +37,8 @@ def color(solver: str, again: int = 0) -> str:
         again: how many of the same kind are in the picture already; each is paler.
     """
     own = next((own for name, own in COLORS.items() if solver.startswith(name)), GREY)
-    return to_hex([c + (1 - c) * min(0.35 * again, 0.7) for c in to_rgb(own)])
+    r, g, b = (c + (1 - c) * min(0.35 * again, 0.7) for c in to_rgb(own))
+    return to_hex((r, g, b))
 
 
 def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]], is_low: bool, size: float = 9.5) -> None:
