@@ -29,6 +29,7 @@ from dywspan.core.continuous import ContinuousTable
 from dywspan.evaluate import quality, task
 from dywspan.evaluate.baselines import (
     BASELINES,
+    BEST,
     SLUGS,
     Cell,
     Solver,
@@ -335,7 +336,7 @@ def test_a_scheduler_that_means_another_network_does_not_fit(scheduler: Any, rea
 
 
 def test_every_solver_has_a_name_to_type() -> None:
-    assert len(SLUGS) == len(BASELINES) and all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", own) for own in SLUGS)
+    assert len(SLUGS) == len({*BASELINES, BEST}) and all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", own) for own in SLUGS)
     assert {"dpmpp-2m-ays", "dpmpp-3m", "ipndm-3m", "dpm-2", "unipc"} <= SLUGS.keys()
     typed, shown = (find_solvers(names) for names in (["dpmpp-2m-ays", "ipndm-3m"], [*map(SLUGS.get, SLUGS)]))
     assert [solver.name for solver in typed] == ["DPM-Solver++(2M), AYS", "iPNDM(3M)"] and typed[1] in shown
