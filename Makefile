@@ -7,8 +7,8 @@ WORKERS := -n logical --maxprocesses 4
 	solvers-emoji-sd any-emoji-sd solvers-emoji-flow any-emoji-flow
 
 demo: .venv/installed-train
-	HF_HUB_OFFLINE=1 $(BIN)/dywspan demo --output demo/emoji-sd.png --json demo/emoji-sd.json
-	HF_HUB_OFFLINE=1 $(BIN)/dywspan demo --model examples/emoji-flow --output demo/emoji-flow.png --json demo/emoji-flow.json
+	HF_HUB_OFFLINE=1 $(BIN)/dywspan demo --output demo/emoji-sd.json
+	HF_HUB_OFFLINE=1 $(BIN)/dywspan demo --model examples/emoji-flow --output demo/emoji-flow.json
 
 test: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(WORKERS)

@@ -4,14 +4,82 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib import pyplot
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.patheffects import withStroke
 from PIL import Image, ImageDraw, ImageFont
 
 from .artifact import shown_tables
 from .core.grid import make_grid
+
+# One colour a solver, in every picture: the first that its name begins with.
+GREY = "#6e6e6e"  # of all others
+COLORS = {
+    "SpanLift + TimeLift": "#8e24aa",
+    "DyWeight + TimeLift": "#00796b",
+    "SpanLift": "#c1121f",
+    "DyWeight": "#1558b0",
+    "DPM-Solver++(2M)": "#e07a00",
+    "UniPC": "#8d6e00",
+    "iPNDM": "#a0522d",
+    "Euler": "#b09a8a",
+    "DDIM": "#b09a8a",
+}
+
+
+def color(solver: str, again: int = 0) -> str:
+    """Of a solver by its name.
+
+    Args:
+        again: how many of the same kind are in the picture already; each is paler.
+    """
+    own = next((own for name, own in COLORS.items() if solver.startswith(name)), GREY)
+    r, g, b = (c + (1 - c) * min(0.35 * again, 0.7) for c in to_rgb(own))
+    return to_hex((r, g, b))
+
+
+def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]], is_low: bool, size: float = 9.5) -> None:
+    """Names of lines at the right of a plot, in the order of their ends, none over another.
+
+    Those of lines that end before the others are at their ends.
+
+    Args:
+        ends: of each line x and y of its last point, its name and its colour.
+        is_low: whether there is more room below a line that ends early, or else above.
+        size: of the letters, in points.
+    """
+    axes.figure.canvas.draw()  # where things are is known afterwards
+    point, last = axes.figure.dpi / 72, max(end[0] for end in ends)
+    for x, y, name, own in (end for end in ends if end[0] < last):
+        where: dict[str, Any] = {"textcoords": "offset points", "ha": "left", "va": "top" if is_low else "bottom"}
+        told = axes.annotate(name, (x, y), (2, -9 if is_low else 7), color=own, fontsize=size, zorder=9, **where)
+        told.set_path_effects([withStroke(linewidth=3, foreground="white")])
+    order = sorted((end for end in ends if end[0] == last), key=lambda end: axes.transData.transform(end[:2])[1])
+    heights = [1.35 * size * point * (1 + name.count("\n")) for _, _, name, _ in order]
+    wanted = [float(axes.transData.transform(end[:2])[1]) for end in order]
+    shown = [*wanted]
+    for _ in range(100):  # push neighbours apart until none overlap
+        for i in range(len(shown) - 1):
+            overlap = (heights[i] + heights[i + 1]) / 2 - (shown[i + 1] - shown[i])
+            if overlap > 0:
+                shown[i], shown[i + 1] = shown[i] - overlap / 2, shown[i + 1] + overlap / 2
+    bottom, height = axes.bbox.y0, axes.bbox.height
+    for (x, y, name, own), at in zip(order, shown):
+        to = 1.03, (at - bottom) / height
+        line: dict[str, Any] = {
+            "arrowstyle": "-",
+            "color": own,
+            "lw": 0.7,
+            "ls": ":",
+            "alpha": 0.6,
+            "shrinkA": 0,
+            "shrinkB": 3,
+        }
+        place: dict[str, Any] = {"xycoords": "data", "textcoords": "axes fraction", "va": "center", "ha": "left"}
+        axes.annotate(name, (x, y), to, color=own, fontsize=size, arrowprops=line, annotation_clip=False, **place)
 
 
 def plot_tables(scheduler: Any, path: str | os.PathLike[str]) -> None:
@@ -57,29 +125,38 @@ def plot_tables(scheduler: Any, path: str | os.PathLike[str]) -> None:
     pyplot.close(figure)
 
 
-def picture(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str], size: int = 96) -> Image.Image:
+def picture(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]],
+    columns: Sequence[str],
+    size: int = 96,
+    heads: Mapping[int, str] | None = None,
+) -> Image.Image:
     """A labelled grid: one solver a row, one prompt (same noise) a column.
 
     Args:
-        rows: (label, images); a label that is empty leaves a gap.
+        rows: (label, images).
         columns: prompts, wrapped above the images.
         size: of one image, in pixels.
+        heads: headings above the columns, by the number of the first that they are of; a gap sets these apart.
     """
+    heads = heads or {}
     font = ImageFont.load_default(15)
     small = ImageFont.load_default(11)
-    left = max(190, *(16 + math.ceil(font.getlength(label)) for label, _ in rows))
-    top, gap = 44, 10
-    height = top + sum(size + 2 if images else gap for _, images in rows)
-    sheet = Image.new("RGB", (left + len(columns) * (size + 2), height), "white")
+    left = 16 + math.ceil(max(font.getlength(label) for label, _ in rows))
+    top = 44 + 22 * bool(heads)
+    x = [left + j * (size + 2) + 12 * sum(0 < k <= j for k in heads) for j in range(len(columns))]
+    sheet = Image.new("RGB", (x[-1] + size + 2, top + len(rows) * (size + 2)), "white")
     draw = ImageDraw.Draw(sheet)
+    for j, head in heads.items():
+        draw.text((x[j] + 2, 3), head, "black", font)
     for j, prompt in enumerate(columns):
-        draw.multiline_text((left + j * (size + 2) + 2, 3), _wrapped(prompt, small, size), "black", small, spacing=1)
+        draw.multiline_text((x[j] + 2, top - 41), _wrapped(prompt, small, size), "black", small, spacing=1)
     y = top
     for label, images in rows:
         draw.text((8, y + size // 2 - 9), label, "black", font)
         for j, image in enumerate(images):
-            sheet.paste(image.resize((size, size), Image.Resampling.BICUBIC), (left + j * (size + 2), y))
-        y += size + 2 if images else gap
+            sheet.paste(image.resize((size, size), Image.Resampling.BICUBIC), (x[j], y))
+        y += size + 2
     return sheet
 
 

@@ -18,6 +18,7 @@ from dywspan import DyWeightScheduler, SolverTable
 from dywspan.artifact import table_to_json
 from dywspan.cli import main
 from dywspan.core.continuous import ContinuousTable
+from dywspan.evaluate import report
 
 ROOT = Path(__file__).parent.parent
 GRID = {"name": "flow", "shift": 3.0}
@@ -77,7 +78,7 @@ def test_inspect_prints_a_function_and_tables_that_it_writes(
     ("arguments", "said"),
     [
         (["inspect", "nowhere/at/all"], "nowhere/at/all"),
-        (["convert", "empty", "out"], "No .pt or .pkl file"),
+        (["convert", "empty", "--output", "out"], "No .pt or .pkl file"),
         (["demo", "--model", "nothing/here"], "run in a clone"),
         (["distill", "--model", "m", "--prompts", "few.txt", "--output", "o"], "few.txt' has 1 prompts, 320 are"),
     ],
@@ -106,40 +107,30 @@ def test_distill_then_demo_in_processes_of_their_own(tmp_path: Path) -> None:
     assert table.provenance["held_out_error"]["after"] < table.provenance["held_out_error"]["before"]
     assert table.provenance["call"] == {"guidance_scale": 4.0}
     results = tmp_path / "demo.json"
-    show = [
-        "demo",
-        "--solvers",
-        solvers,
-        "--spanlift",
-        tmp_path / "none",
-        "--steps",
-        "2",
-        "--samples",
-        "2",
-        "--columns",
-        "2",
-    ]
-    output = _run(*show, "--output", tmp_path / "demo.png", "--json", results)
-    rows = json.loads(results.read_text())["rows"]
-    assert [r["solver"] for r in rows][-1] == "DyWeight (learned)" and all(r["nfe"] == 2 for r in rows)
-    assert all(f"{r['latent_mse']:.4f} / {1e3 * r['feature_distance']:.3f}" in output for r in rows)
-    with Image.open(tmp_path / "demo.png") as picture:
-        assert picture.height > 6 * 96  # the reference and five solvers
+    show = ["demo", "--solvers", "euler", solvers, "--steps", "2", "--samples", "2", "--pictures", "2"]
+    output = _run(*show, "--output", results)
+    written = report.read_results(results)
+    rows = written["rows"]
+    assert [r["solver"] for r in rows] == ["Euler", "DyWeight (learned)"] and all(r["nfe"] == 2 for r in rows)
+    assert report.table(written) in output and written["settings"]["call"] == {"guidance_scale": 4.0}
+    with Image.open(tmp_path / "demo-samples-2.png") as picture:
+        assert picture.height > 3 * 64 and picture.width > 2 * 64
 
 
 @pytest.mark.slow
 def test_the_demo_shows_the_flow_pipeline_as_its_solvers_were_learned(tmp_path: Path) -> None:
     """Its call is in the artefact; classical solvers that do not fit it are left out; the hardest prompts are drawn."""
-    options = ["--steps", "3", "7", "--samples", "3", "--columns", "2", "--output", str(tmp_path / "demo.png")]
+    options = ["--steps", "3", "7", "--samples", "3", "--pictures", "2", "--output", str(tmp_path / "demo.json")]
     model = str(ROOT / "examples" / "emoji-flow")
-    assert main(["demo", "--model", model, *options, "--json", str(tmp_path / "demo.json")]) == 0
+    assert main(["demo", "--model", model, *options]) == 0
     rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
     errors = {row["solver"]: row["latent_mse"] for row in rows if row["nfe"] == 3}
     assert [row["solver"] for row in rows if row["nfe"] == 7] == [*errors][:-1], "SpanLift was not learned for 7"
-    assert [*errors][-2:] == ["DyWeight (learned)", "SpanLift (learned)"] and "DDIM" not in errors
+    assert [*errors][-2:] == ["DyWeight (learned)", "SpanLift (learned)"]
     assert {"Euler", "DPM-Solver++(2M)", "iPNDM(2M)"} <= errors.keys()
-    with Image.open(tmp_path / "demo.png") as picture:
-        assert picture.height > 2 * len(errors) * 96 > picture.width > 2 * 96
+    for n in (3, 7):
+        with Image.open(tmp_path / f"demo-samples-{n}.png") as picture:
+            assert picture.height > 3 * 64 and picture.width > 2 * 64
 
 
 @pytest.mark.slow

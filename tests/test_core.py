@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dywspan.core.bases import BASES, multistep
+from dywspan.core.bases import BASES, multistep, res
 from dywspan.core.check import shown
 from dywspan.core.grid import GRIDS, flow, make_grid
 from dywspan.core.prediction import EDM, PREDICTIONS, Epsilon, Flow, Prediction, Sample, VariancePreserving, Velocity
@@ -167,6 +167,18 @@ def test_ipndm_has_the_published_constants_and_adams_reduces_to_it(order: int) -
         table[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
     for base in ("ipndm", "adams"):
         torch.testing.assert_close(BASES[base](sigmas, torch.ones(8), order), table, rtol=0, atol=1e-12)
+
+
+def test_res_is_exact_where_the_data_prediction_is_a_line_in_log_snr() -> None:
+    sigmas = torch.tensor([3.0, 1.3, 0.7, 0.2], dtype=torch.float64)
+    lambdas, u = -sigmas.log(), torch.linspace(0, 1, 20_001, dtype=torch.float64)
+    rows, line = res(sigmas, torch.ones(4), 2), 0.7 - 0.4 * lambdas
+    for i in (1, 2):
+        h = lambdas[i + 1] - lambdas[i]
+        # x' = e^-h x + (1 - e^-h) mean, mean = the integral of e^-(lambda' - lambda) D over the step / (1 - e^-h)
+        weight = torch.exp(-h * (1 - u))
+        mean = torch.trapezoid(weight * (0.7 - 0.4 * (lambdas[i] + h * u)), u) / torch.trapezoid(weight, u)
+        assert float(rows[i] @ line[[i, i - 1]]) == pytest.approx(float(mean), abs=1e-8)
 
 
 @pytest.mark.parametrize("base", ["dpmpp", "unipc"])

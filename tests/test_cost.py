@@ -52,7 +52,22 @@ def both(pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noq
     write(folder, "adam", pixels, **ADAM, steps=[2, 3], test=5)
     write(folder, "squares", pixels, **SQUARES, steps=[2, 3], test=5)
     files = ["--config", str(folder / "adam.yaml"), "--config", str(folder / "squares.yaml")]
-    assert main(["bench", "distill", *files, "--held-out", "3", "--output", str(folder / "cost.json"), "--plot"]) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "distill",
+                *files,
+                "--held-out",
+                "3",
+                "--output",
+                str(folder / "cost.json"),
+                "--plot",
+                str(folder / "cost.png"),
+            ]
+        )
+        == 0
+    )
     return folder
 
 

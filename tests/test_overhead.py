@@ -168,7 +168,7 @@ def test_state_does_not_grow_with_the_number_of_steps(order: int, solver: str) -
 def test_bench_overhead_counts_no_host_reads_and_a_flat_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overhead, "_denoiser_seconds", lambda x, device: 1.0)
     file = tmp_path / "o.json"
-    options = ["--sizes", "sd15", "flux", "--steps", "3", "5", "--repeats", "1", "--json", str(file)]
+    options = ["--sizes", "sd15", "flux", "--steps", "3", "5", "--repeats", "1", "--output", str(file)]
     assert main(["bench", "overhead", *options]) == 0
     data = json.loads(file.read_text())
     assert data["threads"] == torch.get_num_threads()

@@ -29,6 +29,8 @@ from dywspan.core.continuous import ContinuousTable
 from dywspan.evaluate import quality, task
 from dywspan.evaluate.baselines import (
     BASELINES,
+    BEST,
+    SLUGS,
     Cell,
     Solver,
     find_solvers,
@@ -40,8 +42,9 @@ from dywspan.evaluate.baselines import (
 from dywspan.evaluate.config import QualityConfig
 from dywspan.evaluate.images import find_images
 from dywspan.evaluate.metrics import METRICS
+from dywspan.evaluate.pictures import plots
 from dywspan.evaluate.quality import evaluate, run, with_gaps
-from dywspan.evaluate.report import by_variant, number, plots, read_results, table
+from dywspan.evaluate.report import by_variant, number, read_results, table
 from dywspan.evaluate.statistics import Metric, Sample, interval
 from dywspan.pipelines.decode import to_images
 from dywspan.pipelines.pairs import make_pairs
@@ -63,7 +66,7 @@ SETTINGS: dict[str, Any] = {
     "prompts": str(PROMPTS),
     "call": {"height": 32, "width": 32, "guidance_scale": 1.0},
     **dict(samples=7, batch_size=2, teacher_steps=6, steps=[2, 3], solvers=["DDIM", "Heun", LEARNED]),
-    **dict(metrics=["latent_mse", "feature_distance"], base="DDIM"),
+    **dict(metrics=["latent_mse", "feature_distance"], gap_from="DDIM"),
 }
 
 
@@ -80,7 +83,7 @@ def start(folder: Path, processes: int = 1, **changes: Any) -> subprocess.Popen[
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quality.yaml").write_text(json.dumps(settings(folder, **changes)))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
-    arguments = [*launcher, "-m", "dywspan.cli", "bench", "quality", "--config", str(folder / "quality.yaml")]
+    arguments = [*launcher, "-m", "dywspan.cli", "eval", "--config", str(folder / "quality.yaml")]
     with (folder / "log").open("ab") as log:
         return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
@@ -191,7 +194,7 @@ def test_what_is_added_computes_only_itself(whole: Path, monkeypatch: pytest.Mon
         return sample(pipe, scheduler, steps, *args, **kwargs)
 
     monkeypatch.setattr(quality, "sample", watched)
-    monkeypatch.setattr(task, "_check_decoding", lambda *_: None)  # takes one sample beforehand
+    monkeypatch.setattr(task, "_decoding", lambda pipe, config, *_: config)  # takes one sample beforehand
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     more = run(config(tmp_path, solvers=["DDIM", "Euler", LEARNED], steps=[2, 3, 6]))
     made = {("EulerDiscreteScheduler", 2), ("EulerDiscreteScheduler", 3), ("EulerDiscreteScheduler", 6)}
@@ -232,7 +235,7 @@ def _inputs(name: str) -> tuple[Any, dict[str, Any]]:
     return build(name).pipe, build(name).inputs([0])
 
 
-OURS = {"Adams(2M)", "Adams(3M)", "iPNDM(2M)", "iPNDM(3M)", "iPNDM(4M)"}
+OURS = {"RES(2M)", "Adams(2M)", "Adams(3M)", "iPNDM(2M)", "iPNDM(3M)", "iPNDM(4M)"}
 FOR_ALL = OURS | {"Euler", "Heun", "DPM-Solver-2", "DEIS", "DPM-Solver++(2M)", "DPM-Solver++(3M)", "UniPC"}
 # Tiny pipeline -> (it and its arguments, solvers that fit only some, the schedulers that diffusers has for it).
 KINDS: dict[str, tuple[Callable[[], tuple[Any, dict[str, Any]]], set[str], dict[str, str]]] = {
@@ -332,6 +335,13 @@ def test_a_scheduler_that_means_another_network_does_not_fit(scheduler: Any, rea
         make_cell(pipe, Solver("it", (scheduler,)), 4, {"prompt": "lime, noto"}, {"height": 32, "width": 32})
 
 
+def test_every_solver_has_a_name_to_type() -> None:
+    assert len(SLUGS) == len({*BASELINES, BEST}) and all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", own) for own in SLUGS)
+    assert {"dpmpp-2m-ays", "dpmpp-3m", "ipndm-3m", "dpm-2", "unipc"} <= SLUGS.keys()
+    typed, shown = (find_solvers(names) for names in (["dpmpp-2m-ays", "ipndm-3m"], [*map(SLUGS.get, SLUGS)]))
+    assert [solver.name for solver in typed] == ["DPM-Solver++(2M), AYS", "iPNDM(3M)"] and typed[1] in shown
+
+
 def test_published_grids_are_met_where_they_are_published() -> None:
     pipe, call = _inputs("StableDiffusionPipeline")
     cell = make_cell(pipe, Solver("AYS", BASELINES["DPM-Solver++(2M), AYS"]), 10, {}, call)
@@ -363,7 +373,7 @@ def test_what_is_no_number_is_named_and_not_kept(tmp_path: Path, monkeypatch: py
     broken = quality.sample
     monkeypatch.setattr(quality, "sample", lambda *a, **k: (broken(*a, **k)[0] * torch.nan, None))
     with pytest.raises(ValueError, match=r"DDIM, 2: latent_mse is no number on batch 1 of 4"):
-        run(config(tmp_path, metrics=["latent_mse"], solvers=["DDIM"], base=None))
+        run(config(tmp_path, metrics=["latent_mse"], solvers=["DDIM"], gap_from=None))
     assert not [f for f in (tmp_path / "cache").glob("*/*/*.safetensors") if "pairs" not in f.parts]
 
 
@@ -453,11 +463,16 @@ def test_a_share_of_the_gap_is_measured_from_base_to_reference() -> None:
 
 
 def test_plots_and_sheets_are_drawn(whole: Path, tmp_path: Path) -> None:
-    drawn = plots(read_results(whole / "results.json"), tmp_path / "pictures" / "q")
+    drawn = plots(read_results(whole / "results.json"), tmp_path / "pictures" / "q.png")
     assert [file.name for file in drawn] == ["q-latent_mse.png", "q-feature_distance.png"]
-    run(config(whole, output=str(tmp_path / "sheet.json"), pictures=str(tmp_path), picture_steps=[3], columns=2))
+    run(
+        config(
+            whole, output=str(tmp_path / "sheet.json"), plot=str(tmp_path / "sheet.png"), picture_steps=[3], pictures=2
+        )
+    )
     with Image.open(tmp_path / "sheet-samples-3.png") as sheet:
-        assert sheet.height > 4 * 96, "the reference and three solvers"
+        assert sheet.height > 5 * 128 > sheet.height - 128, "the reference, two solvers and their error maps"
+        assert sheet.width > 2 * 128
     assert (tmp_path / "sheet-latent_mse.png").exists()
 
 
@@ -493,7 +508,9 @@ def test_images_already_there_give_the_numbers_of_their_samples(tmp_path: Path) 
 def test_variants_of_the_call_are_compared_each_alone(whole: Path, tmp_path: Path) -> None:
     """Each has its own reference: what has the call of another run has its rows, and is shown as it is."""
     variants = {"as it is": {}, "with guidance 3": {"guidance_scale": 3.0}}
-    results = run(config(tmp_path, variants=variants, pictures=str(tmp_path / "pictures"), picture_steps=[2]))
+    results = run(
+        config(tmp_path, variants=variants, plot=str(tmp_path / "pictures" / "results.png"), picture_steps=[2])
+    )
     alone = by_variant(read_results(tmp_path / "results.json"))
     assert [*alone] == [*variants] and alone["as it is"]["rows"] == measured(whole)
     other = alone["with guidance 3"]["rows"]
@@ -543,10 +560,10 @@ def _wrong(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--metrics", "latent_mze"], "Unknown metric 'latent_mze'; did you mean 'latent_mse'?"),
-        (["--solvers", "DDMI"], "Unknown solver 'DDMI': did you mean 'DDIM'?"),
+        (["--solvers", "DDMI"], "Unknown solver 'DDMI': did you mean 'ddim'?"),
         (["--solvers", "no/such/artefact"], "no/such/artefact"),
         (["--solvers", "NeuralSolver"], "none is published for networks whose noise starts at sigma 14.61"),
-        (["--solvers", "DDIM", "--base", "Euler"], "base='Euler' is not among the solvers"),
+        (["--solvers", "DDIM", "--gap-from", "euler"], "gap_from='euler' is not among the solvers"),
         (["--solver", LEARNED, "--steps", "6"], "learned for [3, 4, 5, 7] steps. Drop it"),
         (["--solver", "flow"], "learned for Flow networks, and this one is of kind Velocity"),
         (["--prompts", "none.txt"], "there is no such file"),
@@ -580,7 +597,7 @@ def test_mistakes_are_found_before_anything_is_sampled(
 def test_prompts_are_repeated_with_new_noise_if_asked(tmp_path: Path) -> None:
     (tmp_path / "two.txt").write_text("lime, noto\nred heart, noto\n")
     changes: dict[str, Any] = {"prompts": str(tmp_path / "two.txt"), "samples": 4, "repeat_prompts": True}
-    ready = task.prepare(config(tmp_path, **changes, solvers=["DDIM"], steps=[2], base=None))
+    ready = task.prepare(config(tmp_path, **changes, solvers=["DDIM"], steps=[2], gap_from=None))
     assert [own["prompt"] for own in ready.inputs] == ["lime, noto", "red heart, noto"] * 2 and len({*ready.seeds}) == 4
 
 
@@ -588,7 +605,7 @@ def test_prompts_are_repeated_with_new_noise_if_asked(tmp_path: Path) -> None:
 def test_the_shipped_settings_are_those_of_the_recorded_results(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     settings = make_config({"config": str(file)}, QualityConfig)
-    assert settings.base in (None, *(solver.name for solver in find_solvers(settings.solvers)))
+    assert settings.gap_from in (None, *(solver.name for solver in find_solvers(settings.solvers)))
     results = read_results(settings.output)
     recorded = {name: results["settings"][name] for name in ("model", "prompts", "samples", "batch_size")}
     assert recorded == {name: getattr(settings, name) for name in recorded}

@@ -124,7 +124,7 @@ def test_bench_train_measures_every_way_and_goes_on_after_a_failure(
     monkeypatch.setattr(train, "learn", one_fails)
     file = tmp_path / "train.json"
     options = ["--networks", *registry, "--batch-size", "2", "--steps", "2", "--updates", "1", "--device", "cpu"]
-    assert main(["bench", "train", *options, "--json", str(file)]) == 0
+    assert main(["bench", "train", *options, "--output", str(file)]) == 0
     shown, data = capsys.readouterr().out, json.loads(file.read_text())
     assert data["recipe"] == {"pairs": 256, "held_out": 64, "teacher_steps": 50} and data["batch_size"] == 2
     (first, *rows) = data["rows"]

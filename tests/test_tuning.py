@@ -20,11 +20,12 @@ from dywspan import DyWeightScheduler
 from dywspan.cli import main
 from dywspan.core.grid import make_grid
 from dywspan.core.table import SolverTable
+from dywspan.pipelines import arena
 from dywspan.pipelines.classical import SOLVERS, asked_for, default_grid, grids, of_diffusers, solvers_on
 from dywspan.pipelines.linear import as_table
 from dywspan.pipelines.replay import Memo
 from dywspan.pipelines.rollout import load_pipeline, sample
-from dywspan.tuning import arena, course
+from dywspan.tuning import course
 from dywspan.tuning.config import TuneConfig
 
 HOSTS = {"StableDiffusionPipeline": 6, "FluxPipeline": 5, "StableDiffusion3Pipeline": 5, "SanaPipeline": 4}

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..evaluate.metrics import latent_rmse
 from ..evaluate.paired import difference
-from ..pipelines.classical import Classical, asked_for, grids, of_diffusers, solvers_on
+from ..evaluate.rivals import SELECT, best_classical, judging
 from ..pipelines.embeddings import remembered_prompts
-from ..pipelines.pairs import Pairs, make_pairs
-from ..pipelines.replay import Memo
+from ..pipelines.pairs import make_pairs
 from ..pipelines.rollout import Inputs
 from ..pipelines.teacher import Teacher, find_teacher
 from ..schedulers.apply import load
 from ..schedulers.dyweight import DyWeightScheduler
-from ..tuning.arena import Arena
 from ..tuning.config import TuneConfig
 from ..tuning.course import Outcome, tuning
 
-SELECT = (8, 32)  # samples that all classical solvers are judged on, and those that the best ``FINALISTS`` of them are
-FINALISTS = 8
 SEED = 5 * 10**6  # of the first sample to select by; those to measure on follow
 
 
@@ -64,7 +58,11 @@ def tuned_rows(
     for n in steps:
         with tuning(pipe, TuneConfig(steps=[n], prompts=_plain(prompts), call=dict(call), seed=seed)) as course:
             (outcome,), teacher = course.run(), course.teacher
-        with _arena(pipe, pairs, call) as arena:
+        with (
+            TemporaryDirectory() as folder,
+            remembered_prompts(pipe, Path(folder)),
+            judging(pipe, pairs, call) as arena,
+        ):
             own, places = DyWeightScheduler.from_config(pipe.scheduler), range(SELECT[1], len(fresh))
             rival = best_classical(pipe, arena, n)
             measured = {f"{rival.name} (best classical)": own.with_tables([rival.table])}
@@ -74,30 +72,8 @@ def tuned_rows(
         yield from _rows(subject, n, errors, outcome, teacher)
 
 
-def best_classical(pipe: Any, arena: Arena, n: int) -> Classical:
-    """By the mean error on the first samples."""
-    own = DyWeightScheduler.from_config(pipe.scheduler)
-    scheduler, request = asked_for(pipe, n, arena.inputs, arena.call)
-    among = [c for name, grid in grids(pipe, scheduler, request).items() for c in solvers_on(grid, name, request)]
-    among += of_diffusers(pipe, scheduler, request)
-    for count, kept in zip(SELECT, (FINALISTS, 1)):
-        errors = {i: arena.errors(own.with_tables([c.table]), n, range(count)) for i, c in enumerate(among)}
-        among = [among[i] for i in sorted(errors, key=lambda i: float(errors[i].mean()))[:kept]]
-    return among[0]
-
-
 def _plain(prompts: Any) -> Any:
     return list(prompts) if isinstance(prompts, tuple) else prompts
-
-
-@contextmanager
-def _arena(pipe: Any, pairs: Pairs, call: Mapping[str, Any]) -> Iterator[Arena]:
-    """Samples whose targets are known, each prompt encoded once."""
-    memo = Memo(pipe)
-    with TemporaryDirectory() as folder, remembered_prompts(pipe, Path(folder)), memo.installed(), torch.no_grad():
-        arena = Arena(pipe, pairs.inputs, pairs.seeds, call, memo)
-        arena.targets.update(enumerate(pairs.endpoints))
-        yield arena
 
 
 def _rows(

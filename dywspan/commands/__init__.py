@@ -17,7 +17,6 @@ class Command(NamedTuple):
 
 
 BENCH = {
-    "quality": Command("measure solvers, or images that are there already, by any metrics", "measure:evaluate_options"),
     "overhead": Command("time and memory of a solver's step beside diffusers' own", "bench:overhead_options"),
     "memory": Command("the memory that learning a solver takes", "bench:memory_options"),
     "train": Command("time and memory of learning on networks of real size with random weights", "bench:train_options"),
@@ -25,7 +24,10 @@ BENCH = {
         "evaluations that learning a solver takes, by optimizer, and the error", "bench:learning_options"
     ),
     "tune": Command("error of a tuned solver beside the best classical one's", "bench:tune_options"),
-    "table": Command("print the Markdown of an evaluation's or a bench's JSON file", "bench:table_options"),
+    "table": Command(
+        "print or draw an evaluation's or a bench's JSON file, or what changed since an older one",
+        "bench:table_options",
+    ),
 }
 COMMANDS = {
     "demo": Command(

@@ -115,7 +115,7 @@ def convert_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dywspan convert``."""
     parser.set_defaults(run=convert)
     parser.add_argument("source", help="DyWeight .pt or .pkl file, or a directory of them")
-    parser.add_argument("destination", help="directory of the artefact")
+    parser.add_argument("-o", "--output", required=True, help="directory of the artefact")
     parser.add_argument("--grid", type=json.loads, help="overrides the file's grid, as JSON")
     parser.add_argument("--sigma-min", type=float, help="overrides the file's range")
     parser.add_argument("--sigma-max", type=float, help="overrides the file's range")
@@ -126,24 +126,24 @@ def convert(args: argparse.Namespace) -> None:
     from ..published import convert
 
     ends = {"sigma_min": args.sigma_min, "sigma_max": args.sigma_max}
-    scheduler = convert(args.source, args.destination, grid=args.grid, **ends)
-    print(f"{args.destination}: solvers for {sorted(scheduler.tables)} steps")
+    scheduler = convert(args.source, args.output, grid=args.grid, **ends)
+    print(f"{args.output}: solvers for {sorted(scheduler.tables)} steps")
 
 
 def convert_edm_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dywspan convert-edm``."""
     parser.set_defaults(run=convert_network)
     parser.add_argument("source", help="a .pkl file, such as edm-cifar10-32x32-uncond-vp.pkl")
-    parser.add_argument("destination", help="directory of the pipeline, a new or empty one")
+    parser.add_argument("-o", "--output", required=True, help="directory of the pipeline, a new or empty one")
 
 
 def convert_network(args: argparse.Namespace) -> None:
     """Turn a network that NVIDIA published with EDM into a pipeline, without executing anything its pickle holds."""
     from ..edm import convert_edm
 
-    pipe = convert_edm(args.source, args.destination)
+    pipe = convert_edm(args.source, args.output)
     count = sum(p.numel() for p in pipe.unet.parameters())
-    print(f"{args.destination}: EDMPipeline, {pipe.unet.config.architecture}, {count / 1e6:.1f} M parameters")
+    print(f"{args.output}: EDMPipeline, {pipe.unet.config.architecture}, {count / 1e6:.1f} M parameters")
 
 
 def push_options(parser: argparse.ArgumentParser) -> None:

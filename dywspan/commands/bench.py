@@ -21,7 +21,7 @@ def overhead_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 10, 50], help="numbers of steps to measure")
     parser.add_argument("--repeats", type=int, default=30, help="runs by each solver, in turns")
-    parser.add_argument("--json", help="also write the table here")
+    parser.add_argument("--output", help="also write the table here, as JSON")
 
 
 def overhead(args: argparse.Namespace) -> None:
@@ -30,7 +30,7 @@ def overhead(args: argparse.Namespace) -> None:
 
     from ..bench.overhead import overhead
 
-    _show(overhead(args.sizes, args.steps, args.repeats), args.json, threads=torch.get_num_threads())
+    _show(overhead(args.sizes, args.steps, args.repeats), args.output, threads=torch.get_num_threads())
 
 
 def memory_options(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def memory_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=memory)
     parser.add_argument("--model", default=EXAMPLES / "emoji-sd", help="pipeline whose training memory is measured")
     parser.add_argument("--full", action="store_true", help="also Stable Diffusion 1.5's UNet, up to an hour on a CPU")
-    parser.add_argument("--json", help="also write the table here")
+    parser.add_argument("--output", help="also write the table here, as JSON")
 
 
 def memory(args: argparse.Namespace) -> None:
@@ -47,7 +47,7 @@ def memory(args: argparse.Namespace) -> None:
 
     if isinstance(args.model, Path):  # none was named
         check_here(args.model)
-    _show(memory(str(args.model), args.full), args.json)
+    _show(memory(str(args.model), args.full), args.output)
 
 
 def train_options(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def train_options(parser: argparse.ArgumentParser) -> None:
         "--updates", type=int, default=2, help="timed ones of each way of learning, after one to warm up"
     )
     parser.add_argument("--device", help="default: cuda, if there is one")
-    parser.add_argument("--json", help="also write the table here")
+    parser.add_argument("--output", help="also write the table here, as JSON")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -73,8 +73,8 @@ def train(args: argparse.Namespace) -> None:
     rows = train(args.networks, args.batch_size, args.steps, args.updates, args.device)
     print(table({"rows": rows}))
     print(f"\nA recipe is `dywspan distill` by default: {RECIPE}. Its minutes are reckoned, not measured.")
-    if args.json:
-        write_results(args.json, rows, batch_size=args.batch_size, timed_updates=args.updates, recipe=RECIPE)
+    if args.output:
+        write_results(args.output, rows, batch_size=args.batch_size, timed_updates=args.updates, recipe=RECIPE)
 
 
 def learning_options(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +88,7 @@ def learning_options(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser, DistillConfig, DISTILL, but=("config", "output"))
     parser.add_argument("--config", action="append", required=True, help="YAML file of a distillation; repeat for each")
     parser.add_argument("--output", default="distill-cost.json", help="results; what is learned is where its file says")
-    parser.add_argument("--plot", action="store_true", help="also draw error over evaluations, beside output as .png")
+    parser.add_argument("--plot", help="also draw error over evaluations here (PNG, SVG or PDF)")
 
 
 def learning(args: argparse.Namespace) -> None:
@@ -102,7 +102,7 @@ def learning(args: argparse.Namespace) -> None:
     if is_main():
         print(table(write_results(args.output, rows)))
         if args.plot:
-            plot(rows, Path(args.output).with_suffix(".png"))
+            plot(rows, args.plot)
 
 
 def tune_options(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +120,7 @@ def tune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solvers", nargs="*", default=[], help="artefacts to measure as well")
     parser.add_argument("--cache", help="directory of the reference's samples")
     parser.add_argument("--seed", type=int, default=0, help="of the samples to tune with")
-    parser.add_argument("--json", default="tune.json", help="results; rows of other subjects stay")
+    parser.add_argument("--output", default="tune.json", help="results; rows of other subjects stay")
 
 
 def tune_bench(args: argparse.Namespace) -> None:
@@ -139,7 +139,7 @@ def tune_bench(args: argparse.Namespace) -> None:
     if len(fresh) < needed:
         raise ValueError(f"{args.fresh_prompts} has {len(fresh)} prompts, {needed} are needed: lower --samples.")
     subject = args.subject or Path(args.model).name
-    old = read_results(args.json)["rows"] if Path(args.json).exists() else []
+    old = read_results(args.output)["rows"] if Path(args.output).exists() else []
     pipe, options = load_pipeline(str(args.model)), {"solvers": args.solvers, "cache": args.cache, "seed": args.seed}
     for row in tuned_rows(pipe, subject, args.prompts, fresh, call=call, steps=args.steps, **options):
         key = [row[name] for name in ("subject", "nfe", "solver")]
@@ -147,7 +147,7 @@ def tune_bench(args: argparse.Namespace) -> None:
         if row["solver"].endswith("(best classical)"):  # there is one of each
             old = [o for o in old if [o["subject"], o["nfe"]] != key[:2] or not o["solver"].endswith(key[2][-16:])]
         old.append({**row, "device": place(pipe).type, "threads": torch.get_num_threads()})
-        write_results(args.json, old)
+        write_results(args.output, old)
     print(table({"rows": [row for row in old if row["subject"] == subject]}))
 
 
@@ -157,14 +157,26 @@ def table_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", help="JSON file of an evaluation or a bench")
     parser.add_argument("--metrics", nargs="+", help="only these, or only these columns")
     parser.add_argument("--steps", type=int, nargs="+", help="only these numbers of evaluations")
+    parser.add_argument(
+        "--plot", help="also draw it here (PNG, SVG or PDF), each metric in a file of its own: NAME-METRIC"
+    )
+    parser.add_argument("--against", help="an older JSON file: print only whose ranks and numbers changed since")
     parser.add_argument("--no-intervals", action="store_true", help="numbers alone, without half their 95 %% interval")
 
 
 def table(args: argparse.Namespace) -> None:
-    """The Markdown of an evaluation's or a bench's JSON file."""
-    from ..evaluate.report import read_results, table
+    """The Markdown of an evaluation's or a bench's JSON file; its plots; what changed since an older file."""
+    from ..evaluate.pictures import plots
+    from ..evaluate.report import changes, read_results, table
 
-    print(table(read_results(args.results), args.metrics, args.steps, not args.no_intervals))
+    results = read_results(args.results)
+    if args.against:
+        print(changes(results, read_results(args.against)))
+        return
+    print(table(results, args.metrics, args.steps, not args.no_intervals))
+    if args.plot:
+        for drawn in plots(results, Path(args.plot)):
+            print(f"Picture: {drawn}")
 
 
 def _show(rows: Sequence[dict[str, Any]], path: str | None, **facts: Any) -> None:

@@ -122,6 +122,22 @@ def unipc(sigmas: Tensor, alphas: Tensor, order: int = 2, lower_order_final: boo
     return _in_log_snr(sigmas, alphas, order, lower_order_final, combine)
 
 
+def res(sigmas: Tensor, alphas: Tensor, order: int = 2) -> Tensor:
+    """RES, multistep: the line through two data predictions in lambda, integrated exactly.
+
+        c_1 = -phi_2 / (phi_1 gap),  c_0 = 1 - c_1,   phi_1 = (1 - e^-h) / h,  phi_2 = (e^-h - 1 + h) / h^2
+
+    It is the exponential Adams-Bashforth method of two steps. Source: Zhang et al. 2023 (arXiv 2308.02157).
+    """
+
+    def combine(h: float, gaps: list[float]) -> list[float]:
+        shrunk = -math.expm1(-h)
+        slope = (h - shrunk) / (h * shrunk * gaps[0])
+        return [1 + slope, -slope]
+
+    return _in_log_snr(sigmas, alphas, order, False, combine)
+
+
 def heun(sigmas: Tensor) -> tuple[list[float], list[list[float]]]:
     """Heun's method, two evaluations a step: x^ = x + h d_1, then x' = x^ + h/2 (d_2 - d_1); Euler into sigma = 0.
 
@@ -218,6 +234,7 @@ BASES: dict[str, Base] = {
     "deis": Base(deis, 3, lowers_below=15),
     "dpmpp": Base(dpmpp, 3, _data, lowers_below=15),
     "unipc": Base(unipc, 3, _data, lowers_below=math.inf),
+    "res": Base(res, 2, _data),
     "heun": Base(heun, 1, _stages, evaluations=2),
     "dpm2": Base(dpm2, 1, _stages, evaluations=2),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,6 +84,17 @@ def neuralsolver(pipe: Any, steps: int) -> Any:
     raise ValueError(f"none is published for networks whose noise starts at sigma {start:.4g}")
 
 
+def slug(name: str) -> str:
+    """A name as it is typed: "DPM-Solver++(2M), AYS" is ``dpmpp-2m-ays``."""
+    short = name.lower().replace("dpm-solver", "dpm").replace("++", "pp")
+    return re.sub(r"[^a-z0-9]+", "-", short).strip("-")
+
+
+def full_name(name: str) -> str:
+    """The name that is shown of what was typed; of what is no classical solver, itself."""
+    return SLUGS.get(name, name)
+
+
 # In each row, the first that fits is the solver: what a user of this kind of pipeline would reach for, then our own.
 # Where a pipeline's grid starts below all noise and spends the last evaluation at t = 0, "trailing" does not.
 _TRAILING: dict[str, Any] = {"timestep_spacing": "trailing"}
@@ -115,6 +127,7 @@ BASELINES: dict[str, tuple[Maker, ...]] = {
         of_ours("dpmpp", 3),
     ),
     "UniPC": (of_diffusers("UniPCMultistepScheduler"), of_ours("unipc")),
+    "RES(2M)": (of_ours("res", 2),),
     "Adams(2M)": (of_ours("adams", 2),),
     "Adams(3M)": (of_ours("adams", 3),),
     "iPNDM(2M)": (of_ours("ipndm", 2),),
@@ -124,6 +137,8 @@ BASELINES: dict[str, tuple[Maker, ...]] = {
 }
 
 
+BEST = "best classical"  # of all classical solvers on all grids, see :mod:`.rivals`
+SLUGS = {slug(name): name for name in (*BASELINES, BEST)}
 # Stable Diffusion's schedulers may end at the first training level, sigma = 0.029, instead of 0: that is allowed.
 STRAY = 0.05
 
@@ -146,6 +161,7 @@ class Cell:
         scheduler: that samples.
         num_inference_steps: what its ``set_timesteps`` is given.
         nfe: guided evaluations of the denoiser: the steps the pipeline then takes.
+        line: of tables and plots that it belongs to, where that is not its own.
     """
 
     solver: str
@@ -153,6 +169,7 @@ class Cell:
     num_inference_steps: int
     nfe: int
     learned: bool = False
+    line: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """All that determines its endpoints: of what was learned count by count, this count's."""
@@ -168,7 +185,9 @@ class Cell:
 
 
 def find_solvers(names: Sequence[str]) -> list[Solver]:
-    """Solvers by name: of ``BASELINES`` ("all" is each of them), or artefacts, by directory or Hub id.
+    """Solvers by name or slug: of ``BASELINES`` ("all" is each of them), or artefacts, by directory or Hub id.
+
+    ``BEST`` has no maker: it is chosen by samples, see :mod:`.rivals`.
 
     Raises:
         ValueError: an unknown name; says which one is nearest.
@@ -176,16 +195,16 @@ def find_solvers(names: Sequence[str]) -> list[Solver]:
     """
     found: dict[str, Solver] = {}
     artefacts: dict[str, Any] = {}
-    for name in names:
+    for name in map(full_name, names):
         if name == "all":
             found |= {known: Solver(known, makers) for known, makers in BASELINES.items()}
-        elif name in BASELINES:
-            found[name] = Solver(name, BASELINES[name])
+        elif name in BASELINES or name == BEST:
+            found[name] = Solver(name, BASELINES.get(name, ()))
         elif "/" in name or Path(name).exists():
             artefacts[name] = load(name)
         else:
-            near = difflib.get_close_matches(name, ["all", *BASELINES], 1, 0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"use one of {['all', *BASELINES]}, or an artefact's path."
+            near = difflib.get_close_matches(slug(name), ["all", *SLUGS], 1, 0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"use one of {['all', *SLUGS]}, or an artefact's path."
             raise ValueError(f"Unknown solver {name!r}: {hint}")
     for name, scheduler in artefacts.items():
         kind = _kind(scheduler)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..core.layout import LAYOUTS
 from ..settings import check_sampling, check_types, option
-from .baselines import BASELINES
+from .baselines import BASELINES, slug
 from .metrics import METRICS
 
 
@@ -36,26 +36,31 @@ class QualityConfig:
     repeat_prompts: bool = option(False, "go through the prompts again, with new noise, where samples are more")
     seed: int = option(0, "of the first sample's noise; each has its own, the next number")
 
-    solvers: list[str] = option(["all"], f"all that fit, or some of: {', '.join(BASELINES)}; and artefacts")
+    solvers: list[str] = option(["all"], f"all that fit, or some of: {', '.join(map(slug, BASELINES))}; and artefacts")
     steps: list[int] = option([5], "numbers of guided evaluations (NFE) to compare at")
     metrics: list[str] = option(["latent_mse"], f"of: {', '.join(METRICS)}")
     metric_options: dict[str, Any] = option({}, 'by metric, e.g. {"fid": {"reference": "coco/val2014"}}')
-    base: str | None = option(None, "solver whose distance to the reference is the gap that others close a share of")
+    gap_from: str | None = option(None, "solver from which to count the share of the way to the reference of others")
 
     teacher: str = option("ipndm", "of the reference: a base solver, or a diffusers scheduler's class name")
     teacher_steps: int = option(50, "of the reference; network evaluations, but for two-stage solvers")
     teacher_order: int = option(2, "of a base solver as reference")
     teacher_grid: dict[str, Any] | None = option(None, "of a base solver as reference; the pipeline's own by default")
-    layout: str = option("image", f"of the latents, for decoding: {', '.join(sorted(LAYOUTS))}")
+    layout: str | None = option(
+        None,
+        f"of the latents, for decoding: {', '.join(sorted(LAYOUTS))}; default: packed if they are tokens, or image",
+    )
     latent_size: list[int] | None = option(None, "height and width of packed latents that are no square")
 
     images: str | None = option(None, "directory of images to measure, instead of sampling")
     batch_size: int = option(16, "images at a time, and in one file of the cache")
     cache: str | None = option(None, "directory of what is finished, to share between runs; default: beside output")
     output: str = option("evaluation.json", "results; the same command continues a run that was stopped")
-    pictures: str | None = option(None, "directory for plots of every metric over NFE")
+    plot: str | None = option(
+        None, "also draw it here (PNG, SVG or PDF), each metric in a file of its own: NAME-METRIC"
+    )
     picture_steps: list[int] = option([], "numbers of evaluations to draw samples at, one solver a row")
-    columns: int = option(8, "samples a picture shows")
+    pictures: int = option(8, "samples that a picture shows")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -65,7 +70,7 @@ class QualityConfig:
         for name, least in {
             "samples": 2,
             "batch_size": 1,
-            "columns": 1,
+            "pictures": 1,
             "teacher_steps": 1,
             "teacher_order": 1,
         }.items():
@@ -80,8 +85,8 @@ class QualityConfig:
             raise ValueError(f"Unknown metric {name!r}{nearest(name, METRICS)}")
         if unknown := {*self.picture_steps} - {*self.steps}:
             raise ValueError(f"picture_steps {sorted(unknown)} are not among steps={self.steps}.")
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"Unknown layout {self.layout!r}{nearest(self.layout, LAYOUTS)}")
+        if self.layout not in (None, *LAYOUTS):
+            raise ValueError(f"Unknown layout {self.layout!r}{nearest(str(self.layout), LAYOUTS)}")
         if wrong := {name: v for name, v in self.variants.items() if not isinstance(v, Mapping)}:
             raise ValueError(f"variants={wrong} must be arguments of the call by name: {{name: {{argument: value}}}}.")
 

@@ -97,6 +97,11 @@ def with_pairs(rows: Sequence[Row], kept: Sequence[Kept], metrics: Sequence[Metr
     return result
 
 
+def line_of(row: Row) -> str:
+    """The line of tables and plots that a row is in: its solver, or the choice that this solver was taken by."""
+    return row.get("line", row["solver"])
+
+
 def is_separable(row: Row, metric: str) -> bool | None:
     """Whether the interval of its difference to the best other solver leaves 0 out; None: it was not compared."""
     found = row.get("paired", {}).get(metric)

@@ -28,10 +28,14 @@ from ..pipelines.precision import autocast
 from ..pipelines.processes import device, is_main
 from ..pipelines.rollout import Inputs, load_pipeline, sample
 from ..pipelines.teacher import Teacher
+from ..schedulers.bind import guidance_scale
+from .baselines import Cell, full_name
 from .config import QualityConfig
 from .images import find_images, read_image
-from .paired import kept_of, with_pairs, write_samples
-from .report import draw_samples, file_stem, plots, table, write_results
+from .paired import Kept, kept_of, line_of, with_pairs, write_samples
+from .pictures import best_of, draw_samples, places, plots
+from .report import file_stem, table, write_results
+from .rivals import best_cells
 from .rows import measure
 from .statistics import Metric, Sample, numbers
 from .task import Task, make_metrics, prepare, sample_fields
@@ -140,52 +144,75 @@ def run(config: QualityConfig) -> dict[str, Any]:
     if config.images is not None:
         return _measure_directory(config)
     task = prepare(config, device())
-    results = _facts(config, task.metrics) | {"reference": task.teacher.summary(), "notes": [*task.notes]}
+    results = _facts(task.config, task.metrics) | {"reference": task.teacher.summary(), "notes": [*task.notes]}
     rows: list[dict[str, Any]] = []
-    kept: list[dict[str, Tensor]] = []
+    kept: list[Kept] = []
     with remembered_prompts(task.pipe, task.cache / "prompts") as memory:
         for variant, call in config.calls.items():
             if memory is not None:
                 memory.fill(task.inputs, call, config.batch_size)
-            for row, samples in _compare(task, call):
+            measured = []
+            for row, samples, scheduler in _compare(task, call):
                 rows.append({"variant": variant} | row if config.variants else row)
                 kept.append(samples)
+                if scheduler is not None:
+                    measured.append((row, samples, scheduler))
                 if is_main():
-                    write_results(config.output, with_gaps(rows, config.base, task.metrics), **results)
+                    write_results(config.output, with_gaps(rows, config.gap_from, task.metrics), **results)
             if config.picture_steps:
-                _draw(task, variant, call)
-    rows = with_pairs(with_gaps(rows, config.base, task.metrics), kept, task.metrics)
+                _draw(task, variant, call, measured)
+    rows = with_pairs(with_gaps(rows, config.gap_from, task.metrics), kept, task.metrics)
     if is_main():
         write_samples(config.output, rows, kept)
     return _finish(config, results | {"rows": rows})
 
 
-def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+def _compare(task: Task, call: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Kept, Any]]:
     """A row for the reference, where metrics say something of it, and one for every cell, as they are measured.
 
-    With each, what every sample adds to its numbers, see :func:`.paired.kept_of`.
+    With each, what every sample adds to its numbers, see :func:`.paired.kept_of`, and the cell's scheduler.
     """
     config, pipe, seeds = task.config, task.pipe, task.seeds
+    guidance = guidance_scale(pipe, {**task.inputs[0], **call})
     options: dict[str, Any] = {"call": call, "batch_size": config.batch_size, "model": task.model}
     reference = None
-    if config.base or any(n.startswith("reference") for m in task.metrics for n in m.needs):
-        kept: dict[str, Any] = {"cache": task.cache / "pairs", "setting": "batch_size"}
-        reference = make_pairs(pipe, task.teacher, task.inputs, seeds, **kept, **options)
-    options |= {"cache": task.cache, "reference": reference, "layout": config.layout, "shown": {}}
+    if config.gap_from or any(n.startswith("reference") for m in task.metrics for n in m.needs):
+        reference = _pairs(task, call, task.inputs, seeds)
+    options |= {"cache": task.cache, "reference": reference, "layout": config.layout or "image", "shown": {}}
     options["size"] = config.latent_size and tuple(config.latent_size)
     if (alone := [m for m in task.metrics if not _is_paired(m)]) and reference is not None:
         own = {"solver": "reference", "scheduler": type(task.teacher.scheduler).__name__}
         own |= dict.fromkeys(("num_inference_steps", "nfe"), task.teacher.num_inference_steps)
+        own |= {"guidance_scale": guidance}
         values = evaluate(pipe, None, 0, task.inputs, seeds, alone, title="reference", **options)
-        yield own | numbers(alone, values), kept_of(alone, values)
+        yield own | numbers(alone, values), kept_of(alone, values), None
     options |= {"precision": config.mixed_precision}
-    for cell in task.cells:
+    for cell in sorted([*_best(task, call), *task.cells], key=lambda cell: cell.nfe):  # stable
         steps = cell.num_inference_steps
         own = {"solver": cell.describe(), "title": f"{cell.solver}, {cell.nfe}"}
         values = evaluate(pipe, cell.scheduler, steps, task.inputs, seeds, task.metrics, **own, **options)
         row = {"solver": cell.solver, "learned": cell.learned, "scheduler": type(cell.scheduler).__name__}
-        row |= {"num_inference_steps": steps, "nfe": cell.nfe, **_held_out(cell.scheduler, steps)}
-        yield row | numbers(task.metrics, values), kept_of(task.metrics, values)
+        row |= {"line": cell.line} if cell.line else {}
+        row |= {"num_inference_steps": steps, "nfe": cell.nfe, "guidance_scale": guidance}
+        row |= _held_out(cell.scheduler, steps)
+        yield row | numbers(task.metrics, values), kept_of(task.metrics, values), cell.scheduler
+
+
+def _pairs(task: Task, call: Mapping[str, Any], inputs: Inputs, seeds: Sequence[int]) -> Pairs:
+    """The reference's samples, kept one by one."""
+    kept: dict[str, Any] = {"cache": task.cache / "pairs", "setting": "batch_size", "model": task.model}
+    return make_pairs(task.pipe, task.teacher, inputs, seeds, call=call, batch_size=task.config.batch_size, **kept)
+
+
+def _best(task: Task, call: Mapping[str, Any]) -> list[Cell]:
+    """The best classical solver at each number of evaluations, chosen on the samples after the measured ones."""
+    if not task.others:
+        return []
+    config, pipe, own = task.config, task.pipe, range(task.seeds.stop, task.seeds.stop + len(task.others))
+    pairs = _pairs(task, call, task.others, own)
+    precision, steps = config.mixed_precision, sorted(config.steps)
+    with autocast(pipe, precision):
+        return best_cells(pipe, pairs, call, steps, task.cache / "best-classical", task.model, precision)
 
 
 def _held_out(scheduler: Any, steps: int) -> dict[str, bool]:
@@ -201,19 +228,23 @@ def _is_paired(metric: Metric) -> bool:
     return any(need.startswith("reference") for need in metric.needs)
 
 
-def with_gaps(rows: Sequence[Mapping[str, Any]], base: str | None, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
-    """Rows with ``gap_closed``: how much of the way from the base to the reference each solver goes, by metric.
+def with_gaps(rows: Sequence[Mapping[str, Any]], origin: str | None, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    """Rows with ``gap_closed``: how much of the way from a solver to the reference each other one goes, by metric.
 
-    (v_base - v) / (v_base - v_reference)   at the same NFE; 1 - v / v_base for a distance to the reference
+    (v_start - v) / (v_start - v_reference)   at the same NFE; 1 - v / v_start for a distance to the reference
+
+    Args:
+        origin: the solver, by name or slug; None: rows as they are.
     """
-    if base is None:
+    if origin is None:
         return [dict(row) for row in rows]
-    bases = {(row.get("variant"), row["nfe"]): row for row in rows if row["solver"] == base}
+    base = full_name(origin)
+    bases = {(row.get("variant"), row["nfe"]): row for row in rows if line_of(row) == base}
     references = {row.get("variant"): row for row in rows if row["solver"] == "reference"}
     result = []
     for row in rows:
         own, variant = dict(row), row.get("variant")
-        if (start := bases.get((variant, row["nfe"]))) and row["solver"] not in (base, "reference"):
+        if (start := bases.get((variant, row["nfe"]))) and line_of(row) not in (base, "reference"):
             reference = references.get(variant, {})
             perfect = {m.name: 0.0 if _is_paired(m) else reference.get(m.name) for m in metrics}
             measured = [
@@ -238,7 +269,7 @@ def _facts(config: QualityConfig, metrics: Sequence[Metric]) -> dict[str, Any]:
         "layout",
         "latent_size",
     )
-    named = {*told, "images", "base", *(sampled if config.images is None else ())}
+    named = {*told, "images", "gap_from", *(sampled if config.images is None else ())}
     settings = {k: v for k, v in asdict(config).items() if k in named}
     facts = {m.name: {"lower_is_better": m.lower_is_better, **m.facts} for m in metrics}
     return {"settings": {k: v for k, v in settings.items() if v not in (None, "", {})}, "metrics": facts}
@@ -250,41 +281,58 @@ def _finish(config: QualityConfig, results: dict[str, Any]) -> dict[str, Any]:
         facts = {k: v for k, v in results.items() if k != "rows"}
         results = write_results(config.output, results["rows"], **facts)
         print(f"\n{table(results)}\n\nWritten to {config.output}")
-        if config.pictures and len(config.steps) > 1:
-            for picture in plots(results, Path(config.pictures) / Path(config.output).stem):
+        if config.plot and len(config.steps) > 1:
+            for picture in plots(results, Path(config.plot)):
                 print(f"Picture: {picture}")
     return results
 
 
 @torch.no_grad()
-def _draw(task: Task, variant: str, call: Mapping[str, Any]) -> None:
-    """The first samples, one solver a row, at every number of evaluations that is asked for."""
-    config, shown = task.config, slice(0, task.config.columns)
-    inputs, seeds = task.inputs[shown], task.seeds[shown]
-    size: Any = config.latent_size and tuple(config.latent_size)
+def _draw(
+    task: Task, variant: str, call: Mapping[str, Any], measured: Sequence[tuple[dict[str, Any], Kept, Any]]
+) -> None:
+    """Reference, best classical solver and learned ones, a sheet for every number of evaluations that is asked for.
 
-    def images(scheduler: Any, steps: int, precision: str | None = None) -> Tensor:
+    Half of the samples are those on which the classical solver errs most, the others those about its median.
+
+    Args:
+        measured: of every cell its row, what each sample adds to its numbers, and its scheduler.
+    """
+    config = task.config
+    size: Any = config.latent_size and tuple(config.latent_size)
+    paired = next((m for m in task.metrics if _is_paired(m)), None)
+
+    def images(scheduler: Any, steps: int, shown: Sequence[int]) -> Tensor:
         made = []
-        for first in range(0, len(inputs), config.batch_size):
-            part = slice(first, first + config.batch_size)
-            with autocast(task.pipe, precision):
-                latents = sample(task.pipe, scheduler, steps, inputs[part], seeds[part], call)[0].float()
-            made.append(to_images(task.pipe, latents, config.layout, size))
+        for first in range(0, len(shown), config.batch_size):
+            part = shown[first : first + config.batch_size]
+            inputs, seeds = [task.inputs[i] for i in part], [task.seeds[i] for i in part]
+            if scheduler is None:  # the reference, whose samples are kept
+                latents = _pairs(task, call, inputs, seeds).endpoints.to(place(task.pipe))
+            else:
+                with autocast(task.pipe, config.mixed_precision):
+                    latents = sample(task.pipe, scheduler, steps, inputs, seeds, call)[0].float()
+            made.append(to_images(task.pipe, latents, str(config.layout), size))
         return torch.cat(made)
 
-    prompts = [str(own.get("prompt", "")) for own in inputs]
-    first = images(task.teacher.scheduler, task.teacher.num_inference_steps)
     for nfe in config.picture_steps:
-        sheet = [(f"reference, {task.teacher.num_inference_steps}", first)]
-        sheet += [
-            (f"{c.solver}, {nfe}", images(c.scheduler, c.num_inference_steps, config.mixed_precision))
-            for c in task.cells
-            if c.nfe == nfe
-        ]
+        there = [one for one in measured if one[0]["nfe"] == nfe]
+        classical, learned = ([one for one in there if one[0]["learned"] is ours] for ours in (False, True))
+        errors, name = None, "reference"
+        if paired is not None and classical:
+            best = best_of([row for row, *_ in classical], paired.name, paired.lower_is_better)
+            classical = [one for one in classical if one[0] is best]
+            errors, name = classical[0][1][paired.name] * (1 if paired.lower_is_better else -1), best["solver"]
+        worst, typical = places(errors, config.pictures)
+        heads = {0: f"where {name} errs most", len(worst): "typical"} if worst else {}
+        shown = [*worst, *typical]
+        sheet = [(f"reference, {task.teacher.num_inference_steps}", images(None, 0, shown))]
+        for row, _, scheduler in [*classical[: 1 if errors is not None else None], *learned]:
+            sheet.append((f"{row['solver']}, {nfe}", images(scheduler, row["num_inference_steps"], shown)))
         if is_main():
-            folder = Path(config.pictures or Path(config.output).parent)
-            stem = file_stem(Path(config.output).stem, variant)
-            draw_samples(sheet, prompts, folder / f"{stem}-samples-{nfe}.png")
+            path = Path(config.plot or config.output)
+            prompts = [str(task.inputs[i].get("prompt", "")) for i in shown]
+            draw_samples(sheet, prompts, path.with_name(f"{file_stem(path.stem, variant)}-samples-{nfe}.png"), heads)
 
 
 # ------------------------------------------------------------------------------------------- images already there

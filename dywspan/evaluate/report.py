@@ -15,12 +15,12 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor
 
 from ..artifact import write_atomically
 from ..text import markdown
 from ..version import __version__
-from .paired import is_separable
+from .baselines import full_name
+from .paired import is_separable, line_of
 
 
 def write_results(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], **facts: Any) -> dict[str, Any]:
@@ -99,11 +99,57 @@ def table(
 
         best = {nfe: better(row[name] for row in rows if row.get("nfe") == nfe) for nfe in {r.get("nfe") for r in rows}}
         cells = [_marked(text(row), row[name] == best[row.get("nfe")], is_separable(row, name)) for row in rows]
-        parts += ["; ".join(title) + ":", _grid(rows, cells)]
+        parts += ["; ".join(title) + ":", _grid(rows, cells), *_chosen(rows)]
         if closing := [row for row in rows if name in row.get("gap_closed", {})]:
-            parts.append(f"Share of the way from {results['settings']['base']} to the reference, {name}:")
+            parts.append(
+                f"Share of the way from {full_name(results['settings']['gap_from'])} to the reference, {name}:"
+            )
             parts.append(_grid(closing, [f"{row['gap_closed'][name]:.0%}" for row in closing]))
     return "\n\n".join(parts)
+
+
+def changes(results: Mapping[str, Any], older: Mapping[str, Any], tolerance: float = 0.02) -> str:
+    """Markdown: where another solver became the best, then the numbers that moved.
+
+    So one sees which sentences about the older results have to be written anew. A number that only one of both has is
+    shown too.
+
+    Args:
+        tolerance: relative; numbers that moved by less are not shown.
+
+    Raises:
+        ValueError: they have no metric in common.
+    """
+    new, old = results.get("metrics", {}), older.get("metrics", {})
+    if not (metrics := [name for name in new if name in old]):
+        raise ValueError(f"Nothing to compare: the files measure {[*new]} and {[*old]}.")
+    best, moved = list[dict[str, Any]](), list[dict[str, Any]]()
+    for name in metrics:
+        better, both = min if new[name]["lower_is_better"] else max, [_numbers(r, name) for r in (older, results)]
+        cells = dict.fromkeys(cell for part in both for cell in part)
+        for cell in cells:
+            where = {"metric": name, "variant": cell[0], "NFE": cell[1]}
+            before, now = (part.get(cell, {}) for part in both)
+            first = [better(part, key=part.__getitem__, default="") for part in (before, now)]
+            if first[0] != first[1]:
+                best.append({**where, "best before": first[0], "best now": first[1]})
+            for solver in dict.fromkeys([*before, *now]):
+                values = [part.get(solver, math.nan) for part in (before, now)]
+                if not abs(values[1] - values[0]) <= tolerance * abs(values[0]):
+                    shown = ["" if math.isnan(value) else f"{value:.4g}" for value in values]
+                    moved.append({**where, "solver": solver, "before": shown[0], "now": shown[1]})
+    told = [f"The best solver is another one at {len(best)} of these:", markdown(best)] if best else []
+    told += [f"Numbers that moved by more than {tolerance:.0%}:", markdown(moved)] if moved else []
+    return "\n\n".join(told or [f"The best solvers are the same, and no number moved by more than {tolerance:.0%}."])
+
+
+def _numbers(results: Mapping[str, Any], metric: str) -> dict[tuple[str, int], dict[str, float]]:
+    """By variant and number of evaluations, the solvers' numbers."""
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for row in results["rows"]:
+        if metric in row and row["solver"] != "reference":
+            found.setdefault((row.get("variant", ""), row.get("nfe", 0)), {})[line_of(row)] = row[metric]
+    return found
 
 
 def by_variant(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -154,70 +200,18 @@ def _grid(rows: Sequence[Mapping[str, Any]], cells: Sequence[str]) -> str:
     lines: dict[str, dict[str, str]] = {}
     for row, cell in zip(rows, cells):
         empty = {f"{nfe} NFE" if nfe else "": "" for nfe in columns}
-        line = lines.setdefault(row["solver"], {"solver": row["solver"], **empty})
+        line = lines.setdefault(line_of(row), {"solver": line_of(row), **empty})
         line[f"{row['nfe']} NFE" if row.get("nfe") else ""] = cell
     return markdown([*lines.values()])
 
 
-def plots(results: Mapping[str, Any], stem: Path) -> list[Path]:
-    """One picture a metric, ``STEM-METRIC.png``: quality over NFE with 95 % intervals, learned solvers on top."""
-    from matplotlib import pyplot
-
-    if "variant" in results["rows"][0]:
-        parts = by_variant(results).items()
-        return [path for name, part in parts for path in plots(part, stem.with_name(file_stem(stem.name, name)))]
-    rows = [row for row in results["rows"] if row["solver"] != "reference"]
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, facts in results["metrics"].items():
-        curves: dict[str, list[Mapping[str, Any]]] = {}
-        for row in sorted(rows, key=lambda row: row["nfe"]):
-            curves.setdefault(row["solver"], []).append(row)
-        # Classical solvers in the order of their last numbers, as the legend's lines then lie in the picture.
-        sign = 1 if facts["lower_is_better"] else -1
-        order = sorted(curves, key=lambda solver: (curves[solver][-1]["learned"], -sign * curves[solver][-1][name]))
-        figure, axes = pyplot.subplots(figsize=(9.5, 5.5), layout="constrained")
-        palette = pyplot.get_cmap("tab20")
-        strong = iter(("#c1121f", "#003f88", "#007f5f", "#7b2cbf"))
-        for i, solver in enumerate(order):
-            curve = curves[solver]
-            learned = curve[0]["learned"]
-            style: dict[str, Any] = {"color": next(strong, "black") if learned else palette(i % 20)}
-            x, y = [row["nfe"] for row in curve], [row[name] for row in curve]
-            low, high = zip(*(row["interval"][name] for row in curve))
-            axes.fill_between(x, low, high, alpha=0.25 if learned else 0.12, lw=0, zorder=3 + learned, **style)
-            width = 3.0 if learned else 1.2
-            axes.plot(x, y, "o-", lw=width, ms=2 + width, label=solver, zorder=4 + learned, **style)
-        for row in results["rows"]:
-            if row["solver"] == "reference" and name in row:
-                axes.axhline(row[name], color="grey", ls=":", label=f"reference, {row['nfe']}", zorder=1)
-        if facts["lower_is_better"] and all(row[name] > 0 for row in rows):
-            axes.set_yscale("log")
-        axes.set(xlabel="guided evaluations of the network (NFE)", xticks=sorted({row["nfe"] for row in rows}))
-        axes.set_ylabel(f"{name} ({'lower' if facts['lower_is_better'] else 'higher'} is better)")
-        axes.grid(alpha=0.25, which="both", lw=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside right upper", frameon=False, fontsize=9, reverse=True)
-        written.append(Path(f"{stem}-{name}.png"))
-        figure.savefig(written[-1], dpi=120)
-        pyplot.close(figure)
-    return written
-
-
-def draw_samples(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str], path: Path) -> None:
-    """One solver a row, one sample a column.
-
-    Args:
-        rows: label and images, (B, 3, H, W) in [0, 1].
-        columns: prompts.
-    """
-    from PIL import Image
-
-    from ..plot import picture
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet = []
-    for label, images in rows:
-        levels = (images * 255).round().byte().movedim(1, -1).cpu().numpy()
-        sheet.append((label, [Image.fromarray(image) for image in levels]))
-    picture(sheet, columns).save(path)
+def _chosen(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which solvers the lines of a choice are, if there are any: "best classical: iPNDM(2M), rho 5 (3 NFE); ..."."""
+    lines: dict[str, dict[str, list[str]]] = {}
+    for row in (row for row in rows if "line" in row):
+        own = lines.setdefault(row["line"], {})
+        own.setdefault(row["solver"].removesuffix(f" ({row['line']})"), []).append(str(row["nfe"]))
+    told = (
+        (line, "; ".join(f"{name} ({', '.join(at)} NFE)" for name, at in own.items())) for line, own in lines.items()
+    )
+    return [f"{line}: {names}" for line, names in told]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from ..pipelines.inputs import check_call, read_inputs
 from ..pipelines.rollout import Inputs, load_pipeline, sample
 from ..pipelines.teacher import Teacher, find_teacher
 from ..schedulers.bind import bind, guidance_argument
-from .baselines import Cell, begin, find_solvers, make_cells
+from . import rivals
+from .baselines import BEST, Cell, begin, find_solvers, full_name, make_cells, of_ours
 from .config import QualityConfig, nearest
 from .metrics import METRICS
 from .statistics import Metric
@@ -30,7 +31,8 @@ class Task:
     """All an evaluation needs, checked, before anything is computed.
 
     Attributes:
-        cells: what is compared, by cost and then by solver.
+        cells: what is compared, by cost and then by solver, but for ``BEST``.
+        others: inputs of the samples that ``BEST`` is chosen on, those after the measured ones; none where nobody asks.
         notes: which cells stay empty, and why.
         model: hash of the pipeline's weights.
     """
@@ -41,6 +43,7 @@ class Task:
     teacher: Teacher
     metrics: Sequence[Metric]
     cells: Sequence[Cell]
+    others: Inputs
     notes: Sequence[str]
     model: str
 
@@ -64,13 +67,11 @@ def prepare(config: QualityConfig, device: torch.device | str = "cpu") -> Task:
         ValueError, OSError, ModuleNotFoundError: settings that cannot work, files that cannot be read.
     """
     solvers = find_solvers(config.solvers)
-    if config.base is not None and config.base not in [solver.name for solver in solvers]:
-        raise ValueError(
-            f"base={config.base!r} is not among the solvers{nearest(config.base, [s.name for s in solvers])}"
-        )
+    if (start := config.gap_from) is not None and full_name(start) not in [solver.name for solver in solvers]:
+        raise ValueError(f"gap_from={start!r} is not among the solvers{nearest(start, [s.name for s in solvers])}")
     inputs = _inputs(config)
     pipe = load_pipeline(config.model, getattr(torch, config.dtype), device, config.revision)
-    if isinstance(LAYOUTS[config.layout], Packed) or guidance_argument(pipe) is not None:
+    if isinstance(LAYOUTS.get(config.layout or "packed"), Packed) or guidance_argument(pipe) is not None:
         with suppress(TypeError):  # it cannot be told: that counts where it must be, and is said there
             bind(pipe)
     for call in config.calls.values():
@@ -83,33 +84,36 @@ def prepare(config: QualityConfig, device: torch.device | str = "cpu") -> Task:
     notes: list[str] = []
     with remembered_prompts(pipe, _cache(config) / "prompts"):
         begin(pipe, teacher.scheduler, teacher.num_inference_steps, inputs[0], first)
-        for solver in solvers:
+        for solver in (solver for solver in solvers if solver.name != BEST):
             made, refused = make_cells(pipe, solver, sorted(config.steps), inputs[0], first)
-            if not made and (solver.name in config.solvers or solver.learned):
+            if not made and (solver.name in map(full_name, config.solvers) or solver.learned):
                 raise ValueError(f"{refused[0]}. Drop it from solvers, or change steps={config.steps}.")
             cells += made
             notes += refused if made else []  # of "all", those that never fit are nobody's business
-        if cells and (config.picture_steps or any("latents" not in m.needs for m in metrics)):
-            _check_decoding(pipe, config, cells[0], inputs[0], first)
+        if config.picture_steps or any("latents" not in m.needs for m in metrics):
+            config = _decoding(pipe, config, of_ours("euler")(pipe, 2), inputs[0], first)
     order = sorted(cells, key=lambda cell: cell.nfe)  # stable: solvers stay in their order
-    return Task(config, pipe, inputs, teacher, metrics, order, notes, model)
+    others = _others(config, inputs) if BEST in [solver.name for solver in solvers] else []
+    return Task(config, pipe, inputs, teacher, metrics, order, others, notes, model)
 
 
 @torch.no_grad()
-def _check_decoding(
-    pipe: Any, config: QualityConfig, cell: Cell, own: Mapping[str, Any], call: Mapping[str, Any]
-) -> None:
-    """One sample can be decoded.
+def _decoding(
+    pipe: Any, config: QualityConfig, scheduler: Any, own: Mapping[str, Any], call: Mapping[str, Any]
+) -> QualityConfig:
+    """The configuration with its layout; one sample was decoded.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: it cannot be.
     """
-    latents, _ = sample(pipe, cell.scheduler, cell.num_inference_steps, [own], [0], call)
+    latents, _ = sample(pipe, scheduler, 2, [own], [0], call)
     size: Any = config.latent_size and tuple(config.latent_size)
+    config = replace(config, layout=config.layout or ("packed" if latents.ndim == 3 else "image"))
     try:
-        to_images(pipe, latents.float(), config.layout, size)
+        to_images(pipe, latents.float(), str(config.layout), size)
     except ValueError as error:
         raise ValueError(f"layout={config.layout!r} is not that of {type(pipe).__name__}: {error}") from None
+    return config
 
 
 def _inputs(config: QualityConfig) -> Inputs:
@@ -124,6 +128,14 @@ def _inputs(config: QualityConfig) -> Inputs:
     if any(own.keys() != inputs[0].keys() for own in inputs):
         raise ValueError(f"All samples must have the same arguments as the first, {sorted(inputs[0])}.")
     return [inputs[i % len(inputs)] for i in range(config.samples)]
+
+
+def _others(config: QualityConfig, inputs: Inputs) -> Inputs:
+    """The prompts after those of all samples, or else these again."""
+    count = rivals.SELECT[1]
+    more = read_inputs(config.prompts, config.prompt_column, config.prompt_split, config.samples + count) or []
+    source = more[config.samples :] if len(more) == config.samples + count else inputs
+    return [source[i % len(source)] for i in range(count)]
 
 
 def sample_fields(inputs: Inputs | None) -> set[str]:

@@ -37,6 +37,7 @@ SOLVERS: dict[str, tuple[str, int, bool]] = {
     "DPM-Solver++(2M)": ("dpmpp", 2, False),
     "DPM-Solver++(3M)": ("dpmpp", 3, False),
     "DPM-Solver++(2M), lower order final": ("dpmpp", 2, True),
+    "RES(2M)": ("res", 2, False),
     "UniP(2M)": ("unipc", 2, False),
     "UniP(3M)": ("unipc", 3, False),
 }

@@ -33,6 +33,7 @@ from ..distill.task import Task, Term
 from ..distill.trainer import learn
 from ..evaluate.metrics import latent_rmse
 from ..evaluate.paired import difference
+from ..pipelines.arena import Arena, typical
 from ..pipelines.classical import SOLVERS, Classical, asked_for, default_grid, grids, of_diffusers, solvers_on
 from ..pipelines.embeddings import remembered_prompts
 from ..pipelines.inputs import OWN, check_call, read_inputs
@@ -44,7 +45,6 @@ from ..pipelines.teacher import Teacher, find_teacher
 from ..schedulers.bind import required_arguments
 from ..schedulers.calls import core
 from ..schedulers.dyweight import DyWeightScheduler
-from .arena import Arena, typical
 from .config import TuneConfig
 
 SEED = 3 * 10**6  # of the first sample, far from those of learning and measuring
