@@ -362,7 +362,7 @@ def test_a_published_file_becomes_the_network(
     network = tiny(architecture)
     evil = lambda given: given["file"].update(augment_pipe=Evil(marker))  # noqa: E731
     file = file_of(network, tmp_path, marker, evil)
-    assert main(["convert-edm", str(file), str(tmp_path / "new" / "pipe")]) == 0
+    assert main(["convert-edm", str(file), "--output", str(tmp_path / "new" / "pipe")]) == 0
     assert f"EDMPipeline, {architecture}, " in capsys.readouterr().out
     files = {str(f.relative_to(tmp_path / "new")) for f in (tmp_path / "new").rglob("*") if f.is_file()}
     weights = "unet/diffusion_pytorch_model.safetensors"
