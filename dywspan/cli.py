@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors a user can mend end in one line, not in a traceback."""
     args = _parser().parse_args(argv)
     try:
+        for name in vars(args).pop("modules"):
+            _import(name)
         args.run(args)
     except ModuleNotFoundError as error:
         print(f"dywspan: {error}. This command needs more packages: pip install 'dywspan[train,eval]'", file=sys.stderr)
@@ -195,6 +198,14 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser("dywspan", description="Learned few-step solvers for diffusers pipelines.")
     parser.add_argument("--version", action="version", version=f"dywspan {__version__}")
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a Python file or module with classes of the model's own, which is run first; repeat for several",
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def command(name: str, run: Any, among: Any = None, **options: Any) -> argparse.ArgumentParser:
@@ -249,6 +260,24 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("bench", help="Measure quality, overhead, memory and learning; show what was measured.")
     add_benches(sub, command, evaluate)
     return parser
+
+
+def _import(name: str) -> None:
+    """A module, by its name or its file: diffusers loads a saved pipeline's own classes only where they are imported.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(name)
+    if path.suffix == ".py":
+        sys.path.insert(0, str(path.resolve().parent))
+        name = path.stem
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise FileNotFoundError(f"--import {path}: there is no such module. Name a .py file, or install it.") from None
 
 
 def _show_continuous(form: str, names: Sequence[str], function: Any) -> None:

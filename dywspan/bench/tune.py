@@ -64,9 +64,9 @@ def tuned_rows(
     for n in steps:
         with tuning(pipe, TuneConfig(steps=[n], prompts=_plain(prompts), call=dict(call), seed=seed)) as course:
             (outcome,), teacher = course.run(), course.teacher
-        with _arena(pipe, pairs, call) as arena:
+        with arena_of(pipe, pairs, call) as arena:
             own, places = DyWeightScheduler.from_config(pipe.scheduler), range(SELECT[1], len(fresh))
-            rival = best_classical(pipe, arena, n)
+            rival = best_classical(pipe, arena, n)[0]
             measured = {f"{rival.name} (best classical)": own.with_tables([rival.table])}
             measured["tuned"] = own.with_tables([outcome.table])
             measured |= {name: scheduler for name, scheduler in artefacts.items() if n in scheduler.tables}
@@ -74,16 +74,16 @@ def tuned_rows(
         yield from _rows(subject, n, errors, outcome, teacher)
 
 
-def best_classical(pipe: Any, arena: Arena, n: int) -> Classical:
-    """By the mean error on the first samples."""
+def best_classical(pipe: Any, arena: Arena, n: int) -> list[Classical]:
+    """``FINALISTS`` of all solvers on all grids, the best first, by the mean error on the first samples."""
     own = DyWeightScheduler.from_config(pipe.scheduler)
     scheduler, request = asked_for(pipe, n, arena.inputs, arena.call)
     among = [c for name, grid in grids(pipe, scheduler, request).items() for c in solvers_on(grid, name, request)]
     among += of_diffusers(pipe, scheduler, request)
-    for count, kept in zip(SELECT, (FINALISTS, 1)):
+    for count in SELECT:
         errors = {i: arena.errors(own.with_tables([c.table]), n, range(count)) for i, c in enumerate(among)}
-        among = [among[i] for i in sorted(errors, key=lambda i: float(errors[i].mean()))[:kept]]
-    return among[0]
+        among = [among[i] for i in sorted(errors, key=lambda i: float(errors[i].mean()))[:FINALISTS]]
+    return among
 
 
 def _plain(prompts: Any) -> Any:
@@ -91,7 +91,7 @@ def _plain(prompts: Any) -> Any:
 
 
 @contextmanager
-def _arena(pipe: Any, pairs: Pairs, call: Mapping[str, Any]) -> Iterator[Arena]:
+def arena_of(pipe: Any, pairs: Pairs, call: Mapping[str, Any]) -> Iterator[Arena]:
     """Samples whose targets are known, each prompt encoded once."""
     memo = Memo(pipe)
     with TemporaryDirectory() as folder, remembered_prompts(pipe, Path(folder)), memo.installed(), torch.no_grad():

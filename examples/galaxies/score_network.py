@@ -9,7 +9,7 @@ Its network is the score of x_t, where t runs from 10 to 0:
 
     x_t = exp(-t / 2) x_0 + sigma e,   sigma^2 = 1 - exp(-t),   score = -e / sigma
 
-As diffusers has it, that is a network of epsilon on 1,000 constant betas of 1 - exp(-0.01), with t = (timestep + 1) / 100.
+To diffusers that is a network of epsilon on 1,000 constant betas, 1 - exp(-0.01), with t = (timestep + 1) / 100.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ FILES = {  # of the surveys' networks, by name
     "ztf32": "eqx_ZTF_ScoreNet32.eqx",
     "ztf64": "eqx_ZTF_ScoreNet64.eqx",
 }
+
 
 # ------------------------------------------------------------------------------------------------------- the network
 
@@ -108,7 +109,7 @@ class ScoreNetwork(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=epsilon) if return_dict else (epsilon,)
 
 
-# --------------------------------------------------------------------------------------------------- the package's files
+# -------------------------------------------------------------------------------------------------- the package's files
 
 
 def find(name: str) -> Path:

@@ -1,0 +1,219 @@
+"""Galaxies in 3, 5 and 7 evaluations: solvers learned for score networks that others trained and published.
+
+    pip install --no-deps galaxygrad==0.2.1
+    python examples/galaxies/galaxies.py build     # the networks as diffusers pipelines, into build/galaxies
+    python examples/galaxies/galaxies.py learn     # tables and SpanLift for them, into build/galaxies
+    python examples/galaxies/galaxies.py measure   # those that ship, beside the best classical solver, on fresh noise
+
+The pipelines are ordinary ones. Their network is of a class of its own, which every command is told:
+
+    dywspan --import examples/galaxies/score_network.py tune build/galaxies/hsc64 --steps 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from score_network import pipeline, stretched
+from torch.nn.functional import pad
+
+from dywspan import DyWeightScheduler, SpanLiftScheduler
+from dywspan.bench.tune import SELECT, arena_of, best_classical
+from dywspan.distill.config import LearningConfig
+from dywspan.distill.lift import LiftStudent
+from dywspan.distill.losses import make_loss
+from dywspan.distill.student import TableStudent
+from dywspan.distill.task import Task, Term
+from dywspan.distill.trainer import distill, learn
+from dywspan.evaluate.metrics import latent_rmse
+from dywspan.evaluate.paired import with_pairs
+from dywspan.evaluate.report import table, write_results
+from dywspan.evaluate.statistics import interval
+from dywspan.pipelines.classical import Classical
+from dywspan.pipelines.pairs import Pairs, make_pairs
+from dywspan.pipelines.rollout import load_pipeline
+from dywspan.pipelines.teacher import Teacher, find_teacher
+from dywspan.plot import picture
+from dywspan.schedulers.apply import load
+from dywspan.tuning.arena import Arena
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parent.parent / "docs"
+# Seeds of the first sample, far from each other.
+TRAIN, HELD_OUT, FRESH = 2 * 10**6, 10**6, 5 * 10**6
+SHOWN = (3, 5)  # numbers of evaluations that the picture shows
+COLUMNS = 9  # samples that it shows
+
+
+class Galaxies:
+    """One network: its pipeline, and samples of the reference, 100 steps of iPNDM(4M)."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.pipe = load_pipeline(str(folder / name))
+        self.own = DyWeightScheduler.from_config(self.pipe.scheduler)
+        self.teacher: Teacher = find_teacher(self.pipe, "ipndm", 100, 4)
+        self.loss = make_loss(self.pipe, "rmse")
+
+    def pairs(self, first: int, count: int) -> Pairs:
+        """Noise of these seeds, and where the reference ends."""
+        seeds = range(first, first + count)
+        return make_pairs(
+            self.pipe, self.teacher, [{}] * count, seeds, call={}, batch_size=8, cache=self.folder / "cache"
+        )
+
+    def term(self, n: int, train: int, held_out: int) -> Term:
+        """What n steps are learned from."""
+        return Term(n, {}, self.pairs(TRAIN, train), self.pairs(HELD_OUT, held_out))
+
+    # ------------------------------------------------------------------ learning
+
+    def learn_table(self, term: Term, starts: int, config: LearningConfig) -> DyWeightScheduler:
+        """The best, held out, of what least squares finds from some classical solvers, each on another grid."""
+        with arena_of(self.pipe, term.train[: SELECT[1]], {}) as arena:
+            ranked = best_classical(self.pipe, arena, term.steps)
+        first_on = {solver.grid: solver for solver in reversed(ranked)}
+        chosen = sorted(first_on.values(), key=ranked.index)[:starts]
+        found = [self._table_from(solver, term, config) for solver in chosen]
+        return min(found, key=lambda own: own.tables[term.steps].provenance["held_out_error"]["after"])
+
+    def _table_from(self, solver: Classical, term: Term, config: LearningConfig) -> DyWeightScheduler:
+        missing = max(0, min(config.order, term.steps) - solver.table.weights.shape[1])
+        start = replace(solver.table, weights=pad(solver.table.weights, (0, missing)))
+        student = TableStudent(self.own, start)
+        progress = learn(Task(self.pipe, self.teacher, [term], config, self.loss), student)
+        result = student.result(lambda name: {**progress.provenance(name), "start": solver.name})
+        print(f"{self.name}, {term.steps} steps from {solver.name}: {_errors(result.tables[term.steps])}", flush=True)
+        return result
+
+    def learn_lift(
+        self, base: DyWeightScheduler, term: Term, config: LearningConfig, operator: Mapping[str, int]
+    ) -> SpanLiftScheduler:
+        """SpanLift on a table."""
+        options: dict[str, Any] = {"solver": "spanlift", "base": base, "operator": operator, "name": str(term.steps)}
+        result = distill(Task(self.pipe, self.teacher, [term], config, self.loss, **options))
+        print(f"{self.name}, SpanLift, {term.steps} steps: {_errors(result.lifts[term.steps])}", flush=True)
+        return result
+
+    # ------------------------------------------------------------------ measuring
+
+    def solvers(self, arena: Arena, n: int, learned: Path) -> dict[str, Any]:
+        """What is compared at n evaluations, by name: the best classical solver of the first samples, and ours."""
+        rival = best_classical(self.pipe, arena, n)[0]
+        found = {f"{rival.name} (best classical)": self.own.with_tables([rival.table])}
+        for kind, suffix in (("DyWeight", "solvers"), ("SpanLift", "spanlift")):
+            found[f"{kind} (learned)"] = load(str(learned / f"{self.name}-{suffix}"))
+        return found
+
+    def measure(self, steps: Sequence[int], samples: int, learned: Path) -> tuple[list[dict[str, Any]], Any]:
+        """A row for each number of evaluations and solver; and rows of a picture."""
+        pairs, metric = self.pairs(FRESH, SELECT[1] + samples), latent_rmse()
+        rows: list[dict[str, Any]] = []
+        kept = []
+        shown = range(SELECT[1], SELECT[1] + COLUMNS)
+        drawn = [(f"{self.name.upper()}, 100 evaluations", pairs.endpoints[shown.start : shown.stop])]
+        with arena_of(self.pipe, pairs, {}) as arena:
+            for n in steps:
+                for name, scheduler in self.solvers(arena, n, learned).items():
+                    errors = arena.errors(scheduler, n, range(SELECT[1], len(pairs)))
+                    row = {"network": self.name, "solver": name, "nfe": n, "latent_rmse": float(errors.mean())}
+                    row |= {"median": float(errors.median()), "interval": [*interval(metric, errors[:, None])]}
+                    rows.append(row | {"samples": len(errors), "learned": name.endswith("(learned)")})
+                    kept.append({"latent_rmse": errors})
+                    if n in SHOWN:
+                        label = name.replace(" (learned)", "").replace(" (best classical)", "")
+                        drawn.append((f"{label}, {n}", arena.endpoints(scheduler, n, shown)))
+        return with_pairs(rows, kept, [metric]), drawn
+
+
+def _errors(part: Any) -> str:
+    error = part.provenance["held_out_error"]
+    return f"held-out error {error['before']:.4f} -> {error['after']:.4f}"
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def build(args: argparse.Namespace) -> None:
+    """Save the networks of the installed galaxygrad as diffusers pipelines."""
+    for name in args.networks:
+        pipeline(name).save_pretrained(args.folder / name)
+        print(f"{args.folder / name}: a DDPMPipeline")
+
+
+def learn_all(args: argparse.Namespace) -> None:
+    """Learn a table for each number of steps, and SpanLift on it."""
+    tables = LearningConfig(
+        optimizer="least_squares", updates=args.updates, evaluate_every=5, batch_size=8, order=3, patience=4
+    )
+    lifts = LearningConfig(
+        updates=args.lift_updates, evaluate_every=25, batch_size=8, order=3, lr=args.lift_lr, recompute=False
+    )
+    for name in args.networks:
+        own = Galaxies(name, args.folder)
+        for n in args.steps:
+            base = own.learn_table(own.term(n, args.pairs, args.held_out), args.starts, tables)
+            _save(args.folder / f"{name}-solvers", base, lambda kept, new: kept.with_tables([*new.tables.values()]))
+            term = own.term(n, args.lift_pairs, args.held_out)
+            lifted = own.learn_lift(base, term, lifts, {"width": args.width})
+            _save(args.folder / f"{name}-spanlift", lifted, LiftStudent.merge)
+
+
+def _save(folder: Path, new: Any, merge: Any) -> None:
+    """With what is there for other numbers of steps."""
+    (merge(load(str(folder)), new) if folder.exists() else new).save_pretrained(folder)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Compare the learned solvers with the best classical one on fresh noise: results, a table and a picture."""
+    rows: list[dict[str, Any]] = []
+    sheets: list[tuple[str, Any]] = []
+    for name in args.networks:
+        own, drawn = Galaxies(name, args.folder).measure(args.steps, args.samples, args.solvers)
+        rows += own
+        sheets += [(label, [stretched(x) for x in images]) for label, images in drawn] + [("", [])]
+    command = shlex.join(["python", "examples/galaxies/galaxies.py", *sys.argv[1:]])
+    reference = {"solver": "ipndm", "solver_order": 4, "steps": 100}
+    results = write_results(args.json, rows, command=command, reference=reference)
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    picture(sheets[:-1], [""] * COLUMNS).convert("L").save(args.picture, optimize=True)
+    print(table(results, ["network", "solver", "nfe", "latent_rmse", "median"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    for name, run in {"build": build, "learn": learn_all, "measure": measure}.items():
+        sub = commands.add_parser(name, help=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=run)
+        sub.add_argument("--networks", nargs="+", default=["hsc64", "ztf64"], help="also hsc32 and ztf32")
+        sub.add_argument("--folder", type=Path, default=Path("build/galaxies"), help="of the pipelines")
+        if run is build:
+            continue
+        sub.add_argument("--steps", type=int, nargs="+", default=[3, 5, 7])
+        if run is measure:
+            sub.add_argument("--solvers", type=Path, default=HERE, help="where the learned ones are")
+            sub.add_argument("--samples", type=int, default=256, help="to measure on, after those to select by")
+            sub.add_argument("--json", type=Path, default=DOCS / "results" / "galaxies.json")
+            sub.add_argument("--picture", type=Path, default=DOCS / "images" / "galaxies.png")
+            continue
+        sub.add_argument("--pairs", type=int, default=64, help="that tables are learned from")
+        sub.add_argument("--held-out", type=int, default=32, help="that say which of what was found is best")
+        sub.add_argument("--starts", type=int, default=2, help="classical solvers that a table is learned from")
+        sub.add_argument("--updates", type=int, default=40, help="of least squares, at most")
+        sub.add_argument("--lift-pairs", type=int, default=128, help="that SpanLift is learned from")
+        sub.add_argument("--lift-updates", type=int, default=300)
+        sub.add_argument("--lift-lr", type=float, default=2e-3)
+        sub.add_argument("--width", type=int, default=16, help="of SpanLift's operator")
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
