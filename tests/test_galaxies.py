@@ -17,7 +17,9 @@ from dywspan import DyWeightScheduler
 from dywspan.bench.tune import SELECT
 from dywspan.cli import main
 from dywspan.distill import DistillConfig, SolverTrainer
+from dywspan.evaluate.baselines import BASELINES, Solver, make_cell
 from dywspan.evaluate.report import read_results
+from dywspan.pipelines.rollout import load_pipeline
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "galaxies"
@@ -150,7 +152,7 @@ def test_a_saved_pipeline_is_tuned_by_the_command_that_is_told_its_class(
     own = ["--import", str(EXAMPLE / "score_network.py")]
     small = ["--steps", "2", "--pairs", "8", "--held-out", "4", "--evaluations", "300"]
     assert main([*own, "tune", str(folder), *small, "--output", str(tmp_path / "tuned")]) == 0
-    pipe = dywspan.pipelines.rollout.load_pipeline(str(folder))
+    pipe = load_pipeline(str(folder))
     assert type(pipe.unet) is sys.modules["score_network"].ScoreNetwork
     applied = dywspan.apply(pipe, str(tmp_path / "tuned"))
     assert pipe(num_inference_steps=2, batch_size=2).images[0].size == (12, 12) and applied.scheduler.tables.keys() == {
@@ -179,28 +181,34 @@ def test_bench_tune_asks_no_text_of_a_network_without(
 
 
 def test_time_as_a_channel_has_no_layer_for_timelift(folder: Path, tmp_path: Path) -> None:
-    pipe = dywspan.pipelines.rollout.load_pipeline(str(folder))
+    pipe = load_pipeline(str(folder))
     config = DistillConfig(solver="timelift", steps=[2], pairs=4, held_out=2, base="euler", output=str(tmp_path / "x"))
     with pytest.raises(ValueError, match="its unet has no layer that is told the time and nothing else"):
         SolverTrainer(pipe, config)
 
 
+@pytest.mark.parametrize(("name", "own"), [("UniPC", True), ("DPM-Solver++(2M)", False)])
+def test_a_scheduler_whose_step_is_not_given_what_it_takes_does_not_fit(folder: Path, name: str, own: bool) -> None:
+    """The unconditional pipeline gives every step a generator."""
+    cell = make_cell(load_pipeline(str(folder)), Solver(name, BASELINES[name]), 3, {}, {})
+    assert isinstance(cell.scheduler, DyWeightScheduler) == own
+
+
 @pytest.mark.slow
 def test_the_example_learns_and_measures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there, small = ["--networks", "tiny", "--folder", str(folder.parent)], ["--steps", "2"]
-    few = ["--pairs", "8", "--held-out", "4", "--updates", "3", "--lift-pairs", "8", "--lift-updates", "2"]
+    there, few = str(folder.parent), ["--pairs", "8", "--held-out", "4", "--updates"]
     results, picture = folder.parent / "galaxies.json", folder.parent / "galaxies.png"
-    where = ["--samples", "10", "--solvers", str(folder.parent), "--json", str(results), "--picture", str(picture)]
-    for command in (["learn", *there, *small, *few], ["measure", *there, *small, *where]):
-        monkeypatch.setattr(sys, "argv", ["galaxies.py", *command])
+    where = ["--samples", "10", "--solvers", there, "--json", str(results), "--picture", str(picture)]
+    commands = {"learn": [*few, "3"], "lift": [*few, "2", "--base", there], "measure": where}
+    for command, options in commands.items():
+        given = ["--networks", "tiny", "--folder", there, "--steps", "2", *options]
+        monkeypatch.setattr(sys, "argv", ["galaxies.py", command, *given])
         galaxies.main()
     rows = read_results(results)["rows"]
     assert [row["solver"] for row in rows[1:]] == ["DyWeight (learned)", "SpanLift (learned)"] and picture.exists()
-    assert (
-        rows[1]["latent_rmse"]
-        < rows[0]["latent_rmse"]
-        == pytest.approx(rows[1]["latent_rmse"] - rows[1]["paired_classical"]["latent_rmse"]["difference"])
-    )
+    found = rows[1]["paired_classical"]["latent_rmse"]
+    assert found["difference"] < 0 and found["against"] == rows[0]["solver"]
+    assert rows[1]["latent_rmse"] == pytest.approx(rows[0]["latent_rmse"] + found["difference"])
 
 
 # ----------------------------------------------------------------------------------------------- the package's networks

@@ -2,7 +2,8 @@
 
     pip install --no-deps galaxygrad==0.2.1
     python examples/galaxies/galaxies.py build     # the networks as diffusers pipelines, into build/galaxies
-    python examples/galaxies/galaxies.py learn     # tables and SpanLift for them, into build/galaxies
+    python examples/galaxies/galaxies.py learn     # tables for them, into build/galaxies
+    python examples/galaxies/galaxies.py lift      # SpanLift on the tables that ship, into build/galaxies
     python examples/galaxies/galaxies.py measure   # those that ship, beside the best classical solver, on fresh noise
 
 The pipelines are ordinary ones. Their network is of a class of its own, which every command is told:
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ from dywspan.evaluate.metrics import latent_rmse
 from dywspan.evaluate.paired import with_pairs
 from dywspan.evaluate.report import table, write_results
 from dywspan.evaluate.statistics import interval
-from dywspan.pipelines.classical import Classical
 from dywspan.pipelines.pairs import Pairs, make_pairs
 from dywspan.pipelines.rollout import load_pipeline
 from dywspan.pipelines.teacher import Teacher, find_teacher
@@ -74,32 +74,21 @@ class Galaxies:
 
     # ------------------------------------------------------------------ learning
 
-    def learn_table(self, term: Term, starts: int, config: LearningConfig) -> DyWeightScheduler:
-        """The best, held out, of what least squares finds from some classical solvers, each on another grid."""
+    def learn_table(self, term: Term, config: LearningConfig) -> DyWeightScheduler:
+        """A table, by least squares from the best classical solver."""
         with arena_of(self.pipe, term.train[: SELECT[1]], {}) as arena:
-            ranked = best_classical(self.pipe, arena, term.steps)
-        first_on = {solver.grid: solver for solver in reversed(ranked)}
-        chosen = sorted(first_on.values(), key=ranked.index)[:starts]
-        found = [self._table_from(solver, term, config) for solver in chosen]
-        return min(found, key=lambda own: own.tables[term.steps].provenance["held_out_error"]["after"])
-
-    def _table_from(self, solver: Classical, term: Term, config: LearningConfig) -> DyWeightScheduler:
-        missing = max(0, min(config.order, term.steps) - solver.table.weights.shape[1])
-        start = replace(solver.table, weights=pad(solver.table.weights, (0, missing)))
-        student = TableStudent(self.own, start)
+            best = best_classical(self.pipe, arena, term.steps)[0]
+        missing = max(0, min(config.order, term.steps) - best.table.weights.shape[1])
+        student = TableStudent(self.own, replace(best.table, weights=pad(best.table.weights, (0, missing))))
         progress = learn(Task(self.pipe, self.teacher, [term], config, self.loss), student)
-        result = student.result(lambda name: {**progress.provenance(name), "start": solver.name})
-        print(f"{self.name}, {term.steps} steps from {solver.name}: {_errors(result.tables[term.steps])}", flush=True)
-        return result
+        return student.result(lambda name: {**progress.provenance(name), "start": best.name})
 
     def learn_lift(
         self, base: DyWeightScheduler, term: Term, config: LearningConfig, operator: Mapping[str, int]
     ) -> SpanLiftScheduler:
         """SpanLift on a table."""
         options: dict[str, Any] = {"solver": "spanlift", "base": base, "operator": operator, "name": str(term.steps)}
-        result = distill(Task(self.pipe, self.teacher, [term], config, self.loss, **options))
-        print(f"{self.name}, SpanLift, {term.steps} steps: {_errors(result.lifts[term.steps])}", flush=True)
-        return result
+        return distill(Task(self.pipe, self.teacher, [term], config, self.loss, **options))
 
     # ------------------------------------------------------------------ measuring
 
@@ -132,11 +121,6 @@ class Galaxies:
         return with_pairs(rows, kept, [metric]), drawn
 
 
-def _errors(part: Any) -> str:
-    error = part.provenance["held_out_error"]
-    return f"held-out error {error['before']:.4f} -> {error['after']:.4f}"
-
-
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
@@ -147,27 +131,47 @@ def build(args: argparse.Namespace) -> None:
         print(f"{args.folder / name}: a DDPMPipeline")
 
 
-def learn_all(args: argparse.Namespace) -> None:
-    """Learn a table for each number of steps, and SpanLift on it."""
-    tables = LearningConfig(
-        optimizer="least_squares", updates=args.updates, evaluate_every=5, batch_size=8, order=3, patience=4
+def learn_tables(args: argparse.Namespace) -> None:
+    """Learn a table for each number of steps."""
+    config = LearningConfig(
+        optimizer="least_squares",
+        updates=args.updates,
+        evaluate_every=4,
+        batch_size=args.batch_size,
+        order=3,
+        patience=3,
     )
-    lifts = LearningConfig(
-        updates=args.lift_updates, evaluate_every=25, batch_size=8, order=3, lr=args.lift_lr, recompute=False
-    )
-    for name in args.networks:
-        own = Galaxies(name, args.folder)
-        for n in args.steps:
-            base = own.learn_table(own.term(n, args.pairs, args.held_out), args.starts, tables)
-            _save(args.folder / f"{name}-solvers", base, lambda kept, new: kept.with_tables([*new.tables.values()]))
-            term = own.term(n, args.lift_pairs, args.held_out)
-            lifted = own.learn_lift(base, term, lifts, {"width": args.width})
-            _save(args.folder / f"{name}-spanlift", lifted, LiftStudent.merge)
+    for own, n in _each(args):
+        learned = own.learn_table(own.term(n, args.pairs, args.held_out), config)
+        _save(args.folder / f"{own.name}-solvers", learned, TableStudent.merge)
+        _say(own, n, learned.tables[n])
 
 
-def _save(folder: Path, new: Any, merge: Any) -> None:
+def learn_lifts(args: argparse.Namespace) -> None:
+    """Learn SpanLift on each table."""
+    config = LearningConfig(
+        updates=args.updates, evaluate_every=25, batch_size=args.batch_size, order=3, lr=args.lr, recompute=False
+    )
+    for own, n in _each(args):
+        base, term = load(str(args.base / f"{own.name}-solvers")), own.term(n, args.pairs, args.held_out)
+        lifted = own.learn_lift(base.with_tables([base.tables[n]]), term, config, {"width": args.width})
+        _save(args.folder / f"{own.name}-spanlift", lifted, LiftStudent.merge)
+        _say(own, n, lifted.lifts[n])
+
+
+def _each(args: argparse.Namespace) -> Iterator[tuple[Galaxies, int]]:
+    for own in (Galaxies(name, args.folder) for name in args.networks):
+        yield from ((own, n) for n in args.steps)
+
+
+def _save(folder: Path, new: Any, merge: Callable[[Any, Any], Any]) -> None:
     """With what is there for other numbers of steps."""
     (merge(load(str(folder)), new) if folder.exists() else new).save_pretrained(folder)
+
+
+def _say(own: Galaxies, n: int, part: Any) -> None:
+    error = part.provenance["held_out_error"]
+    print(f"{own.name}, {n} steps: held-out error {error['before']:.4f} -> {error['after']:.4f}", flush=True)
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -189,28 +193,31 @@ def measure(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
-    for name, run in {"build": build, "learn": learn_all, "measure": measure}.items():
+
+    def command(name: str, run: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(run=run)
         sub.add_argument("--networks", nargs="+", default=["hsc64", "ztf64"], help="also hsc32 and ztf32")
-        sub.add_argument("--folder", type=Path, default=Path("build/galaxies"), help="of the pipelines")
-        if run is build:
-            continue
-        sub.add_argument("--steps", type=int, nargs="+", default=[3, 5, 7])
-        if run is measure:
-            sub.add_argument("--solvers", type=Path, default=HERE, help="where the learned ones are")
-            sub.add_argument("--samples", type=int, default=256, help="to measure on, after those to select by")
-            sub.add_argument("--json", type=Path, default=DOCS / "results" / "galaxies.json")
-            sub.add_argument("--picture", type=Path, default=DOCS / "images" / "galaxies.png")
-            continue
-        sub.add_argument("--pairs", type=int, default=64, help="that tables are learned from")
-        sub.add_argument("--held-out", type=int, default=32, help="that say which of what was found is best")
-        sub.add_argument("--starts", type=int, default=2, help="classical solvers that a table is learned from")
-        sub.add_argument("--updates", type=int, default=40, help="of least squares, at most")
-        sub.add_argument("--lift-pairs", type=int, default=128, help="that SpanLift is learned from")
-        sub.add_argument("--lift-updates", type=int, default=300)
-        sub.add_argument("--lift-lr", type=float, default=2e-3)
-        sub.add_argument("--width", type=int, default=16, help="of SpanLift's operator")
+        sub.add_argument("--folder", type=Path, default=Path("build/galaxies"), help="of the pipelines, and of results")
+        if run is not build:
+            sub.add_argument("--steps", type=int, nargs="+", default=[3, 5, 7])
+        return sub
+
+    command("build", build)
+    for name, run, updates, size in (("learn", learn_tables, 20, 8), ("lift", learn_lifts, 150, 4)):
+        sub = command(name, run)
+        sub.add_argument("--pairs", type=int, default=64, help="to learn from")
+        sub.add_argument("--held-out", type=int, default=32, help="pairs that say which solver was best on the way")
+        sub.add_argument("--updates", type=int, default=updates, help="at most")
+        sub.add_argument("--batch-size", type=int, default=size, help="pairs of an update")
+    sub.add_argument("--base", type=Path, default=HERE, help="where the tables are")
+    sub.add_argument("--lr", type=float, default=2e-3)
+    sub.add_argument("--width", type=int, default=16, help="of the operator")
+    sub = command("measure", measure)
+    sub.add_argument("--solvers", type=Path, default=HERE, help="where the learned ones are")
+    sub.add_argument("--samples", type=int, default=64, help="to measure on, after those to select by")
+    sub.add_argument("--json", type=Path, default=DOCS / "results" / "galaxies.json")
+    sub.add_argument("--picture", type=Path, default=DOCS / "images" / "galaxies.png")
     args = parser.parse_args()
     args.run(args)
 
