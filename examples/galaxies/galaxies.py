@@ -25,6 +25,7 @@ from score_network import pipeline, stretched
 from torch.nn.functional import pad
 
 from dywspan import DyWeightScheduler, SpanLiftScheduler
+from dywspan.artifact import markdown
 from dywspan.bench.tune import SELECT, arena_of, best_classical
 from dywspan.distill.config import LearningConfig
 from dywspan.distill.lift import LiftStudent
@@ -34,7 +35,7 @@ from dywspan.distill.task import Task, Term
 from dywspan.distill.trainer import distill, learn
 from dywspan.evaluate.metrics import latent_rmse
 from dywspan.evaluate.paired import with_pairs
-from dywspan.evaluate.report import table, write_results
+from dywspan.evaluate.report import write_results
 from dywspan.evaluate.statistics import interval
 from dywspan.pipelines.pairs import Pairs, make_pairs
 from dywspan.pipelines.rollout import load_pipeline
@@ -96,8 +97,10 @@ class Galaxies:
         """What is compared at n evaluations, by name: the best classical solver of the first samples, and ours."""
         rival = best_classical(self.pipe, arena, n)[0]
         found = {f"{rival.name} (best classical)": self.own.with_tables([rival.table])}
-        for kind, suffix in (("DyWeight", "solvers"), ("SpanLift", "spanlift")):
-            found[f"{kind} (learned)"] = load(str(learned / f"{self.name}-{suffix}"))
+        for kind, part in (("DyWeight", "solvers"), ("SpanLift", "spanlift")):
+            scheduler = load(str(folder)) if (folder := learned / f"{self.name}-{part}").exists() else None
+            if n in getattr(scheduler, "lifts" if kind == "SpanLift" else "tables", ()):
+                found[f"{kind} (learned)"] = scheduler
         return found
 
     def measure(self, steps: Sequence[int], samples: int, learned: Path) -> tuple[list[dict[str, Any]], Any]:
@@ -184,10 +187,28 @@ def measure(args: argparse.Namespace) -> None:
         sheets += [(label, [stretched(x) for x in images]) for label, images in drawn] + [("", [])]
     command = shlex.join(["python", "examples/galaxies/galaxies.py", *sys.argv[1:]])
     reference = {"solver": "ipndm", "solver_order": 4, "steps": 100}
-    results = write_results(args.json, rows, command=command, reference=reference)
+    write_results(args.json, rows, command=command, reference=reference)
     args.picture.parent.mkdir(parents=True, exist_ok=True)
     picture(sheets[:-1], [""] * COLUMNS).convert("L").save(args.picture, optimize=True)
-    print(table(results, ["network", "solver", "nfe", "latent_rmse", "median"]))
+    print(summary(rows))
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a line for each network and number of evaluations."""
+    lines: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in rows:
+        line = lines.setdefault((row["network"], row["nfe"]), {"network": row["network"], "NFE": row["nfe"]})
+        if row["learned"]:
+            name, found = row["solver"].removesuffix(" (learned)"), row["paired_classical"]["latent_rmse"]
+            line[name] = f"{row['latent_rmse']:.4f}"
+            line[f"{name}, difference (95 %)"] = (
+                f"{found['difference']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
+            )
+        else:
+            line["best classical solver of all"] = row["solver"].removesuffix(" (best classical)")
+            line["its error"] = f"{row['latent_rmse']:.4f}"
+    empty = {name: "" for line in lines.values() for name in line}
+    return markdown([empty | line for line in lines.values()])
 
 
 def main() -> None:
