@@ -66,7 +66,7 @@ def tuned_rows(
             (outcome,), teacher = course.run(), course.teacher
         with arena_of(pipe, pairs, call) as arena:
             own, places = DyWeightScheduler.from_config(pipe.scheduler), range(SELECT[1], len(fresh))
-            rival = best_classical(pipe, arena, n)[0]
+            rival = best_classical(pipe, arena, n)
             measured = {f"{rival.name} (best classical)": own.with_tables([rival.table])}
             measured["tuned"] = own.with_tables([outcome.table])
             measured |= {name: scheduler for name, scheduler in artefacts.items() if n in scheduler.tables}
@@ -74,16 +74,20 @@ def tuned_rows(
         yield from _rows(subject, n, errors, outcome, teacher)
 
 
-def best_classical(pipe: Any, arena: Arena, n: int) -> list[Classical]:
-    """``FINALISTS`` of all solvers on all grids, the best first, by the mean error on the first samples."""
-    own = DyWeightScheduler.from_config(pipe.scheduler)
+def best_classical(pipe: Any, arena: Arena, n: int) -> Classical:
+    """By the mean error on the first samples."""
+    own, among = DyWeightScheduler.from_config(pipe.scheduler), all_classical(pipe, arena, n)
+    for count, kept in zip(SELECT, (FINALISTS, 1)):
+        errors = {i: arena.errors(own.with_tables([c.table]), n, range(count)) for i, c in enumerate(among)}
+        among = [among[i] for i in sorted(errors, key=lambda i: float(errors[i].mean()))[:kept]]
+    return among[0]
+
+
+def all_classical(pipe: Any, arena: Arena, n: int) -> list[Classical]:
+    """All solvers on all grids that fit."""
     scheduler, request = asked_for(pipe, n, arena.inputs, arena.call)
     among = [c for name, grid in grids(pipe, scheduler, request).items() for c in solvers_on(grid, name, request)]
-    among += of_diffusers(pipe, scheduler, request)
-    for count in SELECT:
-        errors = {i: arena.errors(own.with_tables([c.table]), n, range(count)) for i, c in enumerate(among)}
-        among = [among[i] for i in sorted(errors, key=lambda i: float(errors[i].mean()))[:FINALISTS]]
-    return among
+    return among + of_diffusers(pipe, scheduler, request)
 
 
 def _plain(prompts: Any) -> Any:

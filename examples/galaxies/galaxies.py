@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from score_network import pipeline, stretched
+from torch import Tensor
 from torch.nn.functional import pad
 
 from dywspan import DyWeightScheduler, SpanLiftScheduler
 from dywspan.artifact import markdown
-from dywspan.bench.tune import SELECT, arena_of, best_classical
+from dywspan.bench.tune import SELECT, all_classical, arena_of, best_classical
 from dywspan.distill.config import LearningConfig
 from dywspan.distill.lift import LiftStudent
 from dywspan.distill.losses import make_loss
@@ -78,7 +79,7 @@ class Galaxies:
     def learn_table(self, term: Term, config: LearningConfig) -> DyWeightScheduler:
         """A table, by least squares from the best classical solver."""
         with arena_of(self.pipe, term.train[: SELECT[1]], {}) as arena:
-            best = best_classical(self.pipe, arena, term.steps)[0]
+            best = best_classical(self.pipe, arena, term.steps)
         missing = max(0, min(config.order, term.steps) - best.table.weights.shape[1])
         student = TableStudent(self.own, replace(best.table, weights=pad(best.table.weights, (0, missing))))
         progress = learn(Task(self.pipe, self.teacher, [term], config, self.loss), student)
@@ -94,33 +95,33 @@ class Galaxies:
     # ------------------------------------------------------------------ measuring
 
     def solvers(self, arena: Arena, n: int, learned: Path) -> dict[str, Any]:
-        """What is compared at n evaluations, by name: the best classical solver of the first samples, and ours."""
-        rival = best_classical(self.pipe, arena, n)[0]
-        found = {f"{rival.name} (best classical)": self.own.with_tables([rival.table])}
-        for kind, part in (("DyWeight", "solvers"), ("SpanLift", "spanlift")):
-            scheduler = load(str(folder)) if (folder := learned / f"{self.name}-{part}").exists() else None
-            if n in getattr(scheduler, "lifts" if kind == "SpanLift" else "tables", ()):
-                found[f"{kind} (learned)"] = scheduler
+        """What is compared at n evaluations, by name: the best classical solver of those to learn from, and ours."""
+        table = load(str(learned / f"{self.name}-solvers"))
+        start = table.tables[n].provenance["start"]
+        rival = next(own for own in all_classical(self.pipe, arena, n) if own.name == start)
+        found = {f"{start} (best classical)": self.own.with_tables([rival.table]), "DyWeight (learned)": table}
+        if (folder := learned / f"{self.name}-spanlift").exists() and n in (lifted := load(str(folder))).lifts:
+            found["SpanLift (learned)"] = lifted
         return found
 
     def measure(self, steps: Sequence[int], samples: int, learned: Path) -> tuple[list[dict[str, Any]], Any]:
         """A row for each number of evaluations and solver; and rows of a picture."""
-        pairs, metric = self.pairs(FRESH, SELECT[1] + samples), latent_rmse()
+        pairs, metric = self.pairs(FRESH, samples), latent_rmse()
         rows: list[dict[str, Any]] = []
-        kept = []
-        shown = range(SELECT[1], SELECT[1] + COLUMNS)
-        drawn = [(f"{self.name.upper()}, 100 evaluations", pairs.endpoints[shown.start : shown.stop])]
+        kept: list[dict[str, Tensor]] = []
+        drawn = [(f"{self.name.upper()}, 100 evaluations", pairs.endpoints[:COLUMNS])]
         with arena_of(self.pipe, pairs, {}) as arena:
             for n in steps:
                 for name, scheduler in self.solvers(arena, n, learned).items():
-                    errors = arena.errors(scheduler, n, range(SELECT[1], len(pairs)))
+                    errors = arena.errors(scheduler, n, range(samples))
                     row = {"network": self.name, "solver": name, "nfe": n, "latent_rmse": float(errors.mean())}
                     row |= {"median": float(errors.median()), "interval": [*interval(metric, errors[:, None])]}
-                    rows.append(row | {"samples": len(errors), "learned": name.endswith("(learned)")})
+                    rows.append(row | {"samples": samples, "learned": name.endswith("(learned)")})
                     kept.append({"latent_rmse": errors})
                     if n in SHOWN:
-                        label = name.replace(" (learned)", "").replace(" (best classical)", "")
-                        drawn.append((f"{label}, {n}", arena.endpoints(scheduler, n, shown)))
+                        drawn.append(
+                            (f"{name.rpartition(' (')[0]}, {n}", arena.endpoints(scheduler, n, range(COLUMNS)))
+                        )
         return with_pairs(rows, kept, [metric]), drawn
 
 
@@ -153,7 +154,7 @@ def learn_tables(args: argparse.Namespace) -> None:
 def learn_lifts(args: argparse.Namespace) -> None:
     """Learn SpanLift on each table."""
     config = LearningConfig(
-        updates=args.updates, evaluate_every=25, batch_size=args.batch_size, order=3, lr=args.lr, recompute=False
+        updates=args.updates, evaluate_every=20, batch_size=args.batch_size, order=3, lr=args.lr, recompute=False
     )
     for own, n in _each(args):
         base, term = load(str(args.base / f"{own.name}-solvers")), own.term(n, args.pairs, args.held_out)
@@ -225,18 +226,18 @@ def main() -> None:
         return sub
 
     command("build", build)
-    for name, run, updates, size in (("learn", learn_tables, 20, 8), ("lift", learn_lifts, 150, 4)):
+    for name, run, updates, size in (("learn", learn_tables, 20, 8), ("lift", learn_lifts, 150, 8)):
         sub = command(name, run)
         sub.add_argument("--pairs", type=int, default=64, help="to learn from")
         sub.add_argument("--held-out", type=int, default=32, help="pairs that say which solver was best on the way")
         sub.add_argument("--updates", type=int, default=updates, help="at most")
         sub.add_argument("--batch-size", type=int, default=size, help="pairs of an update")
     sub.add_argument("--base", type=Path, default=HERE, help="where the tables are")
-    sub.add_argument("--lr", type=float, default=2e-3)
+    sub.add_argument("--lr", type=float, default=5e-4)
     sub.add_argument("--width", type=int, default=16, help="of the operator")
     sub = command("measure", measure)
     sub.add_argument("--solvers", type=Path, default=HERE, help="where the learned ones are")
-    sub.add_argument("--samples", type=int, default=64, help="to measure on, after those to select by")
+    sub.add_argument("--samples", type=int, default=64, help="to measure on")
     sub.add_argument("--json", type=Path, default=DOCS / "results" / "galaxies.json")
     sub.add_argument("--picture", type=Path, default=DOCS / "images" / "galaxies.png")
     args = parser.parse_args()
