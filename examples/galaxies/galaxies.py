@@ -50,7 +50,7 @@ DOCS = HERE.parent.parent / "docs"
 # Seeds of the first sample, far from each other.
 TRAIN, HELD_OUT, FRESH = 2 * 10**6, 10**6, 5 * 10**6
 SHOWN = (3, 5)  # numbers of evaluations that the picture shows
-COLUMNS = 9  # samples that it shows
+COLUMNS = 6  # samples that it shows
 
 
 class Galaxies:
@@ -140,7 +140,7 @@ def learn_tables(args: argparse.Namespace) -> None:
     config = LearningConfig(
         optimizer="least_squares",
         updates=args.updates,
-        evaluate_every=4,
+        evaluate_every=args.evaluate_every,
         batch_size=args.batch_size,
         order=3,
         patience=3,
@@ -154,7 +154,12 @@ def learn_tables(args: argparse.Namespace) -> None:
 def learn_lifts(args: argparse.Namespace) -> None:
     """Learn SpanLift on each table."""
     config = LearningConfig(
-        updates=args.updates, evaluate_every=20, batch_size=args.batch_size, order=3, lr=args.lr, recompute=False
+        updates=args.updates,
+        evaluate_every=args.evaluate_every,
+        batch_size=args.batch_size,
+        order=3,
+        lr=args.lr,
+        recompute=False,
     )
     for own, n in _each(args):
         base, term = load(str(args.base / f"{own.name}-solvers")), own.term(n, args.pairs, args.held_out)
@@ -190,7 +195,8 @@ def measure(args: argparse.Namespace) -> None:
     reference = {"solver": "ipndm", "solver_order": 4, "steps": 100}
     write_results(args.json, rows, command=command, reference=reference)
     args.picture.parent.mkdir(parents=True, exist_ok=True)
-    picture(sheets[:-1], [""] * COLUMNS).convert("L").save(args.picture, optimize=True)
+    # As few levels of grey as the eye tells apart make a small file.
+    picture(sheets[:-1], [""] * COLUMNS).quantize(24).save(args.picture, optimize=True)
     print(summary(rows))
 
 
@@ -226,12 +232,15 @@ def main() -> None:
         return sub
 
     command("build", build)
-    for name, run, updates, size in (("learn", learn_tables, 20, 8), ("lift", learn_lifts, 150, 8)):
+    for name, run, updates, every in (("learn", learn_tables, 20, 5), ("lift", learn_lifts, 150, 20)):
         sub = command(name, run)
         sub.add_argument("--pairs", type=int, default=64, help="to learn from")
         sub.add_argument("--held-out", type=int, default=32, help="pairs that say which solver was best on the way")
         sub.add_argument("--updates", type=int, default=updates, help="at most")
-        sub.add_argument("--batch-size", type=int, default=size, help="pairs of an update")
+        sub.add_argument(
+            "--evaluate-every", type=int, default=every, help="updates between looks at the held-out pairs"
+        )
+        sub.add_argument("--batch-size", type=int, default=8, help="pairs of an update")
     sub.add_argument("--base", type=Path, default=HERE, help="where the tables are")
     sub.add_argument("--lr", type=float, default=5e-4)
     sub.add_argument("--width", type=int, default=16, help="of the operator")
