@@ -105,13 +105,13 @@ class Galaxies:
         return found
 
     def measure(self, steps: Sequence[int], samples: int, learned: Path) -> tuple[list[dict[str, Any]], Any]:
-        """A row for each number of evaluations and solver; and rows of a picture."""
+        """A row for each number of evaluations that was learned and solver; and rows of a picture."""
         pairs, metric = self.pairs(FRESH, samples), latent_rmse()
         rows: list[dict[str, Any]] = []
         kept: list[dict[str, Tensor]] = []
         drawn = [(f"{self.name.upper()}, 100 evaluations", pairs.endpoints[:COLUMNS])]
         with arena_of(self.pipe, pairs, {}) as arena:
-            for n in steps:
+            for n in sorted({*steps} & load(str(learned / f"{self.name}-solvers")).tables.keys()):
                 for name, scheduler in self.solvers(arena, n, learned).items():
                     errors = arena.errors(scheduler, n, range(samples))
                     row = {"network": self.name, "solver": name, "nfe": n, "latent_rmse": float(errors.mean())}
