@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from .commands import COMMANDS, Command
@@ -20,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")  # diffusers', of every download
     try:
         args = make_parser().parse_args(argv)
+        for name in vars(args).pop("modules"):
+            _import(name)
         args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -43,8 +46,34 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands. A command's own options are imported when it is chosen."""
     parser = _Parser("dywspan", description="Learned few-step solvers for diffusers pipelines.")
     parser.add_argument("--version", action="version", version=f"dywspan {__version__}")
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a Python file or module with classes of the model's own, which is run first; repeat for several",
+    )
     _add(parser, COMMANDS)
     return parser
+
+
+def _import(name: str) -> None:
+    """A module, by its name or its file: diffusers loads a saved pipeline's own classes only where they are imported.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(name)
+    if path.suffix == ".py":
+        sys.path.insert(0, str(path.resolve().parent))
+        name = path.stem
+    try:
+        import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise FileNotFoundError(f"--import {path}: there is no such module. Name a .py file, or install it.") from None
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -111,7 +111,11 @@ def tune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=EXAMPLES / "emoji-sd", help="pipeline: a directory or a Hub id")
     parser.add_argument("--subject", help="name of its rows; default: the model's")
     parser.add_argument("--call", type=json.loads, default={}, help="arguments of the pipeline's call, as JSON")
-    parser.add_argument("--prompts", default=str(EXAMPLES / "prompts" / "emoji-train.txt"), help="to tune with")
+    parser.add_argument(
+        "--prompts",
+        default=str(EXAMPLES / "prompts" / "emoji-train.txt"),
+        help="to tune with, if the pipeline takes some",
+    )
     parser.add_argument(
         "--fresh-prompts", default=str(EXAMPLES / "prompts" / "emoji-held-out.txt"), help="to measure on"
     )
@@ -132,16 +136,18 @@ def tune_bench(args: argparse.Namespace) -> None:
     from ..pipelines.inputs import read_inputs
     from ..pipelines.networks import place
     from ..pipelines.rollout import load_pipeline
+    from ..schedulers.bind import call_arguments
 
     check_here(args.model)
     needed, call = SELECT[1] + args.samples, dict(args.call)
-    fresh = read_inputs(args.fresh_prompts, limit=needed) or [{}] * needed
-    if len(fresh) < needed:
-        raise ValueError(f"{args.fresh_prompts} has {len(fresh)} prompts, {needed} are needed: lower --samples.")
     subject = args.subject or Path(args.model).name
     old = read_results(args.output)["rows"] if Path(args.output).exists() else []
     pipe, options = load_pipeline(str(args.model)), {"solvers": args.solvers, "cache": args.cache, "seed": args.seed}
-    for row in tuned_rows(pipe, subject, args.prompts, fresh, call=call, steps=args.steps, **options):
+    own, held_out = (args.prompts, args.fresh_prompts) if "prompt" in call_arguments(pipe) else (None, None)
+    fresh = read_inputs(held_out, limit=needed) or [{}] * needed
+    if len(fresh) < needed:
+        raise ValueError(f"{held_out} has {len(fresh)} prompts, {needed} are needed: lower --samples.")
+    for row in tuned_rows(pipe, subject, own, fresh, call=call, steps=args.steps, **options):
         key = [row[name] for name in ("subject", "nfe", "solver")]
         old = [other for other in old if [other[name] for name in ("subject", "nfe", "solver")] != key]
         if row["solver"].endswith("(best classical)"):  # there is one of each

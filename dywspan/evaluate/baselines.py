@@ -259,7 +259,7 @@ def make_cell(pipe: Any, solver: Solver, nfe: int, own: Mapping[str, Any], call:
                 scheduler = make(pipe, steps)
                 level = begin(pipe, scheduler, steps, own, call)
                 if len(scheduler.timesteps) == nfe:
-                    _check(pipe, solver, scheduler, level, own, call)
+                    _check(pipe, solver, scheduler, steps, level, own, call)
                     return Cell(solver.name, scheduler, steps, nfe, solver.learned)
             reasons.insert(0, f"no number of steps costs {nfe} evaluations")
         except Exception as error:  # schedulers and pipelines refuse each other in every way there is
@@ -321,7 +321,13 @@ def begin(pipe: Any, scheduler: Any, steps: int, own: Mapping[str, Any], call: M
 
 
 def _check(
-    pipe: Any, solver: Solver, scheduler: Any, level: float, own: Mapping[str, Any], call: Mapping[str, Any]
+    pipe: Any,
+    solver: Solver,
+    scheduler: Any,
+    steps: int,
+    level: float,
+    own: Mapping[str, Any],
+    call: Mapping[str, Any],
 ) -> None:
     nfe = len(scheduler.timesteps)
     usual = begin(pipe, of_ours("euler")(pipe, nfe), nfe, own, call)
@@ -329,6 +335,9 @@ def _check(
         raise _Refused(f"the network would first be given {level / usual:.2g} times the noise that it knows")
     if not solver.learned and not (error := stray(scheduler, prediction(pipe))) < STRAY:
         raise _Refused(f"it strays by {error:.2g} from the way to an image that the network knows")
+    if not isinstance(scheduler, DyWeightScheduler):  # whose step may not take all that the pipeline gives it
+        with torch.no_grad():
+            sample(pipe, scheduler, steps, [own], [0], call, until=1)
 
 
 @torch.no_grad()
