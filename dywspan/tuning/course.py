@@ -214,11 +214,14 @@ class Course:
         return Newest(self.own, replace(table, weights=pad(table.weights, (0, missing))))
 
     def _affordable(self, n: int, student: Newest, evaluations: int) -> tuple[int, int]:
-        """Pairs to learn from, and updates: a Jacobian of each pair, and in each update a sampling of all."""
-        held_out, each = len(self.held_out), student.calls(n) + n
-        most = int((evaluations - UPDATES * n * held_out) / (each + UPDATES * n))
+        """Pairs to learn from, and updates: a Jacobian of each pair, and a sampling of all at the start and in each update.
+
+        A sampling of the start is not remembered: the student's numbers are those of the table but for rounding.
+        """
+        held_out, columns, samplings = len(self.held_out), student.calls(n), UPDATES + 1
+        most = int((evaluations - samplings * n * held_out) / (columns + samplings * n))
         pairs = max(LEAST, min(len(self.training), most))
-        return pairs, max(1, int((evaluations - pairs * each) / (n * (pairs + held_out))))
+        return pairs, max(1, int((evaluations - pairs * columns) / (n * (pairs + held_out))) - 1)
 
     def _learn(self, n: int, student: Newest, pairs: int, updates: int) -> dict[str, Any]:
         """Move the student to the best that it is on the held-out samples; says what its provenance records."""
