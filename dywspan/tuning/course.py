@@ -55,6 +55,7 @@ COMMON = {
     name: SOLVERS[name] for name in ("iPNDM(2M)", "iPNDM(3M)", "Adams(2M)", "DEIS(2M)", "DPM-Solver++(2M)", "UniP(2M)")
 }
 ROUNDS = ((1, 16), (2, 8), (PROBE, 4))  # samples that solvers are judged on, and how many of them stay
+FEW_STEPS = 4  # more have the budget to leave out the first round
 UPDATES, LEAST, PATIENCE = 3, 4, 3  # at least so many updates, of so many pairs; and so many without a better solver
 NEWEST = 2  # derivatives whose weights are learned in every row
 
@@ -165,7 +166,7 @@ class Course:
         found = grids(self.pipe, scheduler, request).items()
         kept = [own for name, grid in found for own in solvers_on(grid, name, request, COMMON)]
         kept += of_diffusers(self.pipe, scheduler, request)
-        for count, stay in ROUNDS:
+        for count, stay in ROUNDS[n > FEW_STEPS :]:
             kept = self._kept(n, kept, range(count), stay)
         return kept, self._judged(n, kept[0], range(PROBE)), self._evaluations() - before
 
@@ -214,7 +215,7 @@ class Course:
         return Newest(self.own, replace(table, weights=pad(table.weights, (0, missing))))
 
     def _affordable(self, n: int, student: Newest, evaluations: int) -> tuple[int, int]:
-        """Pairs to learn from, and updates: a Jacobian of each pair, and a sampling of all at the start and in each update.
+        """Pairs to learn from, and updates: a Jacobian of each pair; at the start and in each update a sampling of all.
 
         A sampling of the start is not remembered: the student's numbers are those of the table but for rounding.
         """
