@@ -618,7 +618,7 @@ def digits() -> Any:
 
 def test_what_is_learned_at_some_counts_helps_at_counts_between(digits: Any) -> None:
     pipe, teacher, train, held_out = digits
-    config = LearningConfig(optimizer="least_squares", order=3, batch_size=32, updates=8, ridge=1e-3, difference=1e-3)
+    config = LearningConfig(optimizer="least_squares", order=3, batch_size=32, updates=24, ridge=1e-3, difference=1e-3)
     terms = make_terms(pipe, [3, 4, 6, 8], train, held_out, {})
     table = distill(Task(pipe, teacher, terms, config, continuous=True)).continuous
     own = DyWeightScheduler.from_config(pipe.scheduler.config)

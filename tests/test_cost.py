@@ -29,7 +29,7 @@ from dywspan.pipelines.teacher import Teacher, find_teacher
 from dywspan.settings import make_config
 
 ROOT = Path(__file__).parent.parent
-SQUARES = {"optimizer": "least_squares", "updates": 3, "checkpoint_every": 1, "keep_checkpoints": 99}
+SQUARES = {"optimizer": "least_squares", "updates": 3, "batch_size": 2, "checkpoint_every": 1, "keep_checkpoints": 99}
 ADAM = {"optimizer": "adamw", "updates": 4, "checkpoint_every": 1, "keep_checkpoints": 99}
 
 

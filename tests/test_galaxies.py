@@ -15,11 +15,11 @@ import torch
 
 import dywspan
 from dywspan import DyWeightScheduler
-from dywspan.bench.tune import SELECT
 from dywspan.cli import main
 from dywspan.distill import DistillConfig, SolverTrainer
 from dywspan.evaluate.baselines import BASELINES, Solver, make_cell
 from dywspan.evaluate.report import read_results
+from dywspan.evaluate.rivals import SELECT
 from dywspan.pipelines.rollout import load_pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -177,7 +177,7 @@ def test_bench_tune_asks_no_text_of_a_network_without(
         return [{"subject": subject, "nfe": 2, "solver": "tuned"}]
 
     monkeypatch.setattr("dywspan.bench.tune.tuned_rows", rows)
-    assert main(["bench", "tune", "--model", str(folder), "--samples", "4", "--json", str(tmp_path / "tune.json")]) == 0
+    assert main(["bench", "tune", "--model", str(folder), "--samples", "4", "--output", str(tmp_path / "tune.json")]) == 0
     assert asked == [(None, [{}] * (SELECT[1] + 4))]
 
 
@@ -199,7 +199,7 @@ def test_a_scheduler_whose_step_is_not_given_what_it_takes_does_not_fit(folder: 
 def test_the_example_learns_and_measures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there, few = str(folder.parent), ["--pairs", "8", "--held-out", "4", "--updates"]
     results, picture = folder.parent / "galaxies.json", folder.parent / "galaxies.png"
-    where = ["--samples", "10", "--solvers", there, "--json", str(results), "--picture", str(picture)]
+    where = ["--samples", "10", "--solvers", there, "--output", str(results), "--picture", str(picture)]
     commands = {"learn": [*few, "3"], "lift": [*few, "2", "--base", there], "measure": where}
     for command, options in commands.items():
         given = ["--networks", "tiny", "--folder", there, "--steps", "2", *options]

@@ -203,7 +203,7 @@ def test_pictures_are_there_before_the_pairs_and_follow_the_best(
         for tracker in trackers:
             steps, images = zip(*tracker.images[f"samples/{n}"])
             assert [*steps] == [4 * (n - 2) + update for update in updates], "steps never go back"
-            assert images[0].shape == (1, 44 + 3 * 98, 190 + 2 * 98, 3)
+            assert images[0].shape[:2] == (1, 44 + 3 * 98) and images[0].shape[3] == 3
     assert not drawn[0][2] and drawn[-1][2], "the first picture comes before the pairs"
     assert [{*map(str, t.options)} for t in trackers] == [{"{'dataformats': 'NHWC'}"}, {"{}"}]
 

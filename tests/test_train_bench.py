@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dywspan.bench import commands, networks, train
+from dywspan.bench import networks, train
 from dywspan.bench.networks import NETWORKS, REAL, Network, Random
 from dywspan.cli import main
 from dywspan.core.layout import LAYOUTS
@@ -104,7 +104,7 @@ class TooLarge(Random):
 def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Network]:
     own: dict[str, Network] = {"too-large": TooLarge(**vars(small("sd15")))}
     own |= {"sana": small("sana-0.6b"), "flux": small("flux-dev")}
-    for module in (commands, networks, train):
+    for module in (networks, train):
         monkeypatch.setattr(module, "NETWORKS", own)
     return own
 

@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dywspan import DyWeightScheduler, SpanLiftScheduler
-from dywspan.artifact import markdown
 from dywspan.distill.config import LearningConfig
 from dywspan.distill.lift import LiftStudent
 from dywspan.distill.losses import make_loss
@@ -44,6 +43,7 @@ from dywspan.pipelines.rollout import load_pipeline
 from dywspan.pipelines.teacher import Teacher, find_teacher
 from dywspan.plot import picture
 from dywspan.schedulers.apply import load
+from dywspan.text import markdown
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent.parent / "docs"
@@ -193,7 +193,7 @@ def measure(args: argparse.Namespace) -> None:
         sheets += [(label, [stretched(x) for x in images]) for label, images in drawn] + [("", [])]
     command = shlex.join(["python", "examples/galaxies/galaxies.py", *sys.argv[1:]])
     reference = {"solver": "ipndm", "solver_order": 4, "steps": 100}
-    write_results(args.json, rows, command=command, reference=reference)
+    write_results(args.output, rows, command=command, reference=reference)
     args.picture.parent.mkdir(parents=True, exist_ok=True)
     # As few levels of grey as the eye tells apart make a small file.
     picture(sheets[:-1], [""] * COLUMNS).quantize(24).save(args.picture, optimize=True)
@@ -247,7 +247,7 @@ def main() -> None:
     sub = command("measure", measure)
     sub.add_argument("--solvers", type=Path, default=HERE, help="where the learned ones are")
     sub.add_argument("--samples", type=int, default=64, help="to measure on")
-    sub.add_argument("--json", type=Path, default=DOCS / "results" / "galaxies.json")
+    sub.add_argument("--output", type=Path, default=DOCS / "results" / "galaxies.json")
     sub.add_argument("--picture", type=Path, default=DOCS / "images" / "galaxies.png")
     args = parser.parse_args()
     args.run(args)
