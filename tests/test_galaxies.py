@@ -177,7 +177,9 @@ def test_bench_tune_asks_no_text_of_a_network_without(
         return [{"subject": subject, "nfe": 2, "solver": "tuned"}]
 
     monkeypatch.setattr("dywspan.bench.tune.tuned_rows", rows)
-    assert main(["bench", "tune", "--model", str(folder), "--samples", "4", "--output", str(tmp_path / "tune.json")]) == 0
+    assert (
+        main(["bench", "tune", "--model", str(folder), "--samples", "4", "--output", str(tmp_path / "tune.json")]) == 0
+    )
     assert asked == [(None, [{}] * (SELECT[1] + 4))]
 
 

@@ -272,7 +272,7 @@ def made() -> Any:
 def test_learned_at_two_scales_it_is_better_at_both(made: Any, optimizer: Any) -> None:
     subject, train, held_out, calls = made
     pipe = copy.copy(subject.pipe)
-    config = replace(SQUARES, optimizer=optimizer, updates=2 if optimizer == SQUARES.optimizer else 16, lr=0.1)
+    config = replace(SQUARES, optimizer=optimizer, updates=6 if optimizer == SQUARES.optimizer else 16, lr=0.1)
     terms = make_terms(pipe, [2, 3], train, held_out, calls)
     table = distill(Task(pipe, subject.teacher, terms, config, continuous=True)).continuous
     assert table.guidance_scale == pytest.approx(13.5**0.5) and bool(table.coefficients[:, COUNT:].any())

@@ -34,15 +34,16 @@ def candidates(pipe: Any, arena: Arena, n: int) -> list[Classical]:
 
 
 def best_classical(pipe: Any, arena: Arena, n: int, among: Sequence[Classical] | None = None) -> Classical:
-    """The solver of the smallest mean error, latent rmse to the reference, on the first samples of an arena.
+    """The solver of the smallest mean error, latent rmse to the reference, on the first samples of an arena, at most
+    ``SELECT``.
 
     Args:
         among: those to choose from; by default :func:`candidates`.
     """
     own, left = DyWeightScheduler.from_config(pipe.scheduler), list(among or candidates(pipe, arena, n))
-    for count, kept in zip(SELECT, (FINALISTS, 1)):
+    for most, kept in zip(SELECT, (FINALISTS, 1)):
 
-        def error(classical: Classical, count: int = count) -> float:
+        def error(classical: Classical, count: int = min(most, len(arena.inputs))) -> float:
             try:
                 return float(arena.errors(own.with_tables([classical.table]), n, range(count)).mean())
             except InvalidSolverError:  # its levels are none that the network knows
