@@ -97,6 +97,7 @@ def test_few_samples_leave_some_of_which_more_samples_choose(few: None) -> None:
     table = SolverTable(torch.ones(2, 1).double(), torch.ones(2).double(), {"name": "flow"})
     among = [Classical("it", str(i), replace(table, provenance={"number": i})) for i in range(4)]
     arena: Any = Judged({0: [3, 3, 3, 3], 1: [1, 1, 9, 9], 2: [2, 2, 2, 2]})
+    arena.inputs = [{}] * 4
     pipe: Any = SimpleNamespace(scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
     assert rivals.best_classical(pipe, arena, 2, among) is among[2]
     assert arena.asked == [(0, 2), (1, 2), (2, 2), (3, 2), (1, 4), (2, 4)]
