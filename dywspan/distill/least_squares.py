@@ -93,7 +93,7 @@ class Problem:
         self.parts = parts or Parts(config.micro_batch_size, "pairs of an update", "micro_batch_size")
         self.config, self.residuals = config, residuals_of(loss)
         self.sources = [term.source(config.seed) for term in terms]
-        self.memory = min(MEMORY, max(0.0, 1 - config.batch_size / most(terms)))
+        self.memory = min(MEMORY, max(0.0, 1 - config.batch_size / most_pairs(terms)))
         self.replay, self.replays = Replay(pipe), True
         self.origin = student.vector()
         self.difference = config.difference or DIFFERENCE[self._precision()]
@@ -268,7 +268,7 @@ class Problem:
         return self._column(sampled, residuals, at, c, -1)
 
 
-def most(terms: Sequence[Term]) -> float:
+def most_pairs(terms: Sequence[Term]) -> float:
     """Pairs that there are to learn from, of the term that has most; infinite where they are drawn anew."""
     return max(len(term.train) if isinstance(term.train, Pairs) else math.inf for term in terms)
 

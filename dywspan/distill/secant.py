@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .least_squares import LeastSquares, Sampled, most, prepared
+from .least_squares import LeastSquares, Sampled, most_pairs, prepared
 from .progress import Method, Progress
 
 FIRST, LESS, MORE = 0.1, 3.0, 6.0  # damping, and by what it changes with success and failure
@@ -27,7 +27,7 @@ RENEWED = 3
 
 def least_squares(progress: Progress) -> Method:
     """The way that suits the number of pairs."""
-    every = progress.task.config.batch_size >= most(progress.task.terms)
+    every = progress.task.config.batch_size >= most_pairs(progress.task.terms)
     return Secant(progress) if every else LeastSquares(progress)
 
 

@@ -14,7 +14,7 @@ import torch
 from ..artifact import table_from_json, table_to_json, write_atomically
 from ..core.table import InvalidSolverError
 from ..pipelines.arena import Arena
-from ..pipelines.classical import Classical, asked_for, grids, of_diffusers, solvers_on
+from ..pipelines.classical import Classical, asked_for, on_all_grids
 from ..pipelines.hashes import digest
 from ..pipelines.pairs import Pairs
 from ..pipelines.processes import is_main, wait
@@ -28,9 +28,7 @@ FINALISTS = 8
 
 def candidates(pipe: Any, arena: Arena, n: int) -> list[Classical]:
     """Every classical multistep solver on every grid that fits the pipeline."""
-    scheduler, request = asked_for(pipe, n, arena.inputs, arena.call)
-    found = [c for name, grid in grids(pipe, scheduler, request).items() for c in solvers_on(grid, name, request)]
-    return found + of_diffusers(pipe, scheduler, request)
+    return on_all_grids(pipe, *asked_for(pipe, n, arena.inputs, arena.call))
 
 
 def best_classical(pipe: Any, arena: Arena, n: int, among: Sequence[Classical] | None = None) -> Classical:

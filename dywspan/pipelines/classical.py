@@ -132,6 +132,19 @@ def solvers_on(
     return found
 
 
+def on_all_grids(
+    pipe: Any, scheduler: DyWeightScheduler, request: Request, among: Mapping[str, Any] = SOLVERS
+) -> list[Classical]:
+    """The solvers on every grid that fits, and those of :func:`of_diffusers`.
+
+    Args:
+        among: those asked for, as in ``SOLVERS``.
+    """
+    found = grids(pipe, scheduler, request).items()
+    own = [classical for name, grid in found for classical in solvers_on(grid, name, request, among)]
+    return own + of_diffusers(pipe, scheduler, request)
+
+
 def of_diffusers(pipe: Any, scheduler: DyWeightScheduler, request: Request) -> list[Classical]:
     """What is not in ``SOLVERS``: the solver that the pipeline has, learned ones too, and UniPC with its corrector."""
     prediction, n, unipc = request.host.prediction, request.steps, diffusers.UniPCMultistepScheduler

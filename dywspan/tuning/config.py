@@ -8,7 +8,8 @@ from typing import Any
 from ..core.layout import LAYOUTS
 from ..settings import check_types, help_of, option
 
-BUDGETS, PAIRS = (1000, 2000), (10, 12)  # of up to four steps, and of more
+FEW_STEPS = 4
+BUDGETS, PAIRS = (1000, 2000), (10, 12)  # of up to so many steps, and of more
 MOST = 16  # steps; with more, classical solvers are as good
 
 
@@ -26,10 +27,12 @@ class TuneConfig:
     guidance_scale: float | None = option(None, "short for call.guidance_scale")
     evaluations: int | None = option(
         None,
-        f"of the network, guided, to spend on each number of steps; default {BUDGETS[0]} up to 4 steps, else "
+        f"of the network, guided, to spend on each number of steps; default {BUDGETS[0]} up to {FEW_STEPS} steps, else "
         f"{BUDGETS[1]}",
     )
-    pairs: int | None = option(None, f"samples to learn from; default {PAIRS[0]}, or {PAIRS[1]} for more than 4 steps")
+    pairs: int | None = option(
+        None, f"samples to learn from; default {PAIRS[0]}, or {PAIRS[1]} for more than {FEW_STEPS} steps"
+    )
     held_out: int = option(8, "samples to judge by, from which nothing is learned")
     layout: str = option("image", f"of the latents, for pictures: {', '.join(sorted(LAYOUTS))}")
     seed: int = option(0, "of the samples' noise")
@@ -51,8 +54,8 @@ class TuneConfig:
     @property
     def training(self) -> int:
         """How many samples are learned from."""
-        return self.pairs or PAIRS[max(self.steps) > 4]
+        return self.pairs or PAIRS[max(self.steps) > FEW_STEPS]
 
     def budget(self, steps: int) -> int:
         """Guided evaluations of the network to spend on this number of steps."""
-        return self.evaluations or BUDGETS[steps > 4]
+        return self.evaluations or BUDGETS[steps > FEW_STEPS]

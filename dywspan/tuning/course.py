@@ -34,7 +34,7 @@ from ..distill.trainer import learn
 from ..evaluate.metrics import latent_rmse
 from ..evaluate.paired import difference
 from ..pipelines.arena import Arena, typical
-from ..pipelines.classical import SOLVERS, Classical, asked_for, default_grid, grids, of_diffusers, solvers_on
+from ..pipelines.classical import SOLVERS, Classical, asked_for, default_grid, on_all_grids
 from ..pipelines.embeddings import remembered_prompts
 from ..pipelines.inputs import OWN, check_call, read_inputs
 from ..pipelines.networks import denoisers
@@ -45,7 +45,7 @@ from ..pipelines.teacher import Teacher, find_teacher
 from ..schedulers.bind import required_arguments
 from ..schedulers.calls import core
 from ..schedulers.dyweight import DyWeightScheduler
-from .config import TuneConfig
+from .config import FEW_STEPS, TuneConfig
 
 SEED = 3 * 10**6  # of the first sample, far from those of learning and measuring
 PROBE = 4  # samples of the first rounds
@@ -54,8 +54,8 @@ LONGER = 4  # times the student's steps, at least: few samples may hide what a t
 COMMON = {
     name: SOLVERS[name] for name in ("iPNDM(2M)", "iPNDM(3M)", "Adams(2M)", "DEIS(2M)", "DPM-Solver++(2M)", "UniP(2M)")
 }
-ROUNDS = ((1, 16), (2, 8), (PROBE, 4))  # samples that solvers are judged on, and how many of them stay
-FEW_STEPS = 4  # more have the budget to leave out the first round
+# Samples that solvers are judged on, and how many of them stay; more than a few steps leave out the first.
+ROUNDS = ((1, 16), (2, 8), (PROBE, 4))
 UPDATES, LEAST, PATIENCE = 3, 4, 3  # at least so many updates, of so many pairs; and so many without a better solver
 NEWEST = 2  # derivatives whose weights are learned in every row
 
@@ -162,10 +162,7 @@ class Course:
         """The best ones on the probe, the first one's error there, and what that took."""
         self._stage(f"classical solvers, {n} steps")
         before = self._evaluations()
-        scheduler, request = self.asked[n]
-        found = grids(self.pipe, scheduler, request).items()
-        kept = [own for name, grid in found for own in solvers_on(grid, name, request, COMMON)]
-        kept += of_diffusers(self.pipe, scheduler, request)
+        kept = on_all_grids(self.pipe, *self.asked[n], COMMON)
         for count, stay in ROUNDS[n > FEW_STEPS :]:
             kept = self._kept(n, kept, range(count), stay)
         return kept, self._judged(n, kept[0], range(PROBE)), self._evaluations() - before
