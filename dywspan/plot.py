@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -162,10 +163,10 @@ def picture(
 
 def _wrapped(text: str, font: Any, width: int, lines: int = 3) -> str:
     result = [""]
-    for word in text.split():
-        longer = f"{result[-1]} {word}".strip()
-        if font.getlength(longer) > width - 4 and result[-1]:
+    for word in re.split(r"(?<=\s)|(?<=\S-)(?=\S)", text):  # a long word breaks at its hyphens
+        longer = result[-1] + word
+        if font.getlength(longer.rstrip()) > width - 4 and result[-1]:
             result.append(word)
         else:
             result[-1] = longer
-    return "\n".join(result[:lines])
+    return "\n".join(line.rstrip() for line in result[:lines])

@@ -17,7 +17,24 @@ EVALUATE = {
     ),
     "reference": ("teacher teacher_steps", "teacher_order teacher_grid"),
     "time and memory": ("dtype mixed_precision batch_size cache", "layout latent_size"),
-    "results": ("output plot", "picture_steps pictures"),
+    "results": ("output plot", "picture_steps pictures picture_classical"),
+}
+
+
+# What `dywspan demo` shows of an embedded pipeline: people, hands and faces that it draws well, at the guidance it is
+# used with, four evaluations a picture.
+DEMO: dict[str, Any] = {"steps": [4], "samples": 24, "seed": 20_000, "pictures": 10, "picture_classical": 2}
+DEMO |= {"prompts": str(EXAMPLES / "prompts" / "emoji-demo.txt"), "output": "demo/demo.json"}
+DEMO |= {"metrics": ["latent_rmse", "feature_distance"]}
+SHOWN: dict[str, dict[str, Any]] = {
+    "emoji-sd": {
+        "solvers": ["ddim", "dpmpp-2m", str(EXAMPLES / "emoji-sd-any-guidance")],
+        "call": {"guidance_scale": 4.0},
+        "teacher_order": 4,  # guided, this one errs least
+    },
+    "emoji-flow": {
+        "solvers": ["dpmpp-2m", "unipc", *(str(EXAMPLES / f"emoji-flow-{kind}") for kind in ("solvers", "timelift"))]
+    },
 }
 
 
@@ -41,15 +58,16 @@ def demo(args: argparse.Namespace) -> None:
     given = {k: v for k, v in vars(args).items() if k not in ("run", "config")}
     given = (read_config(args.config, QualityConfig) if "config" in args else {}) | given
     model = Path(given.pop("model", EXAMPLES / "emoji-sd"))
-    learned = [f"{model}-solvers", f"{model}-spanlift"]
-    check_here(model, *(learned if "solvers" not in given else ()))
-    own: dict[str, Any] = {"solvers": ["euler", "dpmpp-2m", "unipc", "ipndm-2m", *learned], "samples": 48}
-    own |= {"prompts": str(EXAMPLES / "prompts" / "emoji-held-out.txt"), "steps": given.get("steps", [3, 5, 7])}
-    own |= {"metrics": ["latent_mse", "feature_distance"], "output": "demo/demo.json", "picture_steps": own["steps"]}
-    learned = [name for name in given.get("solvers", learned) if Path(name).exists()]
+    beside = {"solvers": ["dpmpp-2m", "unipc", f"{model}-solvers", f"{model}-spanlift"]}  # of `make emoji-sd`
+    own = {**DEMO, **(SHOWN[model.name] if model.parent.resolve() == EXAMPLES and model.name in SHOWN else beside)}
+    if "solvers" in given:
+        own.pop("call", None)
+    check_here(model, *(name for name in own["solvers"] if "solvers" not in given and len(Path(name).parts) > 1))
+    learned = [name for name in given.get("solvers", own["solvers"]) if Path(name).exists()]
+    own["picture_steps"] = given.get("steps", own["steps"])
     tables = [*shown_tables(load(learned[0])).values()] if learned else []
-    own["call"] = dict(tables[0].provenance.get("call", {})) if tables else {}  # what it was learned for
-    run(QualityConfig(**{"model": str(model), **own, **given}))
+    call = dict(tables[0].provenance.get("call", {})) if tables else {}  # what it was learned for
+    run(QualityConfig(**{"model": str(model), **own, "call": call | own.get("call", {}), **given}))
 
 
 def evaluate_options(parser: argparse.ArgumentParser) -> None:

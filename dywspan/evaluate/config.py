@@ -61,6 +61,7 @@ class QualityConfig:
     )
     picture_steps: list[int] = option([], "numbers of evaluations to draw samples at, one solver a row")
     pictures: int = option(8, "samples that a picture shows")
+    picture_classical: int = option(1, "classical solvers that a picture shows, the best ones")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -71,6 +72,7 @@ class QualityConfig:
             "samples": 2,
             "batch_size": 1,
             "pictures": 1,
+            "picture_classical": 1,
             "teacher_steps": 1,
             "teacher_order": 1,
         }.items():

@@ -33,7 +33,7 @@ from .baselines import Cell, full_name
 from .config import QualityConfig
 from .images import find_images, read_image
 from .paired import Kept, kept_of, line_of, with_pairs, write_samples
-from .pictures import best_of, draw_samples, places, plots
+from .pictures import draw_samples, places, plots
 from .report import file_stem, table, write_results
 from .rivals import best_cells
 from .rows import measure
@@ -320,14 +320,15 @@ def _draw(
         classical, learned = ([one for one in there if one[0]["learned"] is ours] for ours in (False, True))
         errors, name = None, "reference"
         if paired is not None and classical:
-            best = best_of([row for row, *_ in classical], paired.name, paired.lower_is_better)
-            classical = [one for one in classical if one[0] is best]
-            errors, name = classical[0][1][paired.name] * (1 if paired.lower_is_better else -1), best["solver"]
+            sign = 1 if paired.lower_is_better else -1
+            classical.sort(key=lambda one: sign * one[0][paired.name])
+            errors, name = sign * classical[0][1][paired.name], classical[0][0]["solver"]
+            classical = classical[: config.picture_classical]
         worst, typical = places(errors, config.pictures)
         heads = {0: f"where {name} errs most", len(worst): "typical"} if worst else {}
         shown = [*worst, *typical]
         sheet = [(f"reference, {task.teacher.num_inference_steps}", images(None, 0, shown))]
-        for row, _, scheduler in [*classical[: 1 if errors is not None else None], *learned]:
+        for row, _, scheduler in [*classical, *learned]:
             sheet.append((f"{row['solver']}, {nfe}", images(scheduler, row["num_inference_steps"], shown)))
         if is_main():
             path = Path(config.plot or config.output)
