@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 
 from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
@@ -165,19 +171,29 @@ def test_state_does_not_grow_with_the_number_of_steps(order: int, solver: str) -
         assert max(held) == min(order, n - 1) * x.nbytes and held[-1] == 0
 
 
+def _small_sd15(device: str) -> Any:
+    """Its pipeline around a small network of the same kind."""
+    blocks: Any = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    unet = UNet2DConditionModel(8, block_out_channels=(32,), cross_attention_dim=768, norm_num_groups=8, **blocks)
+    absent: Any = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    scheduler: Any = DDIMScheduler(**SD, clip_sample=False)
+    return StableDiffusionPipeline(unet=unet, scheduler=scheduler, requires_safety_checker=False, **absent).to(device)
+
+
 def test_bench_overhead_counts_no_host_reads_and_a_flat_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overhead, "_denoiser_seconds", lambda x, device: 1.0)
+    monkeypatch.setattr(overhead, "_denoiser_seconds", lambda unet, x: 1.0)
+    monkeypatch.setattr(overhead, "sd15", _small_sd15)
     file = tmp_path / "o.json"
     options = ["--sizes", "sd15", "flux", "--steps", "3", "5", "--repeats", "1", "--output", str(file)]
     assert main(["bench", "overhead", *options]) == 0
     data = json.loads(file.read_text())
     assert data["threads"] == torch.get_num_threads()
-    for size, others in (("sd15", "SpanLift, K = 2"), ("flux", "Euler, diffusers")):
+    for size, others in (("sd15", ["SpanLift, K = 2", "TimeLift, K = 2"]), ("flux", ["Euler, diffusers"])):
         rows = [r for r in data["rows"] if r["shape"] == list(SIZES[size].shape)]
         sample = 4 * torch.Size(SIZES[size].shape).numel()
         for n in (3, 5):
             by_name = {r["scheduler"]: r for r in rows if r["num_inference_steps"] == n}
-            assert by_name.keys() > {overhead.REFERENCE, "UniPC, diffusers", others}
+            assert by_name.keys() > {overhead.REFERENCE, "UniPC, diffusers", *others}
             reference = by_name[overhead.REFERENCE]
             assert reference["syncs"] > 0 and reference["state_bytes"] == 2 * sample
             for name, row in by_name.items():

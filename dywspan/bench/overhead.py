@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import diffusers
 import torch
@@ -16,8 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from ..core.operator import Lift
 from ..core.table import SolverTable
+from ..core.time_lift import TimeLift
+from ..pipelines.conditioning import looking_for_modulation
 from ..schedulers.dyweight import DyWeightScheduler
 from ..schedulers.spanlift import SpanLiftScheduler
+from ..schedulers.time_lifting import time_lifted
 from .memory import sd15
 
 REFERENCE = "DPM-Solver++(2M), diffusers"
@@ -31,8 +36,8 @@ class Size:
         shape: of one sample.
         config: of the diffusers schedulers that suit its network.
         grid: of a table.
-        channels: of the latent that SpanLift's operator reads, with Stable Diffusion 1.5's UNet beside the solvers;
-            without it, neither is measured.
+        channels: of the latent that SpanLift's operator reads, with Stable Diffusion 1.5's UNet beside the solvers,
+            which TimeLift modulates; without it, none of these is measured.
     """
 
     shape: tuple[int, ...]
@@ -89,13 +94,17 @@ def overhead(
     rows: list[dict[str, Any]] = []
     for size in (SIZES[name] for name in sizes):
         x, output = torch.randn(2, *size.shape, device=device)
-        network = _denoiser_seconds(x, device) if size.channels else None
+        pipe = sd15(device) if size.channels else None
+        network = pipe and _denoiser_seconds(pipe.unet, x)
+        offsets = _offsets(pipe, x) if pipe else {}
         for n in steps:
-            solvers = _solvers(size, n)
-            runs = [{k: _laps(_steps(s, n, x, output), device) for k, s in solvers.items()} for _ in range(repeats)]
+            solvers = _solvers(size, n, offsets)
+            runs = [
+                {k: _laps(_steps(s, n, x, output, pipe), device) for k, s in solvers.items()} for _ in range(repeats)
+            ]
             seconds = {name: sum(map(min, zip(*(run[name] for run in runs)))) / n for name in solvers}
             for name, scheduler in solvers.items():
-                taken = _steps(scheduler, n, x, output)
+                taken = _steps(scheduler, n, x, output, pipe)
                 next(taken)  # choosing the steps may read; stepping may not
                 with _HostReads() as reads:
                     held = max(state_bytes(scheduler, x.shape) for _ in taken)
@@ -121,8 +130,12 @@ def state_bytes(scheduler: Any, shape: Sequence[int]) -> int:
     return sum({v.data_ptr(): v.nbytes for v in held}.values())
 
 
-def _solvers(size: Size, n: int) -> dict[str, Any]:
-    """Those measured, the reference first."""
+def _solvers(size: Size, n: int, offsets: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Those measured, the reference first.
+
+    Args:
+        offsets: of TimeLift, for one evaluation.
+    """
     host = diffusers.DPMSolverMultistepScheduler(**size.config)
     solvers: dict[str, Any] = {REFERENCE: host, "UniPC, diffusers": diffusers.UniPCMultistepScheduler(**size.config)}
     if size.grid["name"] == "flow":
@@ -139,23 +152,39 @@ def _solvers(size: Size, n: int) -> dict[str, Any]:
         for operator in lifted.operators.values():
             nn.init.normal_(operator.head.weight, std=0.01)
         solvers["SpanLift, K = 2"] = lifted
+        lift = TimeLift({name: offset.expand(n, *offset.shape) for name, offset in offsets.items()})
+        solvers["TimeLift, K = 2"] = solvers["DyWeight, K = 2"].with_time_lifts({n: lift})
     return solvers
 
 
-def _denoiser_seconds(x: Tensor, device: str) -> float:
-    unet = sd15(device).unet
-    text, t = torch.randn(1, 77, 768, device=device), torch.tensor(500.0, device=device)
-    return min(_laps((unet(x, t, text) for _ in range(5)), device))  # the first one, which warms up, is no lap
+def _denoiser_seconds(unet: Any, x: Tensor) -> float:
+    text, t = torch.randn(1, 77, 768, device=x.device), torch.tensor(500.0, device=x.device)
+    return min(_laps((unet(x, t, text) for _ in range(5)), x.device.type))  # the first one, which warms up, is no lap
 
 
-def _steps(scheduler: Any, n: int, x: Tensor, output: Tensor) -> Iterator[None]:
-    """Yields before the first step and after each, as a pipeline takes them, ``output`` being the network's."""
-    scheduler.set_timesteps(n, device=x.device)
-    times = list(scheduler.timesteps)
-    yield
-    for t in times:
-        x = scheduler.step(output, t, x, return_dict=False)[0]
+def _offsets(pipe: Any, x: Tensor) -> dict[str, Tensor]:
+    """Small ones for all that TimeLift moves in the pipeline's network."""
+    with looking_for_modulation(pipe) as found:
+        pipe.unet(x[..., :8, :8], torch.tensor(500.0, device=x.device), torch.randn(1, 77, 768, device=x.device))
+    return {name: torch.full(shape, 1e-3, device=x.device) for name, shape in found.items()}
+
+
+def _steps(scheduler: Any, n: int, x: Tensor, output: Tensor, pipe: Any) -> Iterator[None]:
+    """Yields before the first step and after each, as a pipeline takes them, ``output`` being the network's.
+
+    Where there is a TimeLift, each step also calls the network of ``pipe``, which is modulated and does nothing.
+    """
+    network = pipe.unet if getattr(scheduler, "time_lifts", None) else None
+    with patch.object(network, "forward", lambda: None) if network else nullcontext(), time_lifted(pipe, scheduler):
+        scheduler.set_timesteps(n, device=x.device)
+        if network:
+            network()  # a run's first call reads the parameters, once
         yield
+        for t in list(scheduler.timesteps):
+            if network:
+                network()
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+            yield
 
 
 def _laps(events: Iterable[Any], device: str) -> list[float]:
