@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dywspan.core.bases import BASES, multistep, res
+from dywspan.core.bases import BASES, cab, multistep, res
 from dywspan.core.check import shown
 from dywspan.core.grid import GRIDS, flow, make_grid
 from dywspan.core.prediction import EDM, PREDICTIONS, Epsilon, Flow, Prediction, Sample, VariancePreserving, Velocity
@@ -92,7 +92,8 @@ def slope(error: Callable[[int], float]) -> float:
 
 
 # The published 3M weights its second difference by phi_3 where Taylor has 2 phi_3: local error O(h^3), so order 2.
-ORDERS = {("uniform", k): 1 for k in range(1, 5)} | {("dpmpp", 3): 2}
+# CAB adds a share of a second difference, which falls with h^2 at any order of what it is added to.
+ORDERS = {("uniform", k): 1 for k in range(1, 5)} | {("dpmpp", 3): 2, ("cab", 3): 2}
 
 
 @pytest.mark.parametrize("problem", FRAMES)
@@ -179,6 +180,36 @@ def test_res_is_exact_where_the_data_prediction_is_a_line_in_log_snr() -> None:
         weight = torch.exp(-h * (1 - u))
         mean = torch.trapezoid(weight * (0.7 - 0.4 * (lambdas[i] + h * u)), u) / torch.trapezoid(weight, u)
         assert float(rows[i] @ line[[i, i - 1]]) == pytest.approx(float(mean), abs=1e-8)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("is_flow", [False, True])
+def test_cab_is_its_formula_over_noise_predictions(is_flow: bool, order: int) -> None:
+    """Written out as the paper has it, beside our weights of derivatives; also from a flow's first level, alpha = 0."""
+    sigmas = flow(6, shift=2.0) if is_flow else torch.tensor([9.0, 5, 2, 1.5, 0.6, 0.1, 0.0], dtype=torch.float64)
+    problem = Gaussian(is_flow)
+    alphas = problem.signal(sigmas)
+    weights = cab(sigmas, alphas, order)
+    x = torch.tensor([1.3, -0.4, 0.2], dtype=torch.float64)
+    end = rollout(Schedule.from_weights(sigmas, weights), lambda x, s, tau: problem.derivative(x, s) + x.sin(), x)
+    past: list[tuple[Tensor, Tensor, Tensor]] = []  # (rho, eps, d)
+    for i in range(len(sigmas) - 1):
+        d = problem.derivative(x, sigmas[i]) + x.sin()
+        past = [(sigmas[i] / alphas[i], x + alphas[i] * d if is_flow else d, d), *past]
+        if i < 2 and (is_flow or i == 0):
+            x = x + (sigmas[i + 1] - sigmas[i]) * (d if i == 0 else 1.5 * d - 0.5 * past[1][2])
+            continue
+        rho, h = sigmas[i + 1] / alphas[i + 1], sigmas[i + 1] / alphas[i + 1] - past[0][0]
+        h1 = past[0][0] - past[1][0]
+        mean = past[0][1] + h / (2 * h1) * (past[0][1] - past[1][1])
+        if i > 1:
+            h2 = past[1][0] - past[2][0]
+            slopes = [(past[j][1] - past[j + 1][1]) / g for j, g in enumerate((h1, h2))]
+            if order == 3:
+                mean = mean + (h**2 / 3 + h * h1 / 2) * (slopes[0] - slopes[1]) / (h1 + h2)
+            mean = mean + 0.9 * (past[0][1] - past[1][1] - h1 * slopes[1])
+        x = alphas[i + 1] * (x / alphas[i] + (rho - past[0][0]) * mean)
+    torch.testing.assert_close(end, x, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("base", ["dpmpp", "unipc"])

@@ -235,7 +235,7 @@ def _inputs(name: str) -> tuple[Any, dict[str, Any]]:
     return build(name).pipe, build(name).inputs([0])
 
 
-OURS = {"RES(2M)", "Adams(2M)", "Adams(3M)", "iPNDM(2M)", "iPNDM(3M)", "iPNDM(4M)"}
+OURS = {"RES(2M)", "CAB-2", "CAB-3", "Adams(2M)", "Adams(3M)", "iPNDM(2M)", "iPNDM(3M)", "iPNDM(4M)"}
 FOR_ALL = OURS | {"Euler", "Heun", "DPM-Solver-2", "DEIS", "DPM-Solver++(2M)", "DPM-Solver++(3M)", "UniPC"}
 # Tiny pipeline -> (it and its arguments, solvers that fit only some, the schedulers that diffusers has for it).
 KINDS: dict[str, tuple[Callable[[], tuple[Any, dict[str, Any]]], set[str], dict[str, str]]] = {

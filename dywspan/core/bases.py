@@ -138,6 +138,44 @@ def res(sigmas: Tensor, alphas: Tensor, order: int = 2) -> Tensor:
     return _in_log_snr(sigmas, alphas, order, False, combine)
 
 
+def cab(sigmas: Tensor, alphas: Tensor, order: int = 2) -> Tensor:
+    """Corrected Adams-Bashforth: Adams-Bashforth in y = x / alpha over rho = sigma / alpha, and a share of how far the
+    newest noise prediction lies from the line through the two before it.
+
+        y' = y + (rho' - rho) (sum_j b_j eps_{i-j} + theta (eps_i - (1 + r) eps_{i-1} + r eps_{i-2}))
+        r = (rho_i - rho_{i-1}) / (rho_{i-1} - rho_{i-2}),   theta = 0.9
+
+    Without three predictions it steps by Adams-Bashforth; in flow's frame, where y may start infinite, over velocities
+    and by the constants of equal steps. Source: Roy & Nair 2026 (arXiv 2605.16736), and the authors' code.
+
+    Returns:
+        (N, K) weights of derivatives; in flow's frame K = N, as eps = x + alpha v depends on all of them.
+    """
+    n, s, a = len(sigmas) - 1, sigmas.double(), alphas.double()
+    if order == 1:
+        return euler(sigmas, alphas)
+    rho, flow = s / a, bool((a != 1).any())
+    forms, eps, rows = (torch.zeros(size, n, dtype=torch.float64) for size in (n + 1, n, n))
+    for i in range(n):
+        # x_i = x_0 + forms_i d; dx / dsigma is eps in the VE frame (alpha = 1), and v in flow's (alpha = 1 - sigma).
+        eps[i] = (1 - a[i]) / s[i] * forms[i]
+        eps[i, i] += a[i]
+        if i < 2 and (flow or i == 0):
+            rows[i, : i + 1] = torch.tensor([[1.0], [-0.5, 1.5]][i], dtype=torch.float64)
+        else:
+            first = next(j for j in range(max(0, i + 1 - order), i + 1) if rho[j].isfinite())  # of those interpolated
+            b = pad(adams(rho[first : i + 2], a, i + 1 - first)[-1], (0, 2 + first))[: i + 1]
+            if i > 1:
+                r = (rho[i] - rho[i - 1]) / (rho[i - 1] - rho[i - 2])
+                b[:3] += 0.9 * torch.stack([torch.ones_like(r), -1 - r, r])
+            mean = b.flip(0) @ eps[: i + 1]
+            moved = a[i + 1] * (forms[i] / a[i] + (rho[i + 1] - rho[i]) * mean)
+            rows[i] = (moved - forms[i]) / (s[i + 1] - s[i])
+        forms[i + 1] = forms[i] + (s[i + 1] - s[i]) * rows[i]
+    newest = torch.stack([pad(rows[i, : i + 1].flip(0), (0, n - i - 1)) for i in range(n)])
+    return newest if flow else newest[:, :3]
+
+
 def heun(sigmas: Tensor) -> tuple[list[float], list[list[float]]]:
     """Heun's method, two evaluations a step: x^ = x + h d_1, then x' = x^ + h/2 (d_2 - d_1); Euler into sigma = 0.
 
@@ -235,6 +273,7 @@ BASES: dict[str, Base] = {
     "dpmpp": Base(dpmpp, 3, _data, lowers_below=15),
     "unipc": Base(unipc, 3, _data, lowers_below=math.inf),
     "res": Base(res, 2, _data),
+    "cab": Base(cab, 3),
     "heun": Base(heun, 1, _stages, evaluations=2),
     "dpm2": Base(dpm2, 1, _stages, evaluations=2),
 }

@@ -128,6 +128,8 @@ BASELINES: dict[str, tuple[Maker, ...]] = {
     ),
     "UniPC": (of_diffusers("UniPCMultistepScheduler"), of_ours("unipc")),
     "RES(2M)": (of_ours("res", 2),),
+    "CAB-2": (of_ours("cab", 2),),
+    "CAB-3": (of_ours("cab", 3),),
     "Adams(2M)": (of_ours("adams", 2),),
     "Adams(3M)": (of_ours("adams", 3),),
     "iPNDM(2M)": (of_ours("ipndm", 2),),

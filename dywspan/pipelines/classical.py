@@ -38,6 +38,8 @@ SOLVERS: dict[str, tuple[str, int, bool]] = {
     "DPM-Solver++(3M)": ("dpmpp", 3, False),
     "DPM-Solver++(2M), lower order final": ("dpmpp", 2, True),
     "RES(2M)": ("res", 2, False),
+    "CAB-2": ("cab", 2, False),
+    "CAB-3": ("cab", 3, False),
     "UniP(2M)": ("unipc", 2, False),
     "UniP(3M)": ("unipc", 3, False),
 }
