@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tiny import build
 from torch import Tensor
 
 from dywspan.evaluate.frechet import Moments, fid, frechet_distance, influence
+from dywspan.evaluate.kernel import kernel_distance, kid
 from dywspan.evaluate.metrics import METRICS
 from dywspan.evaluate.statistics import Metric, Sample, interval
 from dywspan.pipelines import features as networks
@@ -27,7 +29,8 @@ def _sample(batch: int = 4, size: int = 32) -> Sample:
 
 
 def _part(sample: Sample, rows: slice) -> Sample:
-    return Sample(**{k: None if v is None else v[rows] for k, v in vars(sample).items()})
+    own: dict[str, Any] = {k: None if v is None else v[rows] for k, v in vars(sample).items()}
+    return Sample(**own)
 
 
 def _pipe() -> Any:
@@ -49,6 +52,7 @@ ENTRIES: dict[str, Callable[[], Metric]] = {
     "feature_distance": lambda: METRICS["feature_distance"](_pipe()),
     "lpips": lambda: METRICS["lpips"](_pipe(), model=_lpips()),
     "fid": lambda: METRICS["fid"](_pipe(), features="encoder"),
+    "kid": lambda: METRICS["kid"](_pipe(), features="encoder"),
 }
 
 
@@ -82,6 +86,7 @@ def test_what_a_metric_needs_is_said_and_asked_for(metric: Metric) -> None:
 @pytest.mark.filterwarnings("ignore:fd_encoder of 8 samples")
 def test_nearer_to_the_reference_is_better(metric: Metric) -> None:
     far = _sample(8)
+    far = replace(far, images=(0.2 * far.images * 255).round() / 255)  # of another distribution, too
     assert far.reference_images is not None and far.latents is not None and far.reference_latents is not None
     near = Sample(
         (0.5 * (far.images + far.reference_images) * 255).round() / 255,
@@ -213,6 +218,33 @@ def test_influence_of_both_sides_does_not_ask_which_is_which() -> None:
     torch.testing.assert_close(both, influence(x, a, b) + influence(y, b, a))
 
 
+def test_kernel_distance_is_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = pytest.importorskip("torchmetrics.image.kid")
+    x, y = torch.randn(40, 7).double(), 1.3 * torch.randn(40, 7).double() + 0.2
+    monkeypatch.setattr("dywspan.evaluate.kernel.CHUNK", 16)
+    assert kernel_distance(x, y) == pytest.approx(float(theirs.poly_mmd(x, y)), rel=1e-10)
+
+
+def test_kid_is_unbiased_and_its_interval_covers() -> None:
+    """On average it is that of many samples; the intervals cover it; and the reference may be paired."""
+    target, images = torch.randn(3000, 6), lambda x: [x[:, :, 0, 0].repeat(1, 2)]
+    draw = lambda n: 1.2 * torch.randn(n, 6) + 0.3  # noqa: E731
+    metric, expected = kid(None, target, images), kernel_distance(draw(3000), target)
+    rows = [draw(60) for _ in range(200)]
+    assert float(np.mean([metric.value(r) for r in rows])) == pytest.approx(expected, rel=0.1)
+    bounds = [interval(metric, r) for r in rows]
+    assert 0.9 < sum(low < expected < high for low, high in bounds) / len(bounds) < 0.99
+    paired, x, y = kid(None, None, images), draw(50), torch.randn(50, 6)
+    assert paired.value(torch.cat([x, y], 1)) == pytest.approx(kernel_distance(x, y))
+    assert metric.name.startswith("kd_") and paired.needs == ("reference_images",)
+
+
+def test_kid_needs_images_and_not_their_moments(tmp_path: Path) -> None:
+    np.savez(tmp_path / "refs.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(ValueError, match="KID needs a directory of images or a dataset"):
+        kid(None, tmp_path / "refs.npz", _colours)
+
+
 # ------------------------------------------------------------------------------------------------------------ intervals
 
 
@@ -330,7 +362,7 @@ def test_a_reference_that_is_none_is_refused_before_any_sampling(tmp_path: Path)
     with pytest.raises(OSError, match="neither a directory with images"):
         fid(None, "no/such-dataset", _colours)
     _folder(tmp_path / "one", 1)
-    with pytest.raises(ValueError, match="has 1 images: a covariance needs at least 2"):
+    with pytest.raises(ValueError, match="has 1 images: at least 2 are needed"):
         fid(None, tmp_path / "one", _colours)
     with pytest.raises(ValueError, match="at least 2 samples; got 1"):
         fid(None, torch.randn(1, 3), _colours)

@@ -5,26 +5,20 @@ d^2 = |m - m*|^2 + tr S + tr S* - 2 tr (S^1/2 S* S^1/2)^1/2,   m, S = mean and c
 
 from __future__ import annotations
 
-import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..pipelines.features import Features, find_features
+from .references import read_reference, vectors
 from .statistics import Metric, Sample
-
-Images = Callable[[], Iterator[tuple[str, Image.Image]]]  # names and images, as often as called
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -166,7 +160,7 @@ def fid(
 
     def rows(sample: Sample) -> Tensor:
         images = [sample.images] if target else [sample.images, sample.need("reference_images", metric.name)]
-        return torch.cat([_vectors(network, 2 * x - 1) for x in images], 1)
+        return torch.cat([vectors(network, 2 * x - 1) for x in images], 1)
 
     @lru_cache(maxsize=1)  # a number and its interval need the same; tensors are looked up by identity
     def sides(rows: Tensor) -> tuple[Tensor, Moments, Tensor | None, Moments]:
@@ -200,13 +194,6 @@ def fid(
     return metric
 
 
-@torch.no_grad()
-def _vectors(network: Features, images: Tensor) -> Tensor:
-    """(B, D) float32: the last map, its positions averaged: (B, D), tokens (B, T, D) or (B, D, H, W)."""
-    last = network(images)[-1].float()
-    return last.mean(1) if last.ndim == 3 else last.flatten(2).mean(2) if last.ndim > 3 else last
-
-
 def _reference(
     reference: str | Path | Moments | Tensor,
     network: Features,
@@ -218,67 +205,12 @@ def _reference(
 ) -> tuple[Callable[[], Moments], str]:
     """Its moments, computed at the first call and checked now, and what it is."""
     if isinstance(reference, (str, Path)) and not Path(reference).is_file():
-        count, images = _images(reference, split, column)
-        _check_images(reference, count, images, size)
-
-        @cache
-        def moments() -> Moments:
-            rows, batch = [], []
-            for i, (_, image) in enumerate(tqdm(images(), "reference", count), 1):
-                image = image.convert("RGB")
-                batch.append(image if size is None else ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
-                if len(batch) == batch_size or i == count:
-                    pixels = torch.from_numpy(np.stack(batch)).to(device).movedim(3, 1)
-                    rows.append(_vectors(network, pixels / 127.5 - 1).cpu())
-                    batch.clear()
-            return Moments.of(torch.cat(rows))
-
-        return moments, f"{count} images of {reference}" + (f", {size} x {size}" if size else "")
+        features, source = read_reference(reference, network, size, split, column, batch_size, device)
+        return lambda: Moments.of(features()), source
     if isinstance(reference, (str, Path)):
         given, source = Moments.load(reference), str(reference)
     else:
         given, source = Moments.of(reference) if isinstance(reference, Tensor) else reference, "given features"
-    probe = _vectors(network, torch.zeros(1, 3, 64, 64, device=device))
+    probe = vectors(network, torch.zeros(1, 3, 64, 64, device=device))
     _check_dimensions(Moments(probe[0], probe), given)
     return lambda: given, source
-
-
-def _images(source: str | Path, split: str, column: str) -> tuple[int, Images]:
-    """How many images a directory or a dataset has, and they."""
-    if files := sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in SUFFIXES):
-        return len(files), lambda: ((str(p), Image.open(p)) for p in files)
-    try:
-        import datasets
-
-        data = datasets.load_dataset(str(source), split=split)
-    except Exception as error:  # of many kinds, none of which names the way out
-        raise OSError(
-            f"reference={str(source)!r} is neither a directory with images {SUFFIXES}, nor an .npz file, nor a dataset "
-            f"with split {split!r}, which needs `pip install datasets`: {error}"
-        ) from error
-    if column not in (names := data.column_names or []):
-        raise ValueError(f"Dataset {str(source)!r} has no column {column!r}: set column to one of {sorted(names)}.")
-    data = data.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-
-    def images() -> Iterator[tuple[str, Image.Image]]:
-        for i, row in enumerate(data):
-            kept = row[column]  # type: ignore[index]
-            yield f"image {i}", Image.open(io.BytesIO(kept["bytes"]) if kept["bytes"] else kept["path"])
-
-    return len(data), images
-
-
-def _check_images(source: str | Path, count: int, images: Images, size: int | None) -> None:
-    if count < 2:
-        raise ValueError(f"reference={str(source)!r} has {count} images: a covariance needs at least 2.")
-    if size is not None:
-        return
-    sizes: dict[tuple[int, int], str] = {}
-    for name, image in images():
-        sizes.setdefault(image.size, name)
-        if len(sizes) > 1:
-            (a, first), (b, second) = sizes.items()
-            raise ValueError(
-                f"reference={str(source)!r} has images of several sizes, {first}: {a[0]} x {a[1]} and {second}: "
-                f"{b[0]} x {b[1]}: set size= to resize and crop them all, or make them of one size."
-            )

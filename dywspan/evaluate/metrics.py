@@ -11,6 +11,7 @@ from torch import Tensor
 from ..pipelines.features import Features, feature_distance, find_features
 from ..pipelines.features import lpips as lpips_features
 from .frechet import fid
+from .kernel import kid
 from .rewards import clip_score, hps, image_reward
 from .statistics import Metric, Sample
 
@@ -95,6 +96,7 @@ METRICS: dict[str, Callable[..., Metric]] = {
     "psnr": psnr,
     "lpips": lpips,
     "fid": fid,
+    "kid": kid,
     "clip_score": clip_score,
     "image_reward": image_reward,
     "hps": hps,
