@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS := -n logical --maxprocesses 4
 
-.PHONY: demo test test-slow lint clean emoji-sd emoji-flow solvers \
+.PHONY: demo test test-slow lint docs clean emoji-sd emoji-flow solvers \
 	solvers-emoji-sd any-emoji-sd solvers-emoji-flow any-emoji-flow
 
 demo: .venv/installed-train
@@ -18,6 +18,9 @@ test-slow: .venv/installed-dev
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # How the pipelines and solvers of examples/ are made, into build/: `make emoji-sd` trains that pipeline from nothing,
 # then its solvers; `make solvers` learns all that ship for the pipelines as they ship. Stopped, they go on. On CPUs:
