@@ -16,7 +16,7 @@ from dywspan.evaluate.config import QualityConfig
 from dywspan.settings import make_config
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LAUNCHED = re.compile(r"(?:\S+=\S+ )*(?:accelerate launch|torchrun)(?: --\S+ [\w.]+)* (?:-m )?(\S+)(.*)")
 
 
@@ -48,7 +48,7 @@ def arguments(command: str) -> list[str] | None:
 
 
 def test_there_are_commands() -> None:
-    assert len(FOUND) > 40 and {name for name, _ in FOUND} >= {"README.md", "emoji.md", "evaluation.md", "training.md"}
+    assert len(FOUND) > 40 and {name for name, _ in FOUND} >= {"README.md", "tables.md", "evaluation.md", "training.md"}
 
 
 @pytest.mark.parametrize(("document", "command"), FOUND, ids=[f"{d}-{i}" for i, (d, _) in enumerate(FOUND)])
