@@ -20,7 +20,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 docs: .venv/installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # How the pipelines and solvers of examples/ are made, into build/: `make emoji-sd` trains that pipeline from nothing,
 # then its solvers; `make solvers` learns all that ship for the pipelines as they ship. Stopped, they go on. On CPUs:

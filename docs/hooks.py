@@ -76,4 +76,6 @@ def _shown(path: Path) -> str:
         names = (p.name + "/" * p.is_dir() for p in sorted((ROOT / path).iterdir()) if not p.name.startswith(("_", ".")))
         return head + "".join(f"- `{name}`\n" for name in names)
     text = (ROOT / path).read_text(encoding="utf-8")
-    return head + (text if path.suffix == ".md" else f"`````{LANGUAGES.get(path.suffix, 'text')}\n{text}\n`````\n")
+    if path.suffix == ".md":
+        return _moved(text, path, Path(f"docs/source/{path}.md"))
+    return f"{head}`````{LANGUAGES.get(path.suffix, 'text')}\n{text}\n`````\n"

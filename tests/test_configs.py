@@ -1,6 +1,6 @@
-"""The YAML files in training/configs say what the papers say, fit their pipelines, and docs/training.md says what is.
+"""The YAML files in training/configs say what the papers say, fit their pipelines, and docs/settings.md and docs/papers.md say what is.
 
-``DYWSPAN_WRITE_DOCS=1 pytest tests/test_configs.py`` writes the generated tables of docs/training.md.
+``DYWSPAN_WRITE_DOCS=1 pytest tests/test_configs.py`` writes their generated tables.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ from dywspan.tuning.config import TuneConfig
 ROOT = Path(__file__).parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "training" / "configs").glob("*.yaml"))}
 PAPERS = [name for name in CONFIGS if not name.startswith("emoji")]
-DOCUMENT = ROOT / "docs" / "training.md"
+DOCS = ROOT / "docs"
+# The pages about learning.
+PAGES = [DOCS / f"{name}.md" for name in ("training", "least-squares", "continuous", "losses", "settings", "papers")]
+PAGES += [DOCS / "how-to" / f"{name}.md" for name in ("memory", "prompts", "runs", "several-gpus")]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 # What the papers say, and their reference code where they are silent.
 POLYNOMIAL = {"name": "polynomial", "rho": 7.0, "sigma_min": 0.002, "sigma_max": 80.0}
@@ -237,32 +241,34 @@ def recipes() -> str:
 
 
 TABLES = {
-    "what a run does": lambda: settings(DistillConfig, but=LearningConfig),
-    "how a solver is learned": lambda: settings(LearningConfig),
-    "recipes": recipes,
+    "what a run does": ("settings", lambda: settings(DistillConfig, but=LearningConfig)),
+    "how a solver is learned": ("settings", lambda: settings(LearningConfig)),
+    "recipes": ("papers", recipes),
 }
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_documents_tables_are_generated(name: str) -> None:
-    table, text = TABLES[name](), DOCUMENT.read_text(encoding="utf-8")
+    page, make = TABLES[name]
+    document, table = DOCS / f"{page}.md", make()
+    text = document.read_text(encoding="utf-8")
     marks = re.compile(rf"(<!-- {name} -->\n\n).*?(\n\n<!-- end -->)", re.S)
     if os.environ.get("DYWSPAN_WRITE_DOCS") == "1":
-        DOCUMENT.write_text(marks.sub(lambda m: m[1] + table + m[2], text), encoding="utf-8")
-    assert f"<!-- {name} -->\n\n{table}\n\n<!-- end -->" in DOCUMENT.read_text(encoding="utf-8"), (
+        document.write_text(marks.sub(lambda m: m[1] + table + m[2], text), encoding="utf-8")
+    assert f"<!-- {name} -->\n\n{table}\n\n<!-- end -->" in document.read_text(encoding="utf-8"), (
         "Run: DYWSPAN_WRITE_DOCS=1 pytest tests/test_configs.py"
     )
 
 
 def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S)
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.S)
 
 
 def _commands() -> list[list[str]]:
     """The options of every distillation in the document, in bash blocks and in tables."""
     lines = "\n".join(_blocks("bash")).replace("\\\n", " ").splitlines()
     shown = [re.split(r"dywspan distill|dywspan\.distill|training/distill\.py", line) for line in lines]
-    cells = re.findall(r"^\|.*?\| `(--[^`]+)` \|", DOCUMENT.read_text(encoding="utf-8"), re.M)
+    cells = re.findall(r"^\|.*?\| `(--[^`]+)` \|", TEXT, re.M)
     return [shlex.split(parts[1]) for parts in shown if len(parts) > 1] + [shlex.split(cell) for cell in cells]
 
 
@@ -291,7 +297,7 @@ def test_every_setting_the_document_names_exists() -> None:
     choices = {*BASES, *GRIDS, *LAYOUTS, *FEATURES, *NETWORKS, *LATENT, *SETS, OWN, "true", "false", "null"}
     choices |= {"adam", "adamw", "bf16", "fp16", "bfloat16", "least_squares"}
     known = {f.name for f in (*fields(DistillConfig), *fields(TuneConfig))}
-    text = re.sub(r"```.*?```|<!-- .*?<!-- end -->", "", DOCUMENT.read_text(encoding="utf-8"), flags=re.S)
+    text = re.sub(r"```.*?```|<!-- .*?<!-- end -->", "", TEXT, flags=re.S)
     named = re.findall(r"`([a-z_0-9]+)(?:: ([a-z_]+|\d+))?`", text)
     assert len(named) > 60
     assert {name for name, _ in named} <= known | choices
