@@ -1,4 +1,4 @@
-"""Makes a site of pages that GitHub shows as well: the README as home, the sources they link to, equations as MathML."""
+"""Makes a site of pages that GitHub shows too: the README as home, the sources they link to, equations as MathML."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json"}
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds index.md, made of the README, and a page for every file outside docs/ that a page links to."""
-    pages = {Path("docs", file.src_uri): Path(file.abs_src_path or "").read_text() for file in files.documentation_pages()}
-    pages[Path("docs/index.md")] = _moved((ROOT / "README.md").read_text(), Path("README.md"), Path("docs/index.md"))
-    files.append(File.generated(config, "index.md", content=pages[Path("docs/index.md")]))
-    for outside in sorted({path for page, text in pages.items() for path in _outside(text, page)}):
-        made = File.generated(config, f"source/{outside}.md", content=_shown(outside), inclusion=InclusionLevel.NOT_IN_NAV)
-        files.append(made)
+    home = _moved((ROOT / "README.md").read_text(encoding="utf-8"), Path("README.md"), Path("docs/index.md"))
+    files.append(File.generated(config, "index.md", content=home))
+    pages = {Path("docs", page.src_uri): page.content_string for page in files.documentation_pages()}
+    for path in sorted({path for page, text in pages.items() for path in _outside(text, page)}):
+        kept = {"content": _shown(path), "inclusion": InclusionLevel.NOT_IN_NAV}
+        files.append(File.generated(config, f"source/{path}.md", **kept))
     return files
 
 
@@ -73,8 +73,8 @@ def _shown(path: Path) -> str:
     """A page of a source file, or of a folder's files."""
     head = f"---\ntitle: {path.name}\nsearch: {{exclude: true}}\n---\n\n# {path}\n\n"
     if (ROOT / path).is_dir():
-        names = (p.name + "/" * p.is_dir() for p in sorted((ROOT / path).iterdir()) if not p.name.startswith(("_", ".")))
-        return head + "".join(f"- `{name}`\n" for name in names)
+        inside = [p for p in sorted((ROOT / path).iterdir()) if not p.name.startswith(("_", "."))]
+        return head + "".join(f"- `{p.name}{'/' * p.is_dir()}`\n" for p in inside)
     text = (ROOT / path).read_text(encoding="utf-8")
     if path.suffix == ".md":
         return _moved(text, path, Path(f"docs/source/{path}.md"))

@@ -1,4 +1,4 @@
-"""The YAML files in training/configs say what the papers say, fit their pipelines, and docs/settings.md and docs/papers.md say what is.
+"""The YAML files in training/configs say what the papers say, and fit their pipelines; the pages list what there is.
 
 ``DYWSPAN_WRITE_DOCS=1 pytest tests/test_configs.py`` writes their generated tables.
 """

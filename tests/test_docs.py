@@ -1,12 +1,13 @@
 """What the documents say is what was measured, and what they point to exists.
 
-``DYWSPAN_WRITE_DOCS=1 pytest tests/test_docs.py`` writes the tables between ``<!-- table: ... -->`` or ``<!-- zoo -->`` and
-``<!-- end -->``: of a file of docs/results a metric, and, where they are said, numbers of evaluations, one ``variant=``, and
-``short`` for no intervals.
+``DYWSPAN_WRITE_DOCS=1 pytest tests/test_docs.py`` writes the tables between ``<!-- table: ... -->`` or ``<!-- zoo -->``
+and ``<!-- end -->``. A mark names a file of docs/results and a metric, and where they are said numbers of evaluations,
+one ``variant=``, some ``rows=``, and ``short`` for no intervals.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import os
@@ -34,15 +35,19 @@ def grids(results: dict[str, Any], **which: Any) -> list[str]:
 def measured(said: str) -> str:
     """The table that a mark asks for; one for each variant of the call, below its name."""
     name, metric, *options = said.split()
-    (only,) = [o.removeprefix("variant=").replace("_", " ") for o in options if o.startswith("variant=")] or [None]
-    steps = [int(o) for o in options if o.isdigit()] or None
-    results = read_results(RESULTS / f"{name}.json")
-    parts = by_variant(results) if "variant" in results["rows"][0] else {"": results}
-    shown = {} if only is None else {only: parts[only]}
+    named = {key: value.replace("_", " ") for key, _, value in (option.partition("=") for option in options)}
+    steps = [int(option) for option in options if option.isdigit()] or None
     found = []
-    for variant, part in (shown or parts).items():
-        (grid,) = grids(part, metrics=[metric], steps=steps, intervals="short" not in options)
-        found.append(grid if only or not variant else f"{variant}:\n\n{grid}")
+    for variant, part in by_variant(read_results(RESULTS / f"{name}.json")).items():
+        if named.get("variant", variant) != variant:
+            continue
+        (grid,) = grids(part, metrics=[metric], steps=steps, intervals="short" not in named)
+        head, line, *rows = grid.splitlines()
+        if kept := named.get("rows"):
+            rows = [row for solver in kept.split(";") for row in rows if row.split("|")[1].strip() == solver]
+            assert len(rows) == len(kept.split(";"))
+        title = f"{variant}:\n\n" if variant and "variant" not in named else ""
+        found.append(title + "\n".join([head, line, *rows]))
     return "\n\n".join(found)
 
 
@@ -66,10 +71,11 @@ def zoo() -> str:
         part = next(part for part in KINDS if config.get(part))
         own = config[part] if part in ("time_lifts", "lifts", "tables") else {"": config[part]}
         learned = [numbers["provenance"] for numbers in own.values()]
-        errors = {n: p["held_out_error"] for n, p in zip(own, learned)} if "" not in own else learned[0]["held_out_error"]
+        errors = {n: p["held_out_error"] for n, p in zip(own, learned)}
+        errors = errors.get("", errors)
         scales = [c.get("guidance_scale") for c in (learned[0].get("variants") or {"": learned[0]["call"]}).values()]
         row = {
-            "solver": f"[{folder}](../{folder})",
+            "solver": f"[{folder.relative_to('examples')}](../{folder})",
             "for": Path(learned[0]["base_model"]).name,
             "kind": KINDS[part],
             "steps": "any" if "" in own else counts(map(int, own)),
@@ -102,6 +108,51 @@ def test_every_evaluation_is_in_the_tables() -> None:
     said = {match[2].split()[1] for match in MARKED.finditer((ROOT / "docs" / "tables.md").read_text())}
     recorded = {f.stem for f in RESULTS.glob("*.json") if "metrics" in json.loads(f.read_text())}
     assert said == recorded - {"timelift-emoji-flow"}, "that one is in training.md"
+
+
+def test_every_snippet_is_python_of_this_package() -> None:
+    """It compiles, and every name that it takes from dywspan is there."""
+    taken = set()
+    for document in DOCUMENTS:
+        for snippet in re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.S):
+            for node in ast.walk(ast.parse(snippet, document.name)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dywspan":
+                    taken |= {(node.module or "", alias.name) for alias in node.names}
+                elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "dywspan":
+                    taken.add(("dywspan", node.attr))
+    assert len(taken) > 15
+    assert not {f"{module}.{name}" for module, name in taken if name not in defined(module)}
+
+
+def defined(module: str) -> set[str]:
+    """The names that a module's source defines, or lists in ``__all__``; its own modules. Nothing is imported."""
+    path = ROOT.joinpath(*module.split("."))
+    names = {file.stem for file in path.glob("*.py")}
+    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+            if "__all__" in names and isinstance(node.value, ast.List):
+                names |= {e.value for e in node.value.elts if isinstance(e, ast.Constant)}
+    return names
+
+
+def test_troubleshooting_quotes_messages_that_there_are() -> None:
+    """What stands in quotes in bold, between its dots, is said somewhere in the sources."""
+    constants = []
+    for file in (ROOT / "dywspan").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            constants.append("".join(str(p.value) if isinstance(p, ast.Constant) else "..." for p in parts))
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [q for line in re.findall(r"^### (.*)$", text, re.M) for q in re.findall(r'"(.+?)"', line)]
+    assert len(quoted) > 20
+    others = {"has no attribute DyWeightScheduler", "CUDNN_STATUS", "mha_graph.execute"}  # diffusers' and cuDNN's
+    pieces = {piece.strip(" .") for q in quoted if q not in others for piece in re.split(r"\.\.\.|\d+", q)} - {""}
+    assert not {piece for piece in pieces if not any(piece in constant for constant in constants)}
 
 
 def test_the_readmes_table_is_the_recorded_measurement() -> None:
