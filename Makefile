@@ -23,7 +23,7 @@ docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # How the pipelines and solvers of examples/ are made, into build/: `make emoji-sd` trains that pipeline from nothing,
-# then its solvers; `make solvers` learns all that ship for the pipelines as they ship. Stopped, they go on. On CPUs:
+# then its solvers; `make solvers` learns all that ship for the pipelines as they ship. Re-run a goal to resume. On CPUs:
 #   make emoji-flow LAUNCH="ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2"
 LAUNCH ?= $(BIN)/accelerate launch
 MODEL := # the configurations' own; not the environment's

@@ -19,7 +19,7 @@ import pytest
 
 from dywspan import DyWeightScheduler, SpanLiftScheduler
 from dywspan.evaluate.report import by_variant, read_results, table
-from dywspan.text import counts, markdown
+from dywspan.text import markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -78,16 +78,22 @@ def zoo() -> str:
             "solver": f"[{folder.relative_to('examples')}](../{folder})",
             "for": Path(learned[0]["base_model"]).name,
             "kind": KINDS[part],
-            "steps": "any" if "" in own else counts(map(int, own)),
+            "steps": "any" if "" in own else said(sorted(map(int, own))),
             "guidance": ", ".join(f"{scale:g}" for scale in dict.fromkeys(scales) if scale is not None),
             "learned by": "; ".join(
                 dict.fromkeys(f"{p['learning']['optimizer']}, {p['pairs']['train']} pairs" for p in learned)
             ),
-            "loss": ", ".join(dict.fromkeys(p["loss"] for p in learned)),
+            "loss": ", ".join(dict.fromkeys(p["loss"].removeprefix("latent_") for p in learned)),
         }
         ends = {n: "{before:.3g} to {after:.3g}".format_map(errors[n]) if n in errors else "" for n in ("3", "5")}
-        rows.append(row | {f"error at {n} steps": shown for n, shown in ends.items()})
+        rows.append(row | {f"error, {n} steps": shown for n, shown in ends.items()})
     return markdown(rows)
+
+
+def said(steps: list[int]) -> str:
+    """Numbers of steps in order, those without a gap by their ends."""
+    whole = len(steps) > 2 and steps == [*range(steps[0], steps[-1] + 1)]
+    return f"{steps[0]} to {steps[-1]}" if whole else ", ".join(map(str, steps))
 
 
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if MARKED.search(d.read_text())], ids=lambda p: p.name)
