@@ -40,7 +40,8 @@ from diffusers import DanceDiffusionPipeline, IPNDMScheduler, UNet1DModel
 torch.manual_seed(0)
 blocks = {"down_block_types": ("DownBlock1DNoSkip", "AttnDownBlock1D")}
 blocks |= {"up_block_types": ("AttnUpBlock1D", "UpBlock1DNoSkip")}
-unet = UNet1DModel(sample_size=512, block_out_channels=(32, 64), extra_in_channels=64, flip_sin_to_cos=True, **blocks)
+blocks |= {"block_out_channels": (32, 64), "extra_in_channels": 64, "flip_sin_to_cos": True}
+unet = UNet1DModel(sample_size=512, sample_rate=16000, **blocks)
 pipe = DanceDiffusionPipeline(unet, IPNDMScheduler())
 
 def sound(n):
