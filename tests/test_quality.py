@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -613,9 +614,15 @@ def test_the_shipped_settings_are_those_of_the_recorded_results(file: Path, monk
 
 
 def test_the_command_end_to_end(tmp_path: Path) -> None:
-    """What a user types, in a process of its own."""
-    arguments = ["eval", "--model", str(MODEL), "--solver", "DDIM", LEARNED, "--steps", "3", "--samples", "2"]
+    """What the page on evaluation types, in its own process; like COCO's, the reference's images differ in size."""
+    (tmp_path / "val2014").mkdir()
+    for i in range(4):
+        levels = np.random.RandomState(i).randint(0, 256, (40 + 9 * i, 70, 3), dtype=np.uint8)
+        Image.fromarray(levels).save(tmp_path / "val2014" / f"{i}.jpg")
+    options = {"kid": {"reference": "val2014", "size": 64, "features": "encoder"}}  # Inception's weights are not here
+    arguments = ["eval", "--model", str(MODEL), "--solver", "ddim", LEARNED, "--steps", "3", "--samples", "3"]
     arguments += ["--prompts", str(PROMPTS), "--guidance-scale", "1", "--teacher-steps", "4"]
+    arguments += ["--metrics", "kid", "latent_mse", "--metric-options", json.dumps(options)]
     done = subprocess.run(
         [sys.executable, "-m", "dywspan.cli", *arguments], cwd=tmp_path, capture_output=True, text=True
     )
@@ -623,3 +630,5 @@ def test_the_command_end_to_end(tmp_path: Path) -> None:
     result = read_results(tmp_path / "evaluation.json")
     assert table(result) in done.stdout and re.search(r"DyWeight \(learned\)", done.stdout)
     assert result["settings"]["call"] == {"guidance_scale": 1.0}
+    assert result["metrics"]["kd_encoder"]["reference"] == "4 images of val2014, 64 x 64"
+    assert all(row["interval"]["kd_encoder"][0] < row["kd_encoder"] for row in result["rows"] if row["nfe"] == 3)

@@ -39,7 +39,7 @@ class QualityConfig:
     solvers: list[str] = option(["all"], f"all that fit, or some of: {', '.join(map(slug, BASELINES))}; and artefacts")
     steps: list[int] = option([5], "numbers of guided evaluations (NFE) to compare at")
     metrics: list[str] = option(["latent_mse"], f"of: {', '.join(METRICS)}")
-    metric_options: dict[str, Any] = option({}, 'by metric, e.g. {"fid": {"reference": "coco/val2014"}}')
+    metric_options: dict[str, Any] = option({}, 'by metric, e.g. {"kid": {"reference": "coco/val2014", "size": 512}}')
     gap_from: str | None = option(None, "solver from which to count the share of the way to the reference of others")
 
     teacher: str = option("ipndm", "of the reference: a base solver, or a diffusers scheduler's class name")
