@@ -46,6 +46,9 @@ COMMANDS = {
     ),
     "push": Command("upload an artefact to the Hub", "artefacts:push_options"),
     "eval": Command("measure solvers, or images that are there already, by any metrics", "measure:evaluate_options"),
+    "analyze": Command(
+        "show what each step of a solver misses, and how much of it no weights reach", "analyze:options"
+    ),
     "bench": Command("measure overhead, memory and learning; print what was measured", BENCH),
     "doctor": Command("show versions, devices, optional packages, and what can run here", "doctor:doctor_options"),
 }

@@ -304,8 +304,8 @@ def advance(
     if lift is not None:
         if plan.remembers_data:
             derivatives = (_derivative(plan, row, x, value), *derivatives)[: lift.operator.order]
-        correction = _correction(lift, row, x, derivatives or history, size)
-        following = following + lift.beta[row] * lift.sizes[row] * next_scale * correction
+        lifted = correction(lift, row, x, derivatives or history, size)
+        following = following + lift.beta[row] * lift.sizes[row] * next_scale * lifted
     state = state.remember(history, derivatives, i + 1)
     return _cast(following, sample.dtype), state, lambda: _cast(estimate(), sample.dtype)
 
@@ -321,12 +321,12 @@ def _derivative(plan: Plan, row: int, x: Tensor, x0: Tensor) -> Tensor:
     return combine((1 / (plan.scales[row] * level), x), (-1 / level, x0))
 
 
-def _correction(lift: LiftPlan, row: int, x: Tensor, derivatives: History, size: Size | None) -> Tensor:
+def correction(lift: LiftPlan, row: int, x: Tensor, derivatives: History, size: Size | None) -> Tensor:
     """R_phi(x_i, d_i, ..., d_{i-K+1}; xi_i), in the layout of ``x``."""
     operator = lift.operator
     images = to_grids(lift.layout, (x, *derivatives[: operator.order]), operator.channels, size)
-    correction = residual(operator, images[0], images[1:], lift.conditions[row].to(operator.dtype))
-    return LAYOUTS[lift.layout].from_grid(correction, x, size)
+    image = residual(operator, images[0], images[1:], lift.conditions[row].to(operator.dtype))
+    return LAYOUTS[lift.layout].from_grid(image, x, size)
 
 
 def numbers(values: Tensor) -> list[Number]:
