@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import pyplot
 
 Rows = Sequence[Mapping[str, Any]]
@@ -67,3 +68,49 @@ def _ratio(rows: Rows) -> tuple[float, float]:
     errors = {(r["solver"], r["order"], r["steps"], r["degree"]): r["error"] for r in rows}
     ratios = [e / errors["optimised", o, s, k] for (kind, o, s, k), e in errors.items() if kind == "standard"]
     return min(ratios), max(ratios)
+
+
+SOLVER_COLOURS = {"Adams-Bashforth": "#e07a00", "DyWeight": "#1558b0", "SpanLift": "#c1121f"}
+
+
+def halvorsen(test: Any, moves: Mapping[str, Any], means: Rows, path: Path) -> None:
+    """SpanLift figure 3 (B) and (C): the mean start's step over the plane V, and the mean squares of all starts."""
+    figure = pyplot.figure(figsize=(11, 4.6), layout="constrained")
+    left: Any = figure.add_subplot(1, 2, 1, projection="3d")
+    right = figure.add_subplot(1, 2, 2)
+    (u, before), exact = (d[0].numpy() for d in test.derivatives), test.exact[0].numpy()
+    first = u / np.linalg.norm(u)
+    second = before - before @ first * first
+    second /= np.linalg.norm(second)
+    axes = np.stack([first, second, np.cross(first, second)])
+    points = {"exact step": exact, **{name: move[0].numpy() for name, move in moves.items()}}
+    shown = {name: axes @ point for name, point in points.items()}
+    x, y = ([f(p[k] for p in shown.values()) for f in (min, max)] for k in (0, 1))
+    x, y = ([low - 0.4 * (high - low), high + 0.4 * (high - low)] for low, high in (x, y))
+    left.plot_surface(*np.meshgrid(x, y), np.zeros((2, 2)), alpha=0.18, color="#1558b0")
+    for name, (a, b, c) in shown.items():
+        colour = SOLVER_COLOURS.get(name, "black")
+        left.scatter([a], [b], [c], color=colour, s=50, marker="*" if name == "exact step" else "o", label=name)
+        left.plot([a, a], [b, b], [0, c], ":", color=colour)
+    left.scatter(*shown["exact step"][:2], 0, color="black", marker="x", label="its projection on V")
+    left.set(
+        xlabel="along $u_i$",
+        ylabel="in V, across $u_i$",
+        zlabel="out of V",
+        title="one step: velocities in and out of V",
+    )
+    left.legend(fontsize=8)
+    names, floor = [row["solver"] for row in means], means[0]["floor"]
+    inside, outside = ([row[key] for row in means] for key in ("in_span", "out_of_span"))
+    right.bar(names, outside, color="#8a8a8a", label="out of span")
+    right.bar(names, inside, bottom=outside, color=[SOLVER_COLOURS[name] for name in names], label="in span")
+    right.axhline(floor, color="black", ls=":", lw=1)
+    right.text(2.45, floor, "no weights get below this", ha="right", va="bottom", fontsize=9)
+    for k, row in enumerate(means):
+        right.text(k, row["mismatch"], f"{row['mismatch']:.3g}", ha="center", va="bottom")
+    right.set(
+        ylabel="squared mismatch of the velocity, mean of 256 starts", title="grey: out of span; coloured: in span"
+    )
+    gained = 1 - means[1]["in_span"] / means[0]["in_span"]
+    title = f"Learned weights remove {gained:.0%} of the in-span part; below the floor is what only SpanLift reaches"
+    save(figure, path, title)
