@@ -114,3 +114,55 @@ def halvorsen(test: Any, moves: Mapping[str, Any], means: Rows, path: Path) -> N
     gained = 1 - means[1]["in_span"] / means[0]["in_span"]
     title = f"Learned weights remove {gained:.0%} of the in-span part; below the floor is what only SpanLift reaches"
     save(figure, path, title)
+
+
+def out_of_span(rows: Rows, path: Path) -> None:
+    """SpanLift table 6 and figure 4 as curves, and what each step misses: a line of panels for each pipeline."""
+    lines = list(dict.fromkeys((r["subject"], r["num_inference_steps"]) for r in rows))
+    panels = {
+        "error": "error of a step / exact step",
+        "out_of_span": "the part that no weights reach",
+        "lift_out_of_span": "SpanLift: share out of the span",
+        "lift_size": "SpanLift: size / base step",
+    }
+    figure, axes = pyplot.subplots(len(lines), 4, figsize=(14, 2.7 * len(lines)), layout="constrained", squeeze=False)
+    for (subject, n), line in zip(lines, axes):
+        here = [r for r in rows if (r["subject"], r["num_inference_steps"]) == (subject, n)]
+        names = {name: name.removeprefix(f"{subject}-") for name in dict.fromkeys(r["solver"] for r in here)}
+        for (key, title), axis in zip(panels.items(), line):
+            for k, (name, label) in enumerate(names.items()):
+                own = [r for r in here if r["solver"] == name and key in r]
+                if own:
+                    axis.plot([r["step"] for r in own], [r[key] for r in own], "o-", color=f"C{k}", label=label)
+            axis.set(xlabel="step i", xticks=range(n), title=f"{title}\n{subject}, {n} steps")
+            axis.set_ylim(0, 1.03 if key == "lift_out_of_span" else None)
+            axis.grid(alpha=0.25, lw=0.5)
+        line[2].axhline(0.84, color="black", ls=":", lw=1)
+        line[3].axhline(0.23, color="black", ls=":", lw=1)
+    axes[0][0].legend(fontsize=8)
+    shares = [r["lift_out_of_span"] for r in rows if "lift_size" in r]
+    sizes = [r["lift_size"] for r in rows if "lift_size" in r]
+    title = f"{min(shares):.0%} to {max(shares):.0%} of SpanLift's correction is out of the span, "
+    title += f"its size {min(sizes):.0%} to {max(sizes):.0%} of the step (dotted: above 84 %, below 23 % in the paper)"
+    save(figure, path, title)
+
+
+def errors_of_lines(rows: Rows, path: Path, title: str) -> None:
+    """A bar for each line of a study, beside the first one's error; of SpanLift, also its base's."""
+    subjects = list(dict.fromkeys(r["subject"] for r in rows))
+    most = max(sum(r["subject"] == s for r in rows) for s in subjects)
+    size = (6 * len(subjects), 1.4 + 0.3 * most)
+    figure, axes = pyplot.subplots(1, len(subjects), figsize=size, layout="constrained", squeeze=False)
+    for subject, axis in zip(subjects, axes[0]):
+        own = [r for r in rows if r["subject"] == subject][::-1]
+        names = [r["line"] for r in own]
+        if any("base_rmse" in r for r in own):
+            axis.barh(names, [r.get("base_rmse", 0) for r in own], color="#c9c9c9", label="base alone")
+            axis.legend(fontsize=8)
+        axis.barh(names, [r["latent_rmse"] for r in own], color="#1558b0", height=0.5)
+        axis.axvline(own[-1]["latent_rmse"], color="black", ls=":", lw=1)
+        axis.set(
+            xlabel="root mean square error of the latent", title=f"{subject}, {own[0]['num_inference_steps']} steps"
+        )
+        axis.tick_params(labelsize=8)
+    save(figure, path, title)

@@ -48,7 +48,7 @@ def velocity(x: Tensor, a: float = 1.89) -> Tensor:
     return -a * x - 4 * y - 4 * z - y**2
 
 
-def integrate(x: Tensor, time: float, size: float = 1e-3) -> Tensor:
+def integrate(x: Tensor, time: float, size: float = 2e-3) -> Tensor:
     """Runge-Kutta of order 4 in steps of ``size``."""
     for _ in range(round(time / size)):
         k1 = velocity(x)
