@@ -96,3 +96,12 @@ def test_every_line_of_a_study_is_a_run_that_can_start(name: str, kind: str, ste
         assert len({config.output for config in configs}) == len(lines) > 6
         different = [json.dumps(config.matters, default=str) + config.base for config in configs]
         assert len({*different}) == len(lines), "no line is another one again"
+
+
+@pytest.mark.parametrize("name", ["white-box", "halvorsen", "out-of-span"])
+def test_the_documents_claims_are_the_recorded_ones(name: str) -> None:
+    recorded = json.loads((ROOT / "docs" / "results" / f"studies-{name}.json").read_text())
+    text = (ROOT / "docs" / "studies.md").read_text()
+    assert recorded["claims"] and recorded["rows"]
+    for claim in recorded["claims"]:
+        assert f"| {claim['claim']} | {claim['holds']} of {claim['of']} |" in text
