@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib import pyplot
 from PIL import Image
 
+from dywspan.plot import color
+
 Rows = Sequence[Mapping[str, Any]]
 ORDER_COLOURS = {1: "#8a8a8a", 2: "#e07a00", 3: "#2a8f5b", 4: "#1558b0"}
 DASHES = {"standard": "--", "optimised": "-"}
@@ -133,12 +135,13 @@ def out_of_span(rows: Rows, path: Path) -> None:
     figure, axes = pyplot.subplots(len(lines), 4, figsize=(14, 2.7 * len(lines)), layout="constrained", squeeze=False)
     for (subject, n), line in zip(lines, axes):
         here = [r for r in rows if (r["subject"], r["num_inference_steps"]) == (subject, n)]
-        names = {name: name.removeprefix(f"{subject}-") for name in dict.fromkeys(r["solver"] for r in here)}
+        kinds = {f"{subject}-solvers": "DyWeight", f"{subject}-spanlift": "SpanLift"}
+        names = {name: kinds.get(name, name) for name in dict.fromkeys(r["solver"] for r in here)}
         for (key, title), axis in zip(panels.items(), line):
-            for k, (name, label) in enumerate(names.items()):
+            for name, label in names.items():
                 own = [r for r in here if r["solver"] == name and key in r]
                 if own:
-                    axis.plot([r["step"] for r in own], [r[key] for r in own], "o-", color=f"C{k}", label=label)
+                    axis.plot([r["step"] for r in own], [r[key] for r in own], "o-", color=color(label), label=label)
             axis.set(xlabel="step i", xticks=range(n), title=f"{title}\n{subject}, {n} steps")
             axis.set_ylim(0, 1.03 if key == "lift_out_of_span" else None)
             axis.grid(alpha=0.25, lw=0.5)

@@ -58,11 +58,23 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ),
     ]
     sums: dict[tuple[Any, ...], float] = {}
+    ends: dict[tuple[Any, ...], float] = {}
     for row in rows:
-        key = row["subject"], row["num_inference_steps"], row["solver"].rpartition("-")[2]
+        key = row["subject"], row["num_inference_steps"], row["solver"].removeprefix(f"{row['subject']}-")
         sums[key] = sums.get(key, 0) + row["in_span"]
-    learned = [(key, value, sums[(*key[:2], "iPNDM(2M)")]) for key, value in sums.items() if key[2] == "solvers"]
-    found.append(claim("eq. (7): DyWeight's in-span mismatch, summed over steps, is below iPNDM's", learned))
+        ends[key] = row["end_rmse"]
+
+    def compared(values: dict[tuple[Any, ...], float], name: str, other: str) -> list[tuple[Any, float, float]]:
+        return [(key, value, values[(*key[:2], other)]) for key, value in values.items() if key[2] == name]
+
+    found += [
+        claim(
+            "eq. (7): DyWeight's in-span mismatch, summed over steps, is below iPNDM's",
+            compared(sums, "solvers", "iPNDM(2M)"),
+        ),
+        claim("DyWeight's endpoint is better than iPNDM's", compared(ends, "solvers", "iPNDM(2M)")),
+        claim("SpanLift's endpoint is better than DyWeight's", compared(ends, "spanlift", "solvers")),
+    ]
     last = [r for r in lifted if r["step"] == r["num_inference_steps"] - 1]
     below = [(cell(r), r["error"], r["out_of_span"]) for r in last]
     found.append(claim("eq. (8): SpanLift's last step is better than any weights", below))
