@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS := -n logical --maxprocesses 4
 
-.PHONY: demo test test-slow lint docs clean emoji-sd emoji-flow solvers \
+.PHONY: demo test test-slow lint docs space clean emoji-sd emoji-flow solvers \
 	solvers-emoji-sd any-emoji-sd solvers-emoji-flow any-emoji-flow
 
 demo: .venv/installed-train
@@ -21,6 +21,14 @@ lint: .venv/installed-dev
 
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The compare app with all that it needs, as a Hugging Face Space: see docs/app.md.
+space:
+	rm -rf build/space
+	mkdir -p build/space/examples
+	cp -r examples/space/. dywspan build/space
+	cp -r examples/emoji-* build/space/examples
+	find build/space -name __pycache__ -prune -exec rm -r {} +
 
 # How the pipelines and solvers of examples/ are made, into build/: `make emoji-sd` trains that pipeline from nothing,
 # then its solvers; `make solvers` learns all that ship for the pipelines as they ship. Re-run a goal to resume. On CPUs:

@@ -141,6 +141,20 @@ def shown_tables(scheduler: Any) -> dict[int, SolverTable]:
     return {n: scheduler.continuous.table(n, scheduler.host.prediction) for n in counts}
 
 
+def table_of(scheduler: Any, steps: int) -> SolverTable:
+    """The scheduler's learned table for a number of steps.
+
+    Raises:
+        ValueError: it has none; names those that it has.
+    """
+    if steps in scheduler.tables:
+        return scheduler.tables[steps]
+    if scheduler.continuous is None:
+        known = f"learned for {sorted(scheduler.tables)} steps" if scheduler.tables else "a classical solver"
+        raise ValueError(f"This solver has no learned table for {steps} steps: it is {known}.")
+    return scheduler.continuous.table(steps, scheduler.host.prediction)
+
+
 def for_every_count(scheduler: Any) -> ContinuousTable | ContinuousLift | None:
     """What a scheduler holds for every number of steps, if it was not learned for some only."""
     return getattr(scheduler, "continuous_lift" if hasattr(scheduler, "lifts") else "continuous", None)

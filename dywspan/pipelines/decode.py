@@ -88,6 +88,11 @@ def to_images(pipe: Any, latents: Tensor, layout: str = "image", size: Size | No
     return ((pixels + 1) * 127.5).round().clamp(0, 255) / 255
 
 
+def usual_layout(latents: Tensor) -> str:
+    """The layout of a pipeline's last latents, where nobody says: tokens are packed, all else is an image."""
+    return "packed" if latents.ndim == 3 else "image"
+
+
 def find_vae(pipe: Any) -> Any:
     """The pipeline's autoencoder; None in pixel space."""
     return getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
