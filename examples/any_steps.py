@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import replace
+from typing import Any, cast
 
 from diffusers import DDPMPipeline, EDMEulerScheduler
 from digits import ExactDenoiser
@@ -42,7 +43,7 @@ CLASSICAL = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--fit", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8, 10, 15], help="numbers of steps")
     parser.add_argument("--show", type=int, nargs="+", default=[*range(2, 21)], help="numbers of steps")
     parser.add_argument("--tables", type=int, nargs="*", default=[3, 5, 7, 9], help="numbers of steps to fit one for")
@@ -53,7 +54,8 @@ def main() -> None:
     parser.add_argument("--plot", help="draw the errors here (PNG, SVG or PDF)")
     args = parser.parse_args()
 
-    pipe = DDPMPipeline(ExactDenoiser(), EDMEulerScheduler())
+    network, scheduler = cast(Any, ExactDenoiser()), cast(Any, EDMEulerScheduler())
+    pipe = DDPMPipeline(network, scheduler)
     pipe.set_progress_bar_config(disable=True)
     own = DyWeightScheduler.from_config(pipe.scheduler.config)
     teacher = Teacher(DyWeightScheduler.from_config(own.config, solver="heun"), 50)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, EDMEulerScheduler
@@ -40,12 +40,13 @@ class ExactDenoiser(ModelMixin, ConfigMixin):
         from sklearn.datasets import load_digits
 
         super().__init__()
-        images = torch.tensor(load_digits().data)
+        digits: Any = load_digits()
+        images = torch.tensor(digits.data)
         self.register_buffer("images", (images - images.mean()) * (sigma_data / images.std()))
 
     def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> UNet2DOutput:
         """The network's output at c_noise = log(sigma) / 4, from c_in x."""
-        sigma, data = torch.exp(4 * timestep.double()), self.config.sigma_data
+        sigma, data = torch.exp(4 * timestep.double()), self.config["sigma_data"]
         total = sigma**2 + data**2
         x = sample.flatten(1) * total.sqrt()
         # |x - y|^2 without |x|^2, which no k changes
@@ -65,7 +66,7 @@ def levels(n: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 5, 7])
     parser.add_argument("--pairs", type=int, nargs="+", default=[64, 256], help="of each least-squares fit")
     parser.add_argument("--updates", type=int, default=60, help="of least squares, half of the pairs each")
@@ -78,7 +79,8 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=1024, help="pairs that the errors are of")
     args = parser.parse_args()
 
-    pipe = DDPMPipeline(ExactDenoiser(), EDMEulerScheduler())
+    network, scheduler = cast(Any, ExactDenoiser()), cast(Any, EDMEulerScheduler())
+    pipe = DDPMPipeline(network, scheduler)
     pipe.set_progress_bar_config(disable=True)
     own = DyWeightScheduler.from_config(pipe.scheduler.config)
     teacher = Teacher(DyWeightScheduler.from_config(own.config, solver="heun", grid=levels(50)), 50)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
@@ -29,9 +30,7 @@ CALLS = ("3/10", "3/6", "3/5", "3/4", "6/20", "6/12", "6/10", "6/8", "9/10")
 
 
 @torch.no_grad()
-def endpoints(
-    pipe: StableDiffusionImg2ImgPipeline, solver: Solver, steps: int, batches: list, **call: float
-) -> torch.Tensor:
+def endpoints(pipe: Any, solver: Solver, steps: int, batches: list, **call: float) -> torch.Tensor:
     """(n, 4, h, w) latents of ``solver`` with ``steps`` steps of the whole way."""
     own, found = pipe.scheduler, []
     pipe.scheduler = solver.makers[0](pipe, steps)
@@ -46,7 +45,7 @@ def endpoints(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("solvers", nargs="+", help="directories or Hub ids of learned solvers")
     parser.add_argument("--model", default="examples/emoji-sd")
     parser.add_argument("--prompts", default="examples/prompts/emoji-held-out.txt")
@@ -57,7 +56,7 @@ def main() -> None:
     parser.add_argument("--output", default="img2img.json")
     args = parser.parse_args()
 
-    text = DiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
+    text: Any = DiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
     pipe = bind(StableDiffusionImg2ImgPipeline(**text.components, requires_safety_checker=False))
     for each in (text, pipe):
         each.set_progress_bar_config(disable=True)

@@ -8,13 +8,14 @@ Compiled, quantised or offloaded pipelines, and such with a LoRA, are learned fr
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from dywspan.distill import DistillConfig, SolverTrainer
 
 ROOT = Path(__file__).parent
-pipe = DiffusionPipeline.from_pretrained(ROOT / "emoji-sd")
+pipe: Any = DiffusionPipeline.from_pretrained(ROOT / "emoji-sd")
 config = DistillConfig(
     prompts=str(ROOT / "prompts" / "emoji-train.txt"), steps=[3], optimizer="least_squares", updates=4,
     pairs=16, held_out=8, teacher_steps=20, output="build/own-pipeline",

@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from diffusers import (
-    AutoencoderTiny,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -22,7 +21,14 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue] # made late
+)
 
 TOKENS, PIECES, VOCABULARY, WIDTH = 24, 28, 2000, 128
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
@@ -45,7 +51,7 @@ class Recipe(Protocol):
         """(n,) losses of latents x at times t in (0, 1)."""
         ...
 
-    def pipeline(self, module: Any, autoencoder: AutoencoderTiny) -> DiffusionPipeline: ...
+    def pipeline(self, module: Any, autoencoder: Any) -> DiffusionPipeline: ...
 
     def pack(self, latents: Tensor) -> Tensor: ...
 
@@ -70,7 +76,7 @@ class Denoiser(nn.Module):
         return self.unet(latents, t, self.text_encoder(tokens)[0]).sample.float()
 
 
-class StableDiffusion:
+class StableDiffusion(Recipe):
     """A UNet that predicts v at SD's noise levels, weighted by min(SNR, 5) / (SNR + 1)."""
 
     sizes = (64,)
@@ -107,15 +113,15 @@ class StableDiffusion:
     def call(self, prompts: Sequence[str], size: int) -> dict[str, Any]:
         return {"prompt": list(prompts), "guidance_scale": self.guidance_scale, "height": size, "width": size}
 
-    def pipeline(self, module: Any, autoencoder: AutoencoderTiny) -> StableDiffusionPipeline:
+    def pipeline(self, module: Any, autoencoder: Any) -> StableDiffusionPipeline:
         return StableDiffusionPipeline(
             vae=autoencoder,
             text_encoder=module.text_encoder,
             tokenizer=self.tokenizer,
             unet=module.unet,
-            scheduler=DPMSolverMultistepScheduler(**NOISE, steps_offset=1),
-            safety_checker=None,
-            feature_extractor=None,
+            scheduler=cast(Any, DPMSolverMultistepScheduler(**NOISE, steps_offset=1)),
+            safety_checker=cast(Any, None),
+            feature_extractor=cast(Any, None),
             requires_safety_checker=False,
         )
 
@@ -144,7 +150,7 @@ class FlowDenoiser(nn.Module):
         ).sample.float()
 
 
-class Flux:
+class Flux(Recipe):
     """A small FLUX that predicts noise - x; t is logit-normal (SD3), shifted the more the larger the image."""
 
     sizes = (48, 64)
@@ -180,10 +186,8 @@ class Flux:
 
     def errors(self, module: nn.Module, x: Tensor, t: Tensor, noise: Tensor, captions: Sequence[str]) -> Tensor:
         side = x.shape[-1] // 2
-        config = self.scheduler.config
-        shift = calculate_shift(
-            side * side, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-        )
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        shift = calculate_shift(side * side, *(self.scheduler.config[name] for name in names))
         t = torch.sigmoid(torch.special.ndtri(t.clamp(1e-4, 1 - 1e-4)) + shift)
         noised = x + t[:, None, None, None] * (noise - x)
         ids = FluxPipeline._prepare_latent_image_ids(1, side, side, self.device, torch.float32)
@@ -204,7 +208,7 @@ class Flux:
             "max_sequence_length": PIECES,
         }
 
-    def pipeline(self, module: Any, autoencoder: AutoencoderTiny) -> FluxPipeline:
+    def pipeline(self, module: Any, autoencoder: Any) -> FluxPipeline:
         return FluxPipeline(
             scheduler=self.scheduler,
             vae=autoencoder,

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -72,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     learn, out = map(torch.tensor, split(captions))
     device, part = accelerator.device, share(accelerator)
     set_seed(args.seed)
-    sizes = {"sample_size": 32, "model_channels": args.channels, "channel_mult": (1, 2, 4)}
-    network = EDMUNet("ddpm++", **sizes, layers_per_block=args.blocks, attention_resolutions=(8,))
+    sizes: dict[str, Any] = {"sample_size": 32, "model_channels": args.channels, "channel_mult": (1, 2, 4)}
+    network: Any = EDMUNet("ddpm++", **sizes, layers_per_block=args.blocks, attention_resolutions=(8,))
     training = Training(
         "edm", args, accelerator, network.to(memory_format=torch.channels_last), args.lr,
         batch_size=args.batch_size, channels=args.channels, blocks=args.blocks,
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def look() -> dict[str, float]:
         rows, generator = out.repeat(2), torch.Generator().manual_seed(args.seed)
         given = (images[rows], *draws(len(rows), images.shape[1:], generator))
-        pipe = pipeline(training.raw)
+        pipe: Any = pipeline(training.raw)
         pipe.scheduler = DyWeightScheduler.from_config(pipe.scheduler, solver="dpmpp", solver_order=2)
         noise = torch.randn(args.pictures, *images.shape[1:], generator=generator)
         draw(pipe(latents=noise, output_type="latent").images, 10, training.folder / f"{training.update:06d}.png")

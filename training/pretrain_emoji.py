@@ -87,7 +87,7 @@ class Training:
         self.seconds, self.update = 0.0, 0
 
     @property
-    def raw(self) -> nn.Module:
+    def raw(self) -> Any:
         return self.accelerator.unwrap_model(self.module)
 
     def run(
@@ -132,7 +132,7 @@ class Training:
                     started = time.monotonic()
         bar.close()
 
-    def _attention(self) -> AbstractContextManager[None]:
+    def _attention(self) -> AbstractContextManager[Any]:
         """Compiled for a CPU, plain products of matrices: its fused attention's backward is several times slower."""
         on_cpu = self.accelerator.device.type == "cpu"
         return sdpa_kernel(SDPBackend.MATH) if self.args.compile and on_cpu else nullcontext()
@@ -198,9 +198,8 @@ def train_autoencoder(args: argparse.Namespace, accelerator: Accelerator, train:
         num_decoder_blocks=(2, 2, 1),
         latent_channels=4,
     )
-    training = Training(
-        "autoencoder", args, accelerator, _Autoencoder(autoencoder).to(memory_format=torch.channels_last), args.lr
-    )
+    module: Any = _Autoencoder(autoencoder)
+    training = Training("autoencoder", args, accelerator, module.to(memory_format=torch.channels_last), args.lr)
 
     def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(train), (32,), generator=generator)[share(accelerator)]
@@ -228,7 +227,7 @@ def train_autoencoder(args: argparse.Namespace, accelerator: Accelerator, train:
 class _Autoencoder(nn.Module):
     def __init__(self, autoencoder: AutoencoderTiny) -> None:
         super().__init__()
-        self.autoencoder = autoencoder
+        self.autoencoder: Any = autoencoder
 
     def forward(self, images: Tensor, noise: Tensor, halve: bool) -> Tensor:
         latents = self.autoencoder.encode(images).latents
@@ -274,7 +273,7 @@ def train_pipeline(
         rows, generator = data.held_out.repeat(2), torch.Generator().manual_seed(args.seed)
         size, captions = max(data.latents), [data.captions[i] for i in data.held_out]
         held_out = errors(training.raw, rows, 2 * captions, generator, size, slice(None)).mean()
-        pipe = recipe.pipeline(training.raw, vae)
+        pipe: Any = recipe.pipeline(training.raw, vae)
         pipe.set_progress_bar_config(disable=True)
         prompts = captions[: args.pictures]
         noise = torch.randn(len(prompts), 4, size // 4, size // 4, generator=torch.Generator().manual_seed(args.seed))
@@ -301,7 +300,8 @@ def train_pipeline(
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
 
-    module, seconds = recipe.module.to(memory_format=torch.channels_last), 0.0
+    start: Any = recipe.module
+    module, seconds = start.to(memory_format=torch.channels_last), 0.0
     for stage, updates, lr, cooldown in (
         (name, args.updates, args.lr, 0.25),
         (f"{name}-words", args.word_updates, args.lr / 2, 1.0),
@@ -374,7 +374,7 @@ attribution is required wherever it, or a model trained on it, is shipped), from
 """
 
 
-def encode(autoencoder: AutoencoderTiny, images: Tensor, size: int, device: torch.device) -> Tensor:
+def encode(autoencoder: Any, images: Tensor, size: int, device: torch.device) -> Tensor:
     """Latents of images resized to `size`, not yet scaled."""
     if size != images.shape[-1]:
         images = F.interpolate(images, size=(size, size), mode="area")
@@ -404,6 +404,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with accelerator.main_process_first():
         images, captions = load(args.data)
     learn, out = map(torch.tensor, split(captions))
+    autoencoder: Any
     if args.autoencoder:
         autoencoder = AutoencoderTiny.from_pretrained(args.autoencoder, subfolder="vae").to(accelerator.device).eval()
     else:

@@ -18,7 +18,7 @@ from .compare import CLASSICAL, Shown, Subject, numbers_picture
 from .config import SIDE_BY_SIDE, CompareConfig
 
 try:
-    import gradio as gr
+    import gradio as gr  # pyright: ignore[reportMissingImports] # an extra
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("The compare app needs Gradio: pip install 'dywspan[app]'.") from error
 

@@ -85,7 +85,7 @@ class DywspanSolver:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        size = {"default": 1024, "min": 16, "max": 16384, "step": 8}
+        size: dict[str, Any] = {"default": 1024, "min": 16, "max": 16384, "step": 8}
         size["tooltip"] = "Of the image. It matters to flow models whose shift depends on the size, such as FLUX."
         return {
             "required": {

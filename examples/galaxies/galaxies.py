@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from score_network import pipeline, stretched
 from torch import Tensor
@@ -78,7 +78,7 @@ class Galaxies:
 
     def learn_table(self, term: Term, config: LearningConfig) -> DyWeightScheduler:
         """A table, by least squares from the best classical solver."""
-        with judging(self.pipe, term.train[: SELECT[1]], {}) as arena:
+        with judging(self.pipe, cast(Any, term.train)[: SELECT[1]], {}) as arena:
             best = best_classical(self.pipe, arena, term.steps)
         missing = max(0, min(config.order, term.steps) - best.table.weights.shape[1])
         student = TableStudent(self.own, replace(best.table, weights=pad(best.table.weights, (0, missing))))
@@ -219,7 +219,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     commands = parser.add_subparsers(required=True)
 
     def command(name: str, run: Any) -> argparse.ArgumentParser:

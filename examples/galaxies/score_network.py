@@ -18,6 +18,7 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy
 import torch
@@ -48,7 +49,7 @@ class Mixer(nn.Module):
 
     def __init__(self, rows: int, columns: int, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm((rows, columns))
+        self.norm = nn.LayerNorm([rows, columns])
         self.first, self.second = nn.Linear(columns, width), nn.Linear(width, columns)
 
     def forward(self, y: Tensor) -> Tensor:
@@ -89,15 +90,16 @@ class ScoreNetwork(ModelMixin, ConfigMixin):
             nn.ModuleList([Mixer(hidden, patches, width), Mixer(patches, hidden, hidden_width)]) for _ in range(depth)
         ]
         self.blocks = nn.ModuleList(mixers)
-        self.norm = nn.LayerNorm((hidden, patches))
+        self.norm = nn.LayerNorm([hidden, patches])
         self.conv_out = nn.ConvTranspose2d(hidden, in_channels, patch, stride=patch)
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         """(B, C, H, W) of x of the same shape, at t of shape (B,) or (), from 0 to ``end``."""
-        time = (t.to(x) / self.config.end).reshape(-1, 1, 1, 1).expand(len(x), 1, *x.shape[2:])
+        time = (t.to(x) / self.config["end"]).reshape(-1, 1, 1, 1).expand(len(x), 1, *x.shape[2:])
         y = self.conv_in(torch.cat([x, time], 1))
         side, y = y.shape[2:], y.flatten(2)
-        for patches, hidden in self.blocks:
+        for mixers in self.blocks:
+            patches, hidden = cast(nn.ModuleList, mixers)
             y = hidden(patches(y).transpose(1, 2)).transpose(1, 2)
         return self.conv_out(self.norm(y).unflatten(2, side))
 
@@ -150,7 +152,8 @@ def read(path: str | Path) -> ScoreNetwork:
         end=float(arrays[-1]),
     )
     order = [network.conv_in.weight, network.conv_in.bias, network.conv_out.weight, network.conv_out.bias]
-    for mixers in network.blocks:
+    for pair in network.blocks:
+        mixers: Any = pair
         order += [p for own in mixers for layer in (own.first, own.second) for p in (layer.weight, layer.bias)]
         order += [p for own in mixers for p in (own.norm.weight, own.norm.bias)]
     order += [network.norm.weight, network.norm.bias]
@@ -184,7 +187,8 @@ def scheduler() -> DDPMScheduler:
 
 def pipeline(name: str) -> DDPMPipeline:
     """diffusers' own unconditional pipeline around a network of ``FILES``."""
-    return DDPMPipeline(read(find(name)), scheduler())
+    network: Any = read(find(name))
+    return DDPMPipeline(network, scheduler())
 
 
 def flux(x: Tensor) -> Tensor:
