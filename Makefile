@@ -38,7 +38,7 @@ MODEL := # the configurations' own; not the environment's
 OUT := build
 PRETRAIN := $(LAUNCH) training/pretrain_emoji.py
 DISTILL = HF_HUB_OFFLINE=1 $(LAUNCH) training/distill.py $(MODEL) --config training/configs
-# What a goal took, since make was last started, on what: the last line of its recipe.
+# The last line of a recipe: how long the goal took, and on which CPU.
 START := $(shell date +%s)
 TOOK = @echo "$@: $$((($$(date +%s) - $(START)) / 60)) minutes on $$(nproc) CPU cores, $$(lscpu | sed -n 's/^Model name: *//p')"
 

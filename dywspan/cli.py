@@ -52,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="MODULE",
-        help="a Python file or module with classes of the model's own, which is run first; repeat for several",
+        help="Python file or module to import first, e.g. with the model's own classes; repeat for several",
     )
     _add(parser, COMMANDS)
     return parser
@@ -73,7 +73,7 @@ def _import(name: str) -> None:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise FileNotFoundError(f"--import {path}: there is no such module. Name a .py file, or install it.") from None
+        raise FileNotFoundError(f"--import {path}: no such module. Name a .py file, or install the module.") from None
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

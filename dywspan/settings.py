@@ -65,7 +65,7 @@ def read_config(path: str | Path, kind: type) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}.") from error
     if not isinstance(data, Mapping):
-        raise ValueError(f"{path} must hold settings, one 'name: value' a line; it holds {data!r}.")
+        raise ValueError(f"{path} must hold settings, one 'name: value' on each line; it holds {data!r}.")
     known = [f.name for f in fields(kind)]
     for key in data:
         if key not in known:
@@ -102,23 +102,34 @@ def make_config(settings: Mapping[str, Any], kind: type[T]) -> T:
 Groups = Mapping[str, tuple[str, str]]  # by title: names of settings that --help shows, and of rare ones
 
 
-def add_arguments(parser: argparse.ArgumentParser, kind: type, groups: Groups, but: Sequence[str] = ()) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    kind: type,
+    groups: Groups,
+    but: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
     """One option for each setting, ``but`` some; those not given leave the file's value, or the default.
 
     Args:
+        defaults: by setting, the defaults to show that are not those of ``kind``.
         groups: in the order of the help; ``--help-advanced`` shows the rare ones, and those in no group, as well.
     """
     known, hints = {f.name: f for f in fields(kind) if f.name not in but}, get_type_hints(kind)
     advanced: Any = parser.add_argument("--help-advanced", action=_HelpAdvanced)
     if "config" not in but:
-        text = "YAML file of settings; options override it"
+        text = "YAML file of settings; options override its values"
         parser.add_argument("--config", default=argparse.SUPPRESS, metavar="FILE", help=text)
     split = {title: (common.split(), rare.split()) for title, (common, rare) in groups.items()}
     split["other"] = [], sorted(known.keys() - {name for names in split.values() for part in names for name in part})
     for title, (common, rare) in split.items():
         group = parser.add_argument_group(title)
         for f in (known[name] for name in [*common, *rare] if name not in but):
-            own = {"default": argparse.SUPPRESS, "help": _described(f), **_argument(hints[f.name])}
+            own = {
+                "default": argparse.SUPPRESS,
+                "help": _described(f, (defaults or {}).get(f.name)),
+                **_argument(hints[f.name]),
+            }
             if "type" in own:
                 own.setdefault("metavar", f.name.rpartition("_")[2].upper())
             added = group.add_argument("--" + f.name.replace("_", "-"), **own)
@@ -126,9 +137,10 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type, groups: Groups, b
                 advanced.hide(added)
 
 
-def _described(field: dataclasses.Field[Any]) -> str:
-    """A setting's line of help, with its default if that says something."""
-    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+def _described(field: dataclasses.Field[Any], default: Any = None) -> str:
+    """A setting's line of help, with ``default``, or else its own, if that says something."""
+    if default is None:
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
     shown = " ".join(map(str, default)) if isinstance(default, list) else f"{default}"
     says_nothing = default is None or default is False or shown in ("", "{}")
     return (field.metadata["help"] + ("" if says_nothing else f" (default: {shown})")).replace("%", "%%")
@@ -138,7 +150,7 @@ class _HelpAdvanced(argparse.Action):
     """Prints the help with the options that it has hidden."""
 
     def __init__(self, option_strings: Sequence[str], dest: str) -> None:
-        text = "show this help message with the rare options and exit"
+        text = "show this help message with all options and exit"
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=text)
         self.hidden: list[tuple[argparse.Action, str | None]] = []
 

@@ -15,15 +15,20 @@ import torch
 
 import dywspan
 import dywspan.distill
-from dywspan import DyWeightScheduler, SolverTable, shipped
+from dywspan import DyWeightScheduler, SolverTable, names, shipped
 from dywspan.app.config import CompareConfig
 from dywspan.cli import main
 from dywspan.commands import BENCH, COMMANDS, doctor
 from dywspan.commands.app import APP
 from dywspan.commands.learn import DISTILL, TUNE
 from dywspan.commands.measure import EVALUATE
+from dywspan.core.layout import LAYOUTS
 from dywspan.distill.config import DistillConfig
+from dywspan.distill.losses import LATENT
+from dywspan.evaluate.baselines import BASELINES
 from dywspan.evaluate.config import QualityConfig
+from dywspan.evaluate.metrics import METRICS
+from dywspan.pipelines.features import FEATURES
 from dywspan.schedulers.apply import KINDS
 from dywspan.settings import Groups
 from dywspan.tuning.config import TuneConfig
@@ -36,7 +41,7 @@ GRID = {"name": "flow", "shift": 3.0}
 # ------------------------------------------------------------------------------------------------------------- imports
 
 QUICK = [["--help"], ["--version"], ["bench", "--help"], ["list"], ["nonsense"]]
-QUICK += [[name, "--help"] for name in ("inspect", "list", "merge", "convert", "push", "doctor")]
+QUICK += [[name, "--help"] for name in COMMANDS if name != "bench"]
 
 
 def test_helps_versions_and_lists_import_no_torch() -> None:
@@ -216,7 +221,7 @@ def test_inspect_says_what_an_artefact_does_not(
 def test_inspect_of_a_damaged_provenance_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     solver({**RUN, "learning": "by heart"}).save_pretrained(tmp_path)
     assert main(["inspect", str(tmp_path)]) == 2
-    assert f"{tmp_path}: what it says of its learning is damaged" in capsys.readouterr().err
+    assert f"{tmp_path}: the record of how it was learned is damaged" in capsys.readouterr().err
 
 
 def listed(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, list[str]], str]:
@@ -250,6 +255,20 @@ def test_list_finds_what_ships_and_what_lies_in_directories(
     assert examples["emoji-sd-spanlift"] == ["SpanLiftScheduler", "examples/emoji-sd", "3, 4, 5, 7 steps"]
     assert examples["emoji-flow-timelift"][2].endswith("9 steps, TimeLift for 2, 3, 4, 5, 7")
     assert examples["emoji-sd-any-lift"][2] == "any number of steps"
+
+
+def test_help_names_what_the_registries_have() -> None:
+    assert {*names.LAYOUTS} == {*LAYOUTS} and {*names.FEATURES} == {*FEATURES} and {*names.LOSSES} == {*LATENT}
+    assert (*BASELINES,) == names.BASELINES and (*METRICS,) == names.METRICS
+
+
+def test_demo_shows_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for default in ("examples/emoji-sd", "3 5 7", "48", "demo/demo.json", "latent_mse feature_distance"):
+        assert f"(default: {default})" in shown
+    assert "MODEL-solvers MODEL-spanlift)" in shown and "default: 1000" not in shown
 
 
 def test_list_knows_every_class_of_artefact() -> None:

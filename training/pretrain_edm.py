@@ -1,7 +1,7 @@
 """Train a small EDM network from scratch, on emoji of 32 x 32 pixels: ``python training/pretrain_edm.py``.
 
 DDPM++ with few channels, EDM's loss, no classes and no augmentation. The pipeline ends up in OUTPUT/edm-emoji.
-A run that was stopped goes on where it was; every update draws its batch from (seed, update), so a resumed run is
+Re-run the command to resume. Every update draws its batch from (seed, update), so a resumed run is
 the same run.
 """
 
@@ -31,16 +31,22 @@ SIGMA_DATA = 0.5
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("build/emoji64"), help="the data set, built when missing")
-    parser.add_argument("--output", type=Path, default=Path("build/edm"), help="checkpoints, pictures, pipeline")
-    parser.add_argument("--channels", type=int, default=16, help="of the first level; then 2 and 4 times that")
-    parser.add_argument("--blocks", type=int, default=1, help="of a level")
+    parser.add_argument("--data", type=Path, default=Path("build/emoji64"), help="data set; built if it is missing")
+    parser.add_argument(
+        "--output", type=Path, default=Path("build/edm"), help="directory of checkpoints, pictures and the pipeline"
+    )
+    parser.add_argument(
+        "--channels", type=int, default=16, help="channels of the first level; the next ones have 2 and 4 times as many"
+    )
+    parser.add_argument("--blocks", type=int, default=1, help="blocks in each level")
     parser.add_argument("--updates", type=int, default=1600)
-    parser.add_argument("--batch-size", type=int, default=32, help="of all processes together")
+    parser.add_argument("--batch-size", type=int, default=32, help="images in an update, over all processes")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--checkpoint-every", type=int, default=50, help="updates")
-    parser.add_argument("--pictures-every", type=int, default=400, help="updates, whole checkpoints")
-    parser.add_argument("--pictures", type=int, default=40, help="to draw")
+    parser.add_argument("--checkpoint-every", type=int, default=50, help="updates between checkpoints")
+    parser.add_argument(
+        "--pictures-every", type=int, default=400, help="updates between pictures, a multiple of --checkpoint-every"
+    )
+    parser.add_argument("--pictures", type=int, default=40, help="pictures to draw")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.compile = False

@@ -3,7 +3,7 @@
 First the autoencoder of both (AutoencoderTiny, f4; ``--autoencoder examples/emoji-sd`` takes that one's), then text
 encoder and denoiser on its latents: a UNet with CLIP (emoji-sd, v-prediction) or FLUX's transformer with CLIP and T5
 (emoji-flow). The pipeline ends up in OUTPUT/emoji-NAME.
-A run that was stopped goes on where it was; every update draws its batch from (seed, update), so a resumed run is
+Re-run the command to resume. Every update draws its batch from (seed, update), so a resumed run is
 the same run. ``--mixed-precision bf16`` nearly halves the time on a recent CPU.
 """
 
@@ -40,19 +40,25 @@ from tqdm import tqdm
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("pipeline", choices=sorted(RECIPES))
-    parser.add_argument("--data", type=Path, default=Path("build/emoji64"), help="the data set, built when missing")
-    parser.add_argument("--output", type=Path, default=Path("build/emoji"), help="checkpoints, pictures, pipelines")
-    parser.add_argument("--autoencoder", type=Path, help="of this pipeline, instead of learning one")
+    parser.add_argument("--data", type=Path, default=Path("build/emoji64"), help="data set; built if it is missing")
+    parser.add_argument(
+        "--output", type=Path, default=Path("build/emoji"), help="directory of checkpoints, pictures and pipelines"
+    )
+    parser.add_argument("--autoencoder", type=Path, help="pipeline whose autoencoder to use, instead of learning one")
     parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
-    parser.add_argument("--compile", action="store_true", help="takes minutes; then updates are a third faster")
-    parser.add_argument("--autoencoder-updates", type=int, default=8000, help="of 32 crops of 32 x 32 pixels")
-    parser.add_argument("--updates", type=int, default=7000, help="of `--batch-size` images")
-    parser.add_argument("--word-updates", type=int, default=2000, help="then, on parts of captions, at half of lr")
-    parser.add_argument("--batch-size", type=int, default=64, help="of all processes together")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the networks: takes minutes, then updates are a third faster"
+    )
+    parser.add_argument("--autoencoder-updates", type=int, default=8000, help="updates of the autoencoder")
+    parser.add_argument("--updates", type=int, default=7000, help="updates of the pipeline")
+    parser.add_argument("--word-updates", type=int, default=2000, help="updates after those, on parts of captions")
+    parser.add_argument("--batch-size", type=int, default=64, help="images in an update, over all processes")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="of the pictures drawn on the way")
-    parser.add_argument("--checkpoint-every", type=int, default=250, help="updates")
-    parser.add_argument("--pictures-every", type=int, default=1500, help="updates, whole checkpoints")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="guidance scale of the pictures")
+    parser.add_argument("--checkpoint-every", type=int, default=250, help="updates between checkpoints")
+    parser.add_argument(
+        "--pictures-every", type=int, default=1500, help="updates between pictures, a multiple of --checkpoint-every"
+    )
     parser.add_argument("--pictures", type=int, default=60, help="held-out captions to draw")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

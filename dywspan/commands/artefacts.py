@@ -13,7 +13,7 @@ from ..shipped import CONFIG, artefacts
 def list_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dywspan list``."""
     parser.set_defaults(run=list_artefacts)
-    parser.add_argument("directories", nargs="*", help="also look here, and in all directories below")
+    parser.add_argument("directories", nargs="*", help="more directories to search, with all below them")
 
 
 def list_artefacts(args: argparse.Namespace) -> None:
@@ -32,9 +32,11 @@ def list_artefacts(args: argparse.Namespace) -> None:
 def merge_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dywspan merge``."""
     parser.set_defaults(run=merge)
-    parser.add_argument("sources", nargs="+", help="artefacts of one class for one model: directories or Hub ids")
     parser.add_argument(
-        "-o", "--output", required=True, help="directory: a new one, an empty one, or one of the sources"
+        "sources", nargs="+", help="artefacts of one class for one model: directories or Hub ids; later ones win"
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, help="directory of the result: new, empty, or one of the sources"
     )
 
 
@@ -54,9 +56,9 @@ def convert_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=convert)
     parser.add_argument("source", help="DyWeight .pt or .pkl file, or a directory of them")
     parser.add_argument("-o", "--output", required=True, help="directory of the artefact")
-    parser.add_argument("--grid", type=json.loads, help="overrides the file's grid, as JSON")
-    parser.add_argument("--sigma-min", type=float, help="overrides the file's range")
-    parser.add_argument("--sigma-max", type=float, help="overrides the file's range")
+    parser.add_argument("--grid", type=json.loads, help="grid to use instead of the one in the file, as JSON")
+    parser.add_argument("--sigma-min", type=float, help="smallest noise level, instead of the one in the file")
+    parser.add_argument("--sigma-max", type=float, help="largest noise level, instead of the one in the file")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -72,7 +74,7 @@ def convert_edm_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dywspan convert-edm``."""
     parser.set_defaults(run=convert_network)
     parser.add_argument("source", help="a .pkl file, such as edm-cifar10-32x32-uncond-vp.pkl")
-    parser.add_argument("-o", "--output", required=True, help="directory of the pipeline, a new or empty one")
+    parser.add_argument("-o", "--output", required=True, help="directory of the pipeline: new or empty")
 
 
 def convert_network(args: argparse.Namespace) -> None:
@@ -87,8 +89,8 @@ def convert_network(args: argparse.Namespace) -> None:
 def push_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dywspan push``."""
     parser.set_defaults(run=push)
-    parser.add_argument("artefact", help="its directory")
-    parser.add_argument("repository", help="Hub repository: name, or organisation/name; made where there is none")
+    parser.add_argument("artefact", help="directory of the artefact")
+    parser.add_argument("repository", help="Hub repository, name or organisation/name; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
 
 

@@ -17,10 +17,10 @@ def overhead_options(parser: argparse.ArgumentParser) -> None:
 
     parser.set_defaults(run=overhead)
     parser.add_argument(
-        "--sizes", nargs="+", choices=SIZES, default=[*SIZES], help="pipelines whose latents are stepped"
+        "--sizes", nargs="+", choices=SIZES, default=[*SIZES], help="pipelines whose latent sizes are measured"
     )
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 10, 50], help="numbers of steps to measure")
-    parser.add_argument("--repeats", type=int, default=30, help="runs by each solver, in turns")
+    parser.add_argument("--repeats", type=int, default=30, help="runs of each solver, in turns")
     parser.add_argument("--output", help="also write the table here, as JSON")
 
 
@@ -37,7 +37,11 @@ def memory_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dywspan bench memory``."""
     parser.set_defaults(run=memory)
     parser.add_argument("--model", default=EXAMPLES / "emoji-sd", help="pipeline whose training memory is measured")
-    parser.add_argument("--full", action="store_true", help="also Stable Diffusion 1.5's UNet, up to an hour on a CPU")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="also measure Stable Diffusion 1.5's UNet, up to an hour on a CPU",
+    )
     parser.add_argument("--output", help="also write the table here, as JSON")
 
 
@@ -55,13 +59,18 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     from ..bench.networks import NETWORKS
 
     parser.set_defaults(run=train)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="default: those of real size; on CPUs emoji-*")
-    parser.add_argument("--batch-size", type=int, default=4, help="pairs of an update")
-    parser.add_argument("--steps", type=int, help="of all solvers; default: 3, and 5 of a table by gradients")
     parser.add_argument(
-        "--updates", type=int, default=2, help="timed ones of each way of learning, after one to warm up"
+        "--networks",
+        nargs="+",
+        choices=NETWORKS,
+        help="default: those of real size; on a CPU emoji-*",
     )
-    parser.add_argument("--device", help="default: cuda, if there is one")
+    parser.add_argument("--batch-size", type=int, default=4, help="pairs in an update")
+    parser.add_argument("--steps", type=int, help="default: 3, or 5 for a table learned by gradients")
+    parser.add_argument(
+        "--updates", type=int, default=2, help="timed updates of each way of learning, after one to warm up"
+    )
+    parser.add_argument("--device", help="device to run on; default: cuda if there is one")
     parser.add_argument("--output", help="also write the table here, as JSON")
 
 
@@ -72,7 +81,7 @@ def train(args: argparse.Namespace) -> None:
 
     rows = train(args.networks, args.batch_size, args.steps, args.updates, args.device)
     print(table({"rows": rows}))
-    print(f"\nA recipe is `dywspan distill` by default: {RECIPE}. Its minutes are reckoned, not measured.")
+    print(f"\nA recipe is `dywspan distill` by default: {RECIPE}. Its minutes are estimated from the measured updates.")
     if args.output:
         write_results(args.output, rows, batch_size=args.batch_size, timed_updates=args.updates, recipe=RECIPE)
 
@@ -86,9 +95,11 @@ def learning_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=learning)
     parser.usage = "%(prog)s --config FILE [--config FILE ...] [options]"
     add_arguments(parser, DistillConfig, DISTILL, but=("config", "output"))
-    parser.add_argument("--config", action="append", required=True, help="YAML file of a distillation; repeat for each")
-    parser.add_argument("--output", default="distill-cost.json", help="results; what is learned is where its file says")
-    parser.add_argument("--plot", help="also draw error over evaluations here (PNG, SVG or PDF)")
+    parser.add_argument("--config", action="append", required=True, help="file of a distillation; repeat for several")
+    parser.add_argument(
+        "--output", default="distill-cost.json", help="results (JSON); solvers go where their files say"
+    )
+    parser.add_argument("--plot", help="also draw the error against the evaluations (PNG, SVG or PDF)")
 
 
 def learning(args: argparse.Namespace) -> None:
@@ -109,22 +120,27 @@ def tune_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dywspan bench tune``."""
     parser.set_defaults(run=tune_bench)
     parser.add_argument("--model", default=EXAMPLES / "emoji-sd", help="pipeline: a directory or a Hub id")
-    parser.add_argument("--subject", help="name of its rows; default: the model's")
+    parser.add_argument("--subject", help="name of the subject in the results; default: that of the model")
     parser.add_argument("--call", type=json.loads, default={}, help="arguments of the pipeline's call, as JSON")
     parser.add_argument(
         "--prompts",
         default=str(EXAMPLES / "prompts" / "emoji-train.txt"),
-        help="to tune with, if the pipeline takes some",
+        help="prompts to tune with, if the pipeline takes prompts",
     )
     parser.add_argument(
-        "--fresh-prompts", default=str(EXAMPLES / "prompts" / "emoji-held-out.txt"), help="to measure on"
+        "--fresh-prompts", default=str(EXAMPLES / "prompts" / "emoji-held-out.txt"), help="prompts to measure on"
     )
-    parser.add_argument("--samples", type=int, default=256, help="to measure on, after those to select by")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=256,
+        help="samples to measure on, besides those to choose by",
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 4, 5, 7], help="numbers of steps to tune for")
     parser.add_argument("--solvers", nargs="*", default=[], help="artefacts to measure as well")
-    parser.add_argument("--cache", help="directory of the reference's samples")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples to tune with")
-    parser.add_argument("--output", default="tune.json", help="results; rows of other subjects stay")
+    parser.add_argument("--cache", help="directory of the samples of the reference")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples to tune with")
+    parser.add_argument("--output", default="tune.json", help="results (JSON); those of other subjects are kept")
 
 
 def tune_bench(args: argparse.Namespace) -> None:
@@ -161,13 +177,11 @@ def table_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dywspan bench table``."""
     parser.set_defaults(run=table)
     parser.add_argument("results", help="JSON file of an evaluation or a bench")
-    parser.add_argument("--metrics", nargs="+", help="only these, or only these columns")
-    parser.add_argument("--steps", type=int, nargs="+", help="only these numbers of evaluations")
-    parser.add_argument(
-        "--plot", help="also draw it here (PNG, SVG or PDF), each metric in a file of its own: NAME-METRIC"
-    )
-    parser.add_argument("--against", help="an older JSON file: print only whose ranks and numbers changed since")
-    parser.add_argument("--no-intervals", action="store_true", help="numbers alone, without half their 95 %% interval")
+    parser.add_argument("--metrics", nargs="+", help="show only these metrics or columns")
+    parser.add_argument("--steps", type=int, nargs="+", help="show only these numbers of evaluations")
+    parser.add_argument("--plot", help="also draw plots (PNG, SVG or PDF), one file for each metric: NAME-METRIC")
+    parser.add_argument("--against", help="an older JSON file: print only what changed since")
+    parser.add_argument("--no-intervals", action="store_true", help="print the numbers without their 95 %% intervals")
 
 
 def table(args: argparse.Namespace) -> None:

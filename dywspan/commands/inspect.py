@@ -11,8 +11,8 @@ def inspect_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dywspan inspect``."""
     parser.set_defaults(run=inspect)
     parser.add_argument("artefact", help="a directory or a Hub id")
-    parser.add_argument("--full", action="store_true", help="also print every weight, noise level and timestep")
-    parser.add_argument("--plot", metavar="FILE", help="also draw the numbers here (PNG, SVG or PDF)")
+    parser.add_argument("--full", action="store_true", help="also print all weights, noise levels and timesteps")
+    parser.add_argument("--plot", metavar="FILE", help="also draw the numbers to this file (PNG, SVG or PDF)")
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -23,7 +23,7 @@ def inspect(args: argparse.Namespace) -> None:
     try:
         print(summary(scheduler))
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{args.artefact}: what it says of its learning is damaged: {error!r}.") from error
+        raise ValueError(f"{args.artefact}: the record of how it was learned is damaged: {error!r}.") from error
     if args.full:
         _show_functions(scheduler)
         _show_tables(scheduler)

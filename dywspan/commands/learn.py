@@ -41,13 +41,13 @@ def tune_options(parser: argparse.ArgumentParser) -> None:
 
     parser.usage = "%(prog)s MODEL [options]"
     parser.add_argument("model", metavar="MODEL", help="pipeline: a directory or a Hub id")
-    parser.add_argument("--revision", help="of the model on the Hub")
+    parser.add_argument("--revision", help="revision of the model on the Hub")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of its weights; default: bfloat16 on CUDA, else float32",
+        help="type of the weights; default: bfloat16 on CUDA, else float32",
     )
-    parser.add_argument("--device", help="default: cuda, if there is one")
+    parser.add_argument("--device", help="device to run on; default: cuda if there is one")
     add_arguments(parser, TuneConfig, TUNE)
     parser.set_defaults(run=tune, output="tuned")
 

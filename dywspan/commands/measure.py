@@ -38,13 +38,27 @@ SHOWN: dict[str, dict[str, Any]] = {
 }
 
 
+# What `dywspan demo` compares where no option says otherwise; ``{model}`` is the pipeline.
+DEMO: dict[str, Any] = {
+    "model": "examples/emoji-sd",
+    "solvers": ["euler", "dpmpp-2m", "unipc", "ipndm-2m", "{model}-solvers", "{model}-spanlift"],
+    "steps": [3, 5, 7],
+    "metrics": ["latent_mse", "feature_distance"],
+    "prompts": "examples/prompts/emoji-held-out.txt",
+    "samples": 48,
+    "output": "demo/demo.json",
+}
+
+
 def demo_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dywspan demo``: those of ``dywspan eval``, with other defaults."""
     from ..evaluate.config import QualityConfig
     from ..settings import add_arguments
 
     parser.set_defaults(run=demo)
-    add_arguments(parser, QualityConfig, EVALUATE)
+    shown = {"call": "what the solvers were learned for", "picture_steps": "those of --steps"}
+    shown["solvers"] = " ".join(DEMO["solvers"]).format(model="MODEL")
+    add_arguments(parser, QualityConfig, EVALUATE, defaults=DEMO | shown)
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -58,16 +72,14 @@ def demo(args: argparse.Namespace) -> None:
     given = {k: v for k, v in vars(args).items() if k not in ("run", "config")}
     given = (read_config(args.config, QualityConfig) if "config" in args else {}) | given
     model = Path(given.pop("model", EXAMPLES / "emoji-sd"))
-    beside = {"solvers": ["dpmpp-2m", "unipc", f"{model}-solvers", f"{model}-spanlift"]}  # of `make emoji-sd`
-    own = {**DEMO, **(SHOWN[model.name] if model.parent.resolve() == EXAMPLES and model.name in SHOWN else beside)}
-    if "solvers" in given:
-        own.pop("call", None)
-    check_here(model, *(name for name in own["solvers"] if "solvers" not in given and len(Path(name).parts) > 1))
-    learned = [name for name in given.get("solvers", own["solvers"]) if Path(name).exists()]
+    solvers = [name.format(model=model) for name in DEMO["solvers"]]
+    own = {**DEMO, "prompts": str(EXAMPLES / "prompts" / "emoji-held-out.txt"), "solvers": solvers, "model": str(model)}
+    check_here(model, *(solvers[-2:] if "solvers" not in given else ()))
     own["picture_steps"] = given.get("steps", own["steps"])
+    learned = [name for name in given.get("solvers", solvers) if Path(name).exists()]
     tables = [*shown_tables(load(learned[0])).values()] if learned else []
-    call = dict(tables[0].provenance.get("call", {})) if tables else {}  # what it was learned for
-    run(QualityConfig(**{"model": str(model), **own, "call": call | own.get("call", {}), **given}))
+    own["call"] = dict(tables[0].provenance.get("call", {})) if tables else {}  # what it was learned for
+    run(QualityConfig(**{**own, **given}))
 
 
 def evaluate_options(parser: argparse.ArgumentParser) -> None:

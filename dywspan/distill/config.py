@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from ..core.bases import multistep
-from ..core.layout import LAYOUTS
-from ..pipelines.features import FEATURES
+from .. import names
 from ..settings import check_sampling, check_types, help_of, option
-from .losses import LATENT
 
 # By gradients and by least squares, whose updates take more and tell more.
 DEFAULTS = {"updates": (300, 30), "evaluate_every": (25, 5), "checkpoint_every": (25, 1)}
-_SAID = {name: "default {}, least_squares {}".format(*numbers) for name, numbers in DEFAULTS.items()}
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+_SAID = {name: "default: {}, least_squares {}".format(*numbers) for name, numbers in DEFAULTS.items()}
+OPTIMIZERS = ("adam", "adamw")  # those that take gradients
 
 
 @dataclass(frozen=True)
@@ -29,35 +23,55 @@ class LearningConfig:
     Source: DyWeight appendix D.2.
     """
 
-    optimizer: Literal["adam", "adamw", "least_squares"] = option("adamw", "least_squares needs no gradients")
-    updates: int | None = option(None, f"for each solver; {_SAID['updates']}")
-    batch_size: int = option(8, "pairs an update sees, over all processes: results do not depend on their number")
-    micro_batch_size: int | None = option(None, "pairs a process computes at a time; by default all of its share")
+    optimizer: Literal["adam", "adamw", "least_squares"] = option(
+        "adamw", "how the solver is learned; least_squares needs no gradients"
+    )
+    updates: int | None = option(None, f"updates for each solver; {_SAID['updates']}")
+    batch_size: int = option(
+        8, "pairs in an update, over all processes; the results do not depend on the number of processes"
+    )
+    micro_batch_size: int | None = option(None, "pairs that a process computes at a time; default: its whole share")
     lr: float | None = option(
-        None, "peak rate, after warm-up and before cosine decay; default 1e-2, SpanLift 1e-3, TimeLift 2e-3"
+        None, "peak learning rate, with warm-up and cosine decay; default: 1e-2, SpanLift 1e-3, TimeLift 2e-3"
     )
-    weight_decay: float = option(0.0, "of the optimiser")
-    clip: float = option(1.0, "gradient norm")
-    order: int = option(2, "K, derivatives a step may use")
-    init: str = option("ipndm", "base solver a table starts from: ipndm, euler, uniform, adams, ...")
-    regression: int = option(0, "teacher paths that the first weights are fitted to, row by row; 0: start from init")
-    horizon: float = option(8.0, "continuous: steps from which on the solver turns into its start, init or base")
+    weight_decay: float = option(0.0, "weight decay of the optimiser")
+    clip: float = option(1.0, "largest gradient norm; larger gradients are scaled down to it")
+    order: int = option(2, "K, the number of derivatives that a step may use")
+    init: str = option("ipndm", "classical solver that a table starts from: ipndm, euler, uniform, adams, ...")
+    regression: int = option(
+        0, "number of teacher paths that the first weights are fitted to, row by row; 0: start from init"
+    )
+    horizon: float = option(8.0, "continuous: number of steps from which the solver fades into init or base")
     afs: bool = option(False, "analytical first step: one network evaluation less, for VE and VP models")
-    bounded: float = option(0.0, "s = 1 + this (2 sigmoid(phi) - 1): 0.5 is the paper's for FLUX; 0: s is free")
-    time_shifting: bool = option(True, "levels follow the weights' sums (DyWeight eq. 9); off for the ablation")
-    time_scaling: bool = option(True, "learn s; off for the ablation")
-    learn_base: bool = option(False, "timelift: learn the base's table together with the offsets")
-    path_substeps: int = option(0, "substeps of a teacher for every step (DyWeight eq. A.15); 0: endpoint only")
-    ridge: float = option(0.0, "least_squares: weight of the squared distance to the start, for few pairs")
-    difference: float | None = option(None, "least_squares: step of the differences; default by precision")
-    evaluate_every: int | None = option(
-        None, f"updates between held-out evaluations, of which the best is kept; {_SAID['evaluate_every']}"
+    bounded: float = option(
+        0.0, "bound b of the time scale, s = 1 + b (2 sigmoid(phi) - 1); the paper uses 0.5 for FLUX; 0: no bound"
     )
-    patience: int = option(0, "stop after this many evaluations without a better one; 0: never")
-    recompute: bool = option(True, "one denoiser call's activations at a time in memory: flat in the number of steps")
-    recompute_blocks: bool = option(False, "with recompute: one block's activations at a time, for large networks")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "while learning; default: the launcher's")
-    seed: int = option(0, "of the order of the pairs and of the operator's initial weights")
+    time_shifting: bool = option(
+        True, "let levels follow the sums of the weights (DyWeight eq. 9); switch it off for the ablation"
+    )
+    time_scaling: bool = option(True, "learn the time scale s; switch it off for the ablation")
+    learn_base: bool = option(False, "timelift: learn the table of the base together with the offsets")
+    path_substeps: int = option(
+        0, "teacher steps for each step, to supervise the path (DyWeight eq. A.15); 0: supervise the endpoint only"
+    )
+    ridge: float = option(0.0, "least_squares: weight of the squared distance from the start; useful with few pairs")
+    difference: float | None = option(
+        None, "least_squares: step size of the finite differences; default: chosen by precision"
+    )
+    evaluate_every: int | None = option(
+        None, f"updates between held-out evaluations; the best solver is kept; {_SAID['evaluate_every']}"
+    )
+    patience: int = option(0, "stop after this many held-out evaluations without improvement; 0: never")
+    recompute: bool = option(
+        True, "keep the activations of one network call at a time; memory then does not grow with the number of steps"
+    )
+    recompute_blocks: bool = option(
+        False, "with recompute: keep the activations of one block at a time, for large networks"
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "precision while learning; default: that of the launcher"
+    )
+    seed: int = option(0, "seed of the order of the pairs and of the initial weights of the operator")
 
     def number(self, name: str) -> int:
         """One of ``DEFAULTS``, or what was set instead."""
@@ -74,68 +88,79 @@ class DistillConfig(LearningConfig):
     """A whole run; every field is explained by ``dywspan distill --help``."""
 
     model: str = option("", "pipeline: a directory or a Hub id")
-    revision: str | None = option(None, "of the model on the Hub")
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of the pipeline's weights")
-    fsdp: bool = option(False, "shard the denoiser over the processes: for backbones that do not fit on one")
+    revision: str | None = option(None, "revision of the model on the Hub")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "type of the pipeline's weights")
+    fsdp: bool = option(False, "shard the denoiser over the processes, for networks that do not fit on one device")
     call: dict[str, Any] = option({}, 'arguments of the pipeline\'s call, e.g. {"height": 512, "guidance_scale": 4.5}')
-    guidance_scale: float | None = option(None, "short for call.guidance_scale")
+    guidance_scale: float | None = option(None, "short for guidance_scale in call")
 
     prompts: str | list | None = option(
-        None, "file (.txt, .jsonl, .csv), a dataset, a list, or 'default'; none for unconditional models"
+        None, "a file (.txt, .jsonl, .csv), a dataset, a list, or 'default'; leave it out for unconditional models"
     )
-    prompt_column: str | None = option(None, "of a dataset or file; default 'prompt'")
+    prompt_column: str | None = option(None, "column of the dataset or file; default: 'prompt'")
     prompt_split: str = option("train", "split of the dataset")
-    held_out_prompts: str | list | None = option(None, "for held-out pairs; default: the lines after")
-    test_prompts: str | list | None = option(None, "for pairs to test on; default: the lines after those held out")
-    release_text_encoders: bool = option(
-        False, "encode all prompts, drop the text encoders, and only then load the denoiser"
+    held_out_prompts: str | list | None = option(
+        None, "prompts of the held-out pairs; default: the next lines of prompts"
     )
+    test_prompts: str | list | None = option(None, "prompts of the test pairs; default: the lines after those held out")
+    release_text_encoders: bool = option(False, "encode all prompts, drop the text encoders, then load the denoiser")
 
-    teacher: str = option("ipndm", "base solver, or a diffusers scheduler's class name")
-    teacher_steps: int = option(50, "of the teacher; network evaluations, but for two-stage solvers")
-    teacher_order: int = option(2, "of a base solver as teacher")
-    teacher_grid: dict[str, Any] | None = option(None, "of a base solver as teacher; the pipeline's own by default")
-    teacher_batch_size: int = option(16, "teacher samples computed at a time; fewer once memory does not suffice")
+    teacher: str = option("ipndm", "teacher: a classical solver, or the class name of a diffusers scheduler")
+    teacher_steps: int = option(
+        50, "steps of the teacher; each is one network evaluation, or two with a two-stage solver"
+    )
+    teacher_order: int = option(2, "order of a classical solver as teacher")
+    teacher_grid: dict[str, Any] | None = option(
+        None, "grid of a classical solver as teacher; default: that of the pipeline"
+    )
+    teacher_batch_size: int = option(16, "teacher samples computed at a time; halved when memory runs out")
     pairs: int = option(256, "teacher pairs to learn from")
-    held_out: int = option(64, "teacher pairs to choose the best solver by")
-    test: int = option(0, "teacher pairs after those, for the reported error only: neither learned from nor chosen by")
-    on_the_fly: bool = option(False, "fresh training pairs for each update, not kept")
-    cache: str | None = option(None, "directory of teacher pairs, to share between runs; by default in output")
+    held_out: int = option(64, "teacher pairs that the best solver is chosen by")
+    test: int = option(0, "teacher pairs for the reported error only: not used to learn or to choose")
+    on_the_fly: bool = option(False, "compute new training pairs for each update, and do not keep them")
+    cache: str | None = option(None, "directory of the teacher pairs, which runs can share; default: inside output")
 
-    solver: Literal["dyweight", "spanlift", "timelift"] = option("dyweight", "what is learned")
+    solver: Literal["dyweight", "spanlift", "timelift"] = option("dyweight", "kind of solver to learn")
     steps: list[int] = option([5], "numbers of steps to learn for")
-    continuous: bool = option(
-        False, "learn from steps one function that writes a table, or a lift, for any number of them"
-    )
+    continuous: bool = option(False, "learn one solver for any number of steps, from those in steps")
     late_starts: list[str] = option(
-        [], 'continuous: learn also to start in the middle, as img2img does; "3/5": the last three of five steps'
+        [], 'continuous: also learn to start in the middle, as img2img does; "3/5" is the last three of five steps'
     )
     variants: dict[str, Any] = option(
-        {}, 'continuous: learn for several calls together, and follow their guidance scales; {"small": {"height": 512}}'
+        {}, 'continuous: learn for several calls together, e.g. guidance scales or sizes: {"small": {"height": 512}}'
     )
     grid: dict[str, Any] | None = option(None, 'nominal grid of tables, e.g. {"name": "flow", "shift": 3}')
     base: str = option(
         "euler",
-        "of SpanLift and TimeLift: a base solver, or a DyWeight or SpanLift artefact; lifts there are gone on with",
+        "base of SpanLift and TimeLift: a classical solver or an artefact; lifts in the artefact are learned further",
     )
-    layout: str = option("image", f"of the latents, for SpanLift and decoding: {', '.join(sorted(LAYOUTS))}")
-    operator: dict[str, Any] = option({}, 'SpanLift operator, e.g. {"width": 32}')
-    shared: bool = option(False, "one SpanLift operator for all steps, not one for each")
+    layout: str = option("image", f"layout of the latents, for SpanLift and decoding: {', '.join(names.LAYOUTS)}")
+    operator: dict[str, Any] = option({}, 'size of the SpanLift operator, e.g. {"width": 32}')
+    shared: bool = option(False, "learn one SpanLift operator for all numbers of steps, instead of one for each")
 
-    loss: str = option("mse", f"on latents: {', '.join(LATENT)}")
-    latent_size: list[int] | None = option(None, "height and width of packed latents that are no square, for features")
-    features: str | None = option(None, f"of decoded images, for the loss: {', '.join(FEATURES)}, timm:NAME, ...")
-    latent_weight: float | None = option(None, "c of c * latent loss + feature loss; default 0.1, 0 for pixels")
+    loss: str = option("mse", f"loss on latents: {', '.join(names.LOSSES)}")
+    latent_size: list[int] | None = option(None, "height and width of packed latents that are not square, for features")
+    features: str | None = option(
+        None,
+        f"network whose features of the decoded image are in the loss: {', '.join(names.FEATURES)}, timm:NAME, ...",
+    )
+    latent_weight: float | None = option(
+        None, "c in the loss c * latent loss + feature loss; default: 0.1, or 0 for pixels"
+    )
 
-    output: str = option("", "directory of the artefact; the same command continues a run that was stopped")
+    output: str = option("", "directory of the artefact; re-run the command to resume")
     checkpoint_every: int | None = option(None, f"updates between checkpoints; {_SAID['checkpoint_every']}")
-    keep_checkpoints: int = option(2, "checkpoints kept of each solver")
-    trackers: list[str] = option([], "of Accelerate: tensorboard, trackio, wandb, ...")
-    pictures: int = option(4, "held-out samples drawn for each solver: teacher, base and student")
+    keep_checkpoints: int = option(2, "checkpoints to keep of each solver")
+    trackers: list[str] = option([], "trackers of Accelerate: tensorboard, trackio, wandb, ...")
+    pictures: int = option(4, "held-out samples to draw with the teacher, the base and the student")
     push_to_hub: str | None = option(None, "upload the artefact to this Hub repository")
     dry_run: bool = option(False, "print the plan with measured estimates of time and memory, and stop")
 
     def __post_init__(self) -> None:
+        from ..core.bases import multistep
+        from ..core.layout import LAYOUTS
+        from .losses import LATENT
+
         check_types(self)
         check_sampling(self)
         if not self.output:

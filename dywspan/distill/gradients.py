@@ -6,7 +6,7 @@ min over the solver's numbers of E loss(x_N, x*)     (DyWeight eqs. (10)-(11), S
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,11 +18,12 @@ from ..pipelines.pairs import Pairs
 from ..pipelines.precision import autocast
 from ..pipelines.processes import share, total
 from ..pipelines.rollout import frozen, sample
-from .config import OPTIMIZERS
 from .losses import Loss
 from .progress import Method, Progress, where_it_broke
 from .student import Student
 from .task import Term
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 def learning_rate(update: int, updates: int) -> float:

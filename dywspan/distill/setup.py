@@ -188,7 +188,7 @@ def prepare(pipe: Any, config: DistillConfig, left_out: Mapping[str, bytes] | No
         raise ValueError(f"late_starts={config.late_starts} need a pipeline that takes latents: leave them out.")
     base = find_base(config, pipe) if config.solver != "dyweight" else None
     if base is not None and Path(config.base).resolve() == Path(config.output).resolve():
-        raise ValueError(f"base and output are both {config.output}: a killed run could not go on from its base.")
+        raise ValueError(f"base and output are both {config.output}: choose another output, so that a run can resume.")
     if config.solver == "spanlift" and isinstance(base, SpanLiftScheduler):  # its operators stay of their size
         own = base.config["operator"]
         config = replace(config, layout=base.config["layout"], order=own["order"], operator=dict(own))

@@ -1,4 +1,4 @@
-"""Learn solvers for a pipeline: the loop, and all around it. Stopped and repeated, it goes on where it was."""
+"""Learn solvers for a pipeline: the loop, and all around it. A run that is repeated resumes."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..artifact import for_every_count
 from ..core.prediction import Flow, Prediction
+from ..names import slug
 from ..pipelines import classical
 from ..pipelines.hashes import digest
 from ..pipelines.networks import left_at_first_call
@@ -82,12 +82,6 @@ def neuralsolver(pipe: Any, steps: int) -> Any:
                 raise ValueError(f"published for {sorted(tables)} steps")
             return own.with_tables([tables[steps]])
     raise ValueError(f"none is published for networks whose noise starts at sigma {start:.4g}")
-
-
-def slug(name: str) -> str:
-    """A name as it is typed: "DPM-Solver++(2M), AYS" is ``dpmpp-2m-ays``."""
-    short = name.lower().replace("dpm-solver", "dpm").replace("++", "pp")
-    return re.sub(r"[^a-z0-9]+", "-", short).strip("-")
 
 
 def full_name(name: str) -> str:

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..core.layout import LAYOUTS
+from .. import names
+from ..names import slug
 from ..settings import check_sampling, check_types, option
-from .baselines import BASELINES, slug
-from .metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -18,52 +17,69 @@ class QualityConfig:
     """A whole evaluation; every field is explained by ``dywspan eval --help``."""
 
     model: str = option("", "pipeline: a directory or a Hub id")
-    revision: str | None = option(None, "of the model on the Hub")
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of the pipeline's weights")
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "of the solvers' evaluations, not of the reference's")
+    revision: str | None = option(None, "revision of the model on the Hub")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "type of the pipeline's weights")
+    mixed_precision: Literal["no", "fp16", "bf16"] = option(
+        "no", "precision of the solvers; the reference always runs in dtype"
+    )
     call: dict[str, Any] = option({}, 'arguments of the pipeline\'s call, e.g. {"height": 512, "guidance_scale": 4.5}')
-    guidance_scale: float | None = option(None, "short for call.guidance_scale")
+    guidance_scale: float | None = option(None, "short for guidance_scale in call")
     variants: dict[str, Any] = option(
-        {}, 'changes of call by name, each compared alone: {"guidance 7": {"guidance_scale": 7}, ...}'
+        {}, 'variants of call by name, each evaluated separately: {"guidance 7": {"guidance_scale": 7}, ...}'
     )
 
     prompts: str | list | None = option(
-        None, "file (.txt, .jsonl, .csv), a dataset, a list, or 'default'; none for unconditional models"
+        None, "a file (.txt, .jsonl, .csv), a dataset, a list, or 'default'; leave it out for unconditional models"
     )
-    prompt_column: str | None = option(None, "of a dataset or file; default 'prompt'")
+    prompt_column: str | None = option(None, "column of the dataset or file; default: 'prompt'")
     prompt_split: str = option("train", "split of the dataset")
-    samples: int = option(1000, "images a number is measured on")
-    repeat_prompts: bool = option(False, "go through the prompts again, with new noise, where samples are more")
-    seed: int = option(0, "of the first sample's noise; each has its own, the next number")
+    samples: int = option(1000, "images that each number is measured on")
+    repeat_prompts: bool = option(False, "reuse prompts with new noise where there are fewer prompts than samples")
+    seed: int = option(0, "seed of the noise of the first sample; each next sample has the next number")
 
-    solvers: list[str] = option(["all"], f"all that fit, or some of: {', '.join(map(slug, BASELINES))}; and artefacts")
-    steps: list[int] = option([5], "numbers of guided evaluations (NFE) to compare at")
-    metrics: list[str] = option(["latent_mse"], f"of: {', '.join(METRICS)}")
-    metric_options: dict[str, Any] = option({}, 'by metric, e.g. {"kid": {"reference": "coco/val2014", "size": 512}}')
-    gap_from: str | None = option(None, "solver from which to count the share of the way to the reference of others")
+    solvers: list[str] = option(
+        ["all"],
+        "solvers to compare: artefacts, all (every classical one that fits), or some of "
+        + ", ".join(map(slug, names.BASELINES)),
+    )
+    steps: list[int] = option([5], "numbers of network evaluations (NFE) to compare at, each with guidance")
+    metrics: list[str] = option(["latent_mse"], f"numbers to measure, of: {', '.join(names.METRICS)}")
+    metric_options: dict[str, Any] = option(
+        {}, 'options of metrics by name, e.g. {"kid": {"reference": "coco/val2014", "size": 512}}'
+    )
+    gap_from: str | None = option(
+        None, "also show how much of the gap between this solver and the reference each solver closes"
+    )
 
-    teacher: str = option("ipndm", "of the reference: a base solver, or a diffusers scheduler's class name")
-    teacher_steps: int = option(50, "of the reference; network evaluations, but for two-stage solvers")
-    teacher_order: int = option(2, "of a base solver as reference")
-    teacher_grid: dict[str, Any] | None = option(None, "of a base solver as reference; the pipeline's own by default")
+    teacher: str = option(
+        "ipndm", "solver of the reference: a classical one, or the class name of a diffusers scheduler"
+    )
+    teacher_steps: int = option(
+        50, "steps of the reference; each is one network evaluation, or two with a two-stage solver"
+    )
+    teacher_order: int = option(2, "order of a classical solver as reference")
+    teacher_grid: dict[str, Any] | None = option(
+        None, "grid of a classical solver as reference; default: that of the pipeline"
+    )
     layout: str | None = option(
         None,
-        f"of the latents, for decoding: {', '.join(sorted(LAYOUTS))}; default: packed if they are tokens, or image",
+        f"layout of the latents, for decoding: {', '.join(names.LAYOUTS)}; default: packed for tokens, else image",
     )
-    latent_size: list[int] | None = option(None, "height and width of packed latents that are no square")
+    latent_size: list[int] | None = option(None, "height and width of packed latents that are not square")
 
     images: str | None = option(None, "directory of images to measure, instead of sampling")
-    batch_size: int = option(16, "images at a time, and in one file of the cache")
-    cache: str | None = option(None, "directory of what is finished, to share between runs; default: beside output")
-    output: str = option("evaluation.json", "results; the same command continues a run that was stopped")
-    plot: str | None = option(
-        None, "also draw it here (PNG, SVG or PDF), each metric in a file of its own: NAME-METRIC"
-    )
-    picture_steps: list[int] = option([], "numbers of evaluations to draw samples at, one solver a row")
-    pictures: int = option(8, "samples that a picture shows")
+    batch_size: int = option(16, "images sampled at a time; each file of the cache holds as many")
+    cache: str | None = option(None, "directory of finished samples, which runs can share; default: beside output")
+    output: str = option("evaluation.json", "file of the results (JSON); re-run the command to resume")
+    plot: str | None = option(None, "also draw plots (PNG, SVG or PDF), one file for each metric: NAME-METRIC")
+    picture_steps: list[int] = option([], "numbers of evaluations at which to draw samples, one solver in each row")
+    pictures: int = option(8, "samples in a picture")
     picture_classical: int = option(1, "classical solvers that a picture shows, the best ones")
 
     def __post_init__(self) -> None:
+        from ..core.layout import LAYOUTS
+        from .metrics import METRICS
+
         check_types(self)
         check_sampling(self)
         if not self.model and self.images is None:

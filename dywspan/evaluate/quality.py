@@ -1,4 +1,4 @@
-"""Quality at equal cost: any solvers on the same prompts and noise, measured by any metrics, stopped and gone on with.
+"""Quality at equal cost: any solvers on the same prompts and noise, measured by any metrics; a run can resume.
 
 noise(seed_i), prompt_i -> solver at N evaluations -> image_i -> rows of each metric -> number, interval
 """

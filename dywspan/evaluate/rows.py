@@ -1,4 +1,4 @@
-"""Rows of metrics, sample by sample, kept as they are made: what was stopped goes on, whoever made which batch."""
+"""Rows of metrics, sample by sample, kept as they are made, so that a run can resume."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def measure(
 ) -> dict[str, Tensor]:
     """The rows of every metric, from files where they are, shared out over the processes by batches.
 
-    A batch is one file for each metric: a run that was stopped goes on where it was, to the same rows bit for bit, and
+    A batch is one file for each metric: a run resumes to the same rows bit for bit, and
     a metric that is added samples again but measures only itself. A file that is damaged is made again.
 
     Args:

@@ -2,7 +2,7 @@
 
     rows_b = r(images_b, prompts_b, ...), (B, D);   number = v(the rows of all batches, (N, D))
 
-so that images are never kept, batches are measured wherever they are sampled, and a killed evaluation goes on.
+so that images are never kept, batches are measured wherever they are sampled, and a killed evaluation can resume.
 """
 
 from __future__ import annotations

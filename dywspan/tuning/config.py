@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.layout import LAYOUTS
+from ..names import LAYOUTS
 from ..settings import check_types, help_of, option
 
 FEW_STEPS = 4
@@ -19,25 +19,25 @@ class TuneConfig:
 
     steps: list[int] = option([4], "numbers of steps to tune for")
     prompts: str | list | None = option(
-        None, "file (.txt, .jsonl, .csv), a dataset, or a list; default: those in this package, where a text is needed"
+        None, "a file (.txt, .jsonl, .csv), a dataset, or a list; default: a list in this package"
     )
-    prompt_column: str | None = option(None, "of a dataset or file; default 'prompt'")
+    prompt_column: str | None = option(None, "column of the dataset or file; default: 'prompt'")
     prompt_split: str = option("train", "split of the dataset")
     call: dict[str, Any] = option({}, 'arguments of the pipeline\'s call, e.g. {"height": 512, "width": 512}')
-    guidance_scale: float | None = option(None, "short for call.guidance_scale")
+    guidance_scale: float | None = option(None, "short for guidance_scale in call")
     evaluations: int | None = option(
         None,
-        f"of the network, guided, to spend on each number of steps; default {BUDGETS[0]} up to {FEW_STEPS} steps, else "
+        f"network evaluations to spend on each number of steps; default: {BUDGETS[0]} up to {FEW_STEPS} steps, else "
         f"{BUDGETS[1]}",
     )
     pairs: int | None = option(
-        None, f"samples to learn from; default {PAIRS[0]}, or {PAIRS[1]} for more than {FEW_STEPS} steps"
+        None, f"samples to learn from; default: {PAIRS[0]}, or {PAIRS[1]} for more than {FEW_STEPS} steps"
     )
-    held_out: int = option(8, "samples to judge by, from which nothing is learned")
-    layout: str = option("image", f"of the latents, for pictures: {', '.join(sorted(LAYOUTS))}")
-    seed: int = option(0, "of the samples' noise")
-    output: str | None = option(None, "directory to save the solver in, with a card and pictures")
-    pictures: int = option(4, "held-out samples that a picture shows, where there is an output")
+    held_out: int = option(8, "samples that the solvers are judged by; nothing is learned from them")
+    layout: str = option("image", f"layout of the latents, for pictures: {', '.join(LAYOUTS)}")
+    seed: int = option(0, "seed of the noise")
+    output: str | None = option(None, "directory for the solver, its model card and pictures")
+    pictures: int = option(4, "held-out samples in a picture")
 
     def __post_init__(self) -> None:
         check_types(self)
