@@ -164,7 +164,7 @@ def test_a_saved_pipeline_is_tuned_by_the_command_that_is_told_its_class(
 @pytest.mark.parametrize("name", ["no_such_module_here", "no/such/file.py"])
 def test_a_module_that_is_not_there_is_named(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--import", name, "inspect", "nothing"]) == 2
-    assert f"--import {name}: there is no such module" in capsys.readouterr().err
+    assert f"--import {name}: no such module" in capsys.readouterr().err
 
 
 def test_bench_tune_asks_no_text_of_a_network_without(
