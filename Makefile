@@ -14,7 +14,7 @@ test: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(WORKERS)
 
 test-slow: .venv/installed-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(WORKERS) -m slow
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(WORKERS) -m "slow and not weekly"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

@@ -5,7 +5,8 @@ import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr != "gpu":
         os.environ.setdefault("BEFORE", json.dumps({name: os.environ.get(name) for name in ON_THE_CPU}))
         os.environ |= ON_THE_CPU
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """With ``DYWSPAN_NO_SKIP=1`` a skip is a failure: for environments that have everything."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("DYWSPAN_NO_SKIP") == "1":
+        report.outcome, report.longrepr = "failed", f"skipped: {report.longrepr[-1]}"
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ BLOCK = re.compile(r"(?:Save as `(\w+\.py)`:\n\n)?```(python|bash)\n(.*?)```", r
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(("page", "made"), [("get-started", "clown.png"), ("extending", "build/colour.json")])
 def test_a_page_is_followed_as_written(page: str, made: str, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -53,6 +54,7 @@ reference = sound(200)
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_the_host_of_the_page_ends_where_diffusers_does(tmp_path: Path) -> None:
     page = (DOCS / "extending.md").read_text(encoding="utf-8")
     blocks = {name or "swap": text for name, language, text in BLOCK.findall(page) if "dance" in (name or text)}
