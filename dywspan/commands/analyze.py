@@ -12,14 +12,16 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="pipeline: a directory or a Hub id")
     parser.add_argument("solvers", nargs="+", help="artefacts, or classical solvers such as ipndm-2m")
     parser.add_argument("--steps", type=int, nargs="+", default=[5], help="numbers of steps")
-    parser.add_argument("--prompts", help="a file or a dataset; default: those of this package, if some are needed")
+    parser.add_argument("--prompts", help="a file or a dataset; default: a list in this package")
     parser.add_argument("--call", type=json.loads, default={}, help="arguments of the pipeline's call, as JSON")
-    parser.add_argument("--samples", type=int, default=16, help="to average over")
-    parser.add_argument("--seed", type=int, default=0, help="of the first sample")
-    parser.add_argument("--order", type=int, help="derivatives that span; default: as many as the solver combines")
-    parser.add_argument("--substeps", type=int, default=8, help="of the exact solution in each step")
-    parser.add_argument("--output", default="analysis.json", help="results")
-    parser.add_argument("--plot", help="also draw them here (PNG, SVG or PDF)")
+    parser.add_argument("--samples", type=int, default=16, help="samples to average over")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first sample")
+    parser.add_argument(
+        "--order", type=int, help="derivatives that span a step; default: those that the solver combines"
+    )
+    parser.add_argument("--substeps", type=int, default=8, help="steps of the exact solution in each step")
+    parser.add_argument("--output", default="analysis.json", help="file of the results (JSON)")
+    parser.add_argument("--plot", help="also draw the results (PNG, SVG or PDF)")
 
 
 def analyze(args: argparse.Namespace) -> None:

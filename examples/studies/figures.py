@@ -136,7 +136,7 @@ def out_of_span(rows: Rows, path: Path) -> None:
     for (subject, n), line in zip(lines, axes):
         here = [r for r in rows if (r["subject"], r["num_inference_steps"]) == (subject, n)]
         kinds = {f"{subject}-solvers": "DyWeight", f"{subject}-spanlift": "SpanLift"}
-        names = {name: kinds.get(name, name) for name in dict.fromkeys(r["solver"] for r in here)}
+        names = {name: kinds.get(name) or name for name in dict.fromkeys(r["solver"] for r in here)}
         for (key, title), axis in zip(panels.items(), line):
             for name, label in names.items():
                 own = [r for r in here if r["solver"] == name and key in r]

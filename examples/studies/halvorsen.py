@@ -80,7 +80,8 @@ def learned_operator(own: Steps, base: Tensor, updates: int) -> Callable[[Steps]
     mean, deviation, size = joined(own).mean(0), joined(own).std(0), own.exact.std()
     last = nn.Linear(64, 3)
     layers = nn.Sequential(nn.Linear(9, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), last).double()
-    nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
     adam = torch.optim.Adam(layers.parameters(), lr=3e-3)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(adam, updates)
     operator = lambda steps: size * layers((joined(steps) - mean) / deviation)  # noqa: E731
