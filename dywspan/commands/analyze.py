@@ -16,9 +16,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--call", type=json.loads, default={}, help="arguments of the pipeline's call, as JSON")
     parser.add_argument("--samples", type=int, default=16, help="samples to average over")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first sample")
-    parser.add_argument(
-        "--order", type=int, help="derivatives that span a step; default: those that the solver combines"
-    )
+    parser.add_argument("--order", type=int, help="derivatives that span a step; default: as many as the solver's")
     parser.add_argument("--substeps", type=int, default=8, help="steps of the exact solution in each step")
     parser.add_argument("--output", default="analysis.json", help="file of the results (JSON)")
     parser.add_argument("--plot", help="also draw the results (PNG, SVG or PDF)")
