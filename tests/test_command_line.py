@@ -266,7 +266,13 @@ def test_demo_shows_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["demo", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for default in ("examples/emoji-sd", "3 5 7", "48", "demo/demo.json", "latent_mse feature_distance"):
+    for default in (
+        "examples/emoji-sd",
+        "default: 4)",
+        "default: 24)",
+        "demo/demo.json",
+        "latent_rmse feature_distance",
+    ):
         assert f"(default: {default})" in shown
     assert "MODEL-solvers MODEL-spanlift)" in shown and "default: 1000" not in shown
 

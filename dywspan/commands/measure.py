@@ -21,33 +21,28 @@ EVALUATE = {
 }
 
 
-# What `dywspan demo` shows of an embedded pipeline: people, hands and faces that it draws well, at the guidance it is
-# used with, four evaluations a picture.
-DEMO: dict[str, Any] = {"steps": [4], "samples": 24, "seed": 20_000, "pictures": 10, "picture_classical": 2}
-DEMO |= {"prompts": str(EXAMPLES / "prompts" / "emoji-demo.txt"), "output": "demo/demo.json"}
-DEMO |= {"metrics": ["latent_rmse", "feature_distance"]}
+# What `dywspan demo` shows: people, hands and faces that the embedded pipelines draw well, four evaluations a picture.
+DEMO: dict[str, Any] = {
+    "model": "examples/emoji-sd",
+    "steps": [4],
+    "metrics": ["latent_rmse", "feature_distance"],
+    "prompts": "examples/prompts/emoji-demo.txt",
+    "samples": 24,
+    "seed": 20_000,
+    "output": "demo/demo.json",
+    "pictures": 10,
+    "picture_classical": 2,
+}
+# The rest by pipeline; {model} is its path. Guided, the embedded ones are shown at a scale that people use.
 SHOWN: dict[str, dict[str, Any]] = {
     "emoji-sd": {
-        "solvers": ["ddim", "dpmpp-2m", str(EXAMPLES / "emoji-sd-any-guidance")],
+        "solvers": ["ddim", "dpmpp-2m", "{model}-any-guidance"],
         "call": {"guidance_scale": 4.0},
         "teacher_order": 4,  # guided, this one errs least
     },
-    "emoji-flow": {
-        "solvers": ["dpmpp-2m", "unipc", *(str(EXAMPLES / f"emoji-flow-{kind}") for kind in ("solvers", "timelift"))]
-    },
+    "emoji-flow": {"solvers": ["dpmpp-2m", "unipc", "{model}-solvers", "{model}-timelift"]},
 }
-
-
-# What `dywspan demo` compares where no option says otherwise; ``{model}`` is the pipeline.
-DEMO: dict[str, Any] = {
-    "model": "examples/emoji-sd",
-    "solvers": ["euler", "dpmpp-2m", "unipc", "ipndm-2m", "{model}-solvers", "{model}-spanlift"],
-    "steps": [3, 5, 7],
-    "metrics": ["latent_mse", "feature_distance"],
-    "prompts": "examples/prompts/emoji-held-out.txt",
-    "samples": 48,
-    "output": "demo/demo.json",
-}
+OTHERS: dict[str, Any] = {"solvers": ["dpmpp-2m", "unipc", "{model}-solvers", "{model}-spanlift"]}  # of `make emoji-sd`
 
 
 def demo_options(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +52,7 @@ def demo_options(parser: argparse.ArgumentParser) -> None:
 
     parser.set_defaults(run=demo)
     shown = {"call": "what the solvers were learned for", "picture_steps": "those of --steps"}
-    shown["solvers"] = " ".join(DEMO["solvers"]).format(model="MODEL")
+    shown["solvers"] = "two classical ones, and those that ship with the model"
     add_arguments(parser, QualityConfig, EVALUATE, defaults=DEMO | shown)
 
 
@@ -72,13 +67,15 @@ def demo(args: argparse.Namespace) -> None:
     given = {k: v for k, v in vars(args).items() if k not in ("run", "config")}
     given = (read_config(args.config, QualityConfig) if "config" in args else {}) | given
     model = Path(given.pop("model", EXAMPLES / "emoji-sd"))
-    solvers = [name.format(model=model) for name in DEMO["solvers"]]
-    own = {**DEMO, "prompts": str(EXAMPLES / "prompts" / "emoji-held-out.txt"), "solvers": solvers, "model": str(model)}
-    check_here(model, *(solvers[-2:] if "solvers" not in given else ()))
-    own["picture_steps"] = given.get("steps", own["steps"])
+    ships = SHOWN.get(model.name, OTHERS) if model.parent.resolve() == EXAMPLES else OTHERS
+    solvers = [name.format(model=model) for name in ships["solvers"]]
+    check_here(model, *(solvers[2:] if "solvers" not in given else ()))
+    own = {**DEMO, **ships, "prompts": str(EXAMPLES / "prompts" / "emoji-demo.txt"), "solvers": solvers}
+    own |= {"model": str(model), "picture_steps": given.get("steps", DEMO["steps"])}
     learned = [name for name in given.get("solvers", solvers) if Path(name).exists()]
     tables = [*shown_tables(load(learned[0])).values()] if learned else []
-    own["call"] = dict(tables[0].provenance.get("call", {})) if tables else {}  # what it was learned for
+    call = dict(tables[0].provenance.get("call", {})) if tables else {}  # what it was learned for
+    own["call"] = call | (ships.get("call", {}) if "solvers" not in given else {})
     run(QualityConfig(**{**own, **given}))
 
 
