@@ -274,7 +274,7 @@ def test_demo_shows_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None
         "latent_rmse feature_distance",
     ):
         assert f"(default: {default})" in shown
-    assert "MODEL-solvers MODEL-spanlift)" in shown and "default: 1000" not in shown
+    assert "those that ship with the model)" in shown and "default: 1000" not in shown
 
 
 def test_list_knows_every_class_of_artefact() -> None:
