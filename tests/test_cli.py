@@ -120,15 +120,15 @@ def test_distill_then_demo_in_processes_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_demo_shows_the_flow_pipeline_as_its_solvers_were_learned(tmp_path: Path) -> None:
     """Its call is in the artefact; classical solvers that do not fit it are left out; the hardest prompts are drawn."""
-    options = ["--steps", "3", "7", "--samples", "3", "--pictures", "2", "--output", str(tmp_path / "demo.json")]
+    options = ["--steps", "3", "8", "--samples", "3", "--pictures", "2", "--output", str(tmp_path / "demo.json")]
     model = str(ROOT / "examples" / "emoji-flow")
     assert main(["demo", "--model", model, *options]) == 0
     rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
     errors = {row["solver"]: row["latent_rmse"] for row in rows if row["nfe"] == 3}
-    assert [row["solver"] for row in rows if row["nfe"] == 7] == [*errors][:-1], "TimeLift was not learned for 7"
+    assert [row["solver"] for row in rows if row["nfe"] == 8] == [*errors][:-1], "TimeLift was not learned for 8"
     assert [*errors] == ["DPM-Solver++(2M)", "UniPC", "DyWeight (learned)", "DyWeight + TimeLift (learned)"]
     assert errors["DyWeight + TimeLift (learned)"] < errors["DyWeight (learned)"] < errors["UniPC"]
-    for n in (3, 7):
+    for n in (3, 8):
         with Image.open(tmp_path / f"demo-samples-{n}.png") as picture:
             assert picture.height > 3 * 64 and picture.width > 2 * 64
 
