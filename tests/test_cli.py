@@ -143,6 +143,7 @@ def test_the_example_script_draws_an_image(tmp_path: Path) -> None:
     assert red > green + 20, "a red heart is red"
 
 
+@pytest.mark.weekly
 @pytest.mark.slow
 def test_the_digits_example_learns(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
@@ -155,6 +156,7 @@ def test_the_digits_example_learns(tmp_path: Path) -> None:
     assert row[0] == "3" and max(after) < 0.3 * before
 
 
+@pytest.mark.weekly
 @pytest.mark.slow
 def test_the_example_for_any_number_of_steps_learns(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
@@ -187,6 +189,7 @@ def test_the_example_for_any_number_of_steps_learns(tmp_path: Path) -> None:
         assert image.convert("L").getextrema() == pytest.approx((0, 255), abs=60)
 
 
+@pytest.mark.weekly
 @pytest.mark.slow
 def test_the_image_to_image_example_compares_at_equal_evaluations(tmp_path: Path) -> None:
     own = DyWeightScheduler.from_config(DyWeightScheduler.load_config(ROOT / "examples" / "emoji-sd" / "scheduler"))

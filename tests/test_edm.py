@@ -574,6 +574,7 @@ def test_a_table_and_a_lift_are_learned_for_classes_with_afs(tmp_path: Path, mon
     assert len(run_usage(card, tmp_path / "table", monkeypatch)["result"].images) == 1
 
 
+@pytest.mark.weekly
 @pytest.mark.slow
 def test_tuning() -> None:
     pipe = pipeline("ddpm++")

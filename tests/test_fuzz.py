@@ -278,7 +278,9 @@ def test_whole_artefacts_work(artefacts: dict[str, Artefact], tmp_path: Path) ->
         assert failure(artefact, whole, tmp_path) is None, name
 
 
-@pytest.mark.parametrize(("count", "seed"), [(200, 0), pytest.param(10_000, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("count", "seed"), [(200, 0), pytest.param(10_000, 1, marks=[pytest.mark.slow, pytest.mark.weekly])]
+)
 def test_no_damage_goes_unsaid(artefacts: dict[str, Artefact], tmp_path: Path, count: int, seed: int) -> None:
     report = fuzz(artefacts, count, seed, tmp_path)
     if report:

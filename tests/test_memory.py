@@ -125,6 +125,7 @@ def test_a_device_whose_allocator_keeps_no_peak_is_refused(monkeypatch: pytest.M
         peak_bytes(lambda: None, "mps")
 
 
+@pytest.mark.weekly
 @pytest.mark.slow
 def test_recomputing_makes_memory_flat_in_the_number_of_steps() -> None:
     rows = memory(EMOJI, batch_size=1, device="cpu")

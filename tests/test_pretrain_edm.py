@@ -42,6 +42,7 @@ def test_levels_are_lognormal(script: Any) -> None:
     assert noise.std() == pytest.approx(1, abs=0.03)
 
 
+@pytest.mark.weekly
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_weights(
     script: Any,

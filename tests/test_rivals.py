@@ -124,6 +124,7 @@ def test_choices_are_one_line_of_a_table_and_named_below_it() -> None:
     assert "best classical: UniP(2M), rho 5 (3, 5 NFE); iPNDM(2M), AYS (4 NFE)" in shown
 
 
+@pytest.mark.weekly
 @pytest.mark.slow
 def test_shipped_solvers_are_better_than_classical_ones_by_more_than_chance(tmp_path: Path) -> None:
     model = ROOT / "examples" / "emoji-flow"
