@@ -266,13 +266,7 @@ def test_demo_shows_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["demo", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for default in (
-        "examples/emoji-sd",
-        "4",
-        "24",
-        "demo/demo.json",
-        "latent_rmse feature_distance",
-    ):
+    for default in ("examples/emoji-sd", "4", "24", "demo/demo.json", "latent_rmse feature_distance"):
         assert f"(default: {default})" in shown
     assert "those that ship with the model)" in shown and "default: 1000" not in shown
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..pipelines.features import Features, find_features
-from .references import read_reference, vectors
-from .statistics import Metric, Sample
+from ..pipelines.features import Features, named_features
+from .references import of_features, read_reference, vectors
+from .statistics import Metric
 
 
 @dataclass(frozen=True)
@@ -150,17 +150,11 @@ def fid(
         OSError: a reference that is not there, or weights that are not to be had.
         ModuleNotFoundError: a package is not installed.
     """
-    network = find_features(pipe, features) if isinstance(features, str) else features
-    name = features if isinstance(features, str) else getattr(features, "__name__", "features")
+    network, name = named_features(pipe, features)
+    source: str | None = None
     target: Callable[[], Moments] | None = None
-    facts = {"network": f"{name}, the last map's mean over positions", "reference": "the reference solver's images"}
     if reference is not None:
         target, source = _reference(reference, network, size, split, column, batch_size, getattr(pipe, "device", "cpu"))
-        facts["reference"] = source
-
-    def rows(sample: Sample) -> Tensor:
-        images = [sample.images] if target else [sample.images, sample.need("reference_images", metric.name)]
-        return torch.cat([vectors(network, 2 * x - 1) for x in images], 1)
 
     @lru_cache(maxsize=1)  # a number and its interval need the same; tensors are looked up by identity
     def sides(rows: Tensor) -> tuple[Tensor, Moments, Tensor | None, Moments]:
@@ -183,14 +177,7 @@ def fid(
         x, a, y, b = sides(rows)
         return influence(x, a, b) + (0 if y is None else influence(y, b, a))
 
-    metric = Metric(
-        "fid" if name == "inception" else f"fd_{name}",
-        rows,
-        value,
-        facts=facts,
-        needs=() if target else ("reference_images",),
-        influence=both_influences,
-    )
+    metric = of_features(("fid", "fd"), network, name, source, value, both_influences)
     return metric
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipelines.features import Features, find_features
-from .references import read_reference, vectors
-from .statistics import Metric, Sample
+from ..pipelines.features import Features, named_features
+from .references import of_features, read_reference
+from .statistics import Metric
 
 CHUNK = 2048  # rows of a kernel matrix at a time
 
@@ -66,22 +66,17 @@ def kid(
         OSError: a reference that is not there, or weights that are not to be had.
         ModuleNotFoundError: a package is not installed.
     """
-    network = find_features(pipe, features) if isinstance(features, str) else features
-    name = features if isinstance(features, str) else getattr(features, "__name__", "features")
-    facts = {"network": f"{name}, the last map's mean over positions", "reference": "the reference solver's images"}
+    network, name = named_features(pipe, features)
+    source: str | None = None
     target: Callable[[], Tensor] | None = None
     if isinstance(reference, Tensor):
         given = reference
-        target, facts["reference"] = lambda: given, "given features"
+        target, source = lambda: given, "given features"
     elif reference is not None:
         if Path(reference).is_file():
             raise ValueError(f"reference={str(reference)!r} is a file: KID needs a directory of images or a dataset.")
         device = getattr(pipe, "device", "cpu")
-        target, facts["reference"] = read_reference(reference, network, size, split, column, batch_size, device)
-
-    def rows(sample: Sample) -> Tensor:
-        images = [sample.images] if target else [sample.images, sample.need("reference_images", metric.name)]
-        return torch.cat([vectors(network, 2 * x - 1) for x in images], 1)
+        target, source = read_reference(reference, network, size, split, column, batch_size, device)
 
     @cache
     def within() -> float:  # of the reference: the largest part, and the same for all solvers
@@ -99,12 +94,5 @@ def kid(
         other, back = kernel_means(y, y), kernel_means(y, x)
         return distance + float(other.mean()), influence + 2 * (other - back)
 
-    metric = Metric(
-        "kid" if name == "inception" else f"kd_{name}",
-        rows,
-        lambda rows: both(rows)[0],
-        facts=facts,
-        needs=() if target else ("reference_images",),
-        influence=lambda rows: both(rows)[1],
-    )
-    return metric
+    value, influence = lambda rows: both(rows)[0], lambda rows: both(rows)[1]
+    return of_features(("kid", "kd"), network, name, source, value, influence)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipelines.features import Features, feature_distance, find_features
+from ..pipelines.features import Features, feature_distance, named_features
 from ..pipelines.features import lpips as lpips_features
 from .frechet import fid
 from .kernel import kid
@@ -48,9 +48,7 @@ def image_distance(pipe: Any, features: str | Features = "encoder") -> Metric:
     Raises:
         ValueError, OSError, ModuleNotFoundError: the network is unknown, its weights or its package are missing.
     """
-    network = find_features(pipe, features) if isinstance(features, str) else features
-    name = features if isinstance(features, str) else getattr(features, "__name__", "features")
-    return _distance("feature_distance", network, name)
+    return _distance("feature_distance", *named_features(pipe, features))
 
 
 def lpips(pipe: Any = None, net: str = "alex", model: torch.nn.Module | None = None) -> Metric:

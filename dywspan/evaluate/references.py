@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..pipelines.features import Features
+from .statistics import Metric, Sample
 
 Images = Callable[[], Iterator[tuple[str, Image.Image]]]  # names and images, as often as called
 
@@ -56,6 +57,31 @@ def read_reference(
         return torch.cat(rows)
 
     return features, f"{count} images of {source}" + (f", {size} x {size}" if size else "")
+
+
+def of_features(
+    kinds: tuple[str, str],
+    network: Features,
+    name: str,
+    source: str | None,
+    value: Callable[[Tensor], float],
+    influence: Callable[[Tensor], Tensor],
+) -> Metric:
+    """A metric of the images' features, whose rows also have those of the reference's images where these are compared.
+
+    Args:
+        kinds: the metric's name with Inception-v3, and what it begins with for any other network.
+        source: what the images are compared with; None: the reference solver's images from the same noise.
+    """
+    kind = kinds[0] if name == "inception" else f"{kinds[1]}_{name}"
+
+    def rows(sample: Sample) -> Tensor:
+        images = [sample.images] if source else [sample.images, sample.need("reference_images", kind)]
+        return torch.cat([vectors(network, 2 * x - 1) for x in images], 1)
+
+    facts = {"network": f"{name}, the last map's mean over positions"}
+    facts["reference"] = source or "the reference solver's images"
+    return Metric(kind, rows, value, facts=facts, needs=() if source else ("reference_images",), influence=influence)
 
 
 @torch.no_grad()

@@ -230,6 +230,13 @@ NETWORKS: dict[str, Callable[[str], Features]] = {
 }
 
 
+def named_features(pipe: Any, features: str | Features) -> tuple[Features, str]:
+    """The network and its name, of a name as :func:`find_features` takes it or of a network."""
+    if isinstance(features, str):
+        return find_features(pipe, features), features
+    return features, getattr(features, "__name__", "features")
+
+
 def find_features(pipe: Any, name: str) -> Features:
     """A feature network by name: one of ``FEATURES``, or one of ``NETWORKS`` and its model ("timm:convnext_tiny").
 
