@@ -112,6 +112,11 @@ def test_the_command_writes_prints_and_draws_what_steps_miss(
     assert "lift_out_of_span" in capsys.readouterr().out and picture.stat().st_size > 10_000
 
 
+def test_a_pipeline_that_takes_a_text_gets_one_of_this_package() -> None:
+    found = analyze(str(MODEL), ["ipndm-2m"], [2], call=CALL, samples=1, substeps=1)
+    assert [row["step"] for row in found] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -28,11 +28,11 @@ from tqdm.auto import tqdm
 
 from ..core.span import norm, project
 from ..pipelines.classical import SOLVERS, asked_for, default_grid, solvers_on
-from ..pipelines.inputs import OWN, check_call, read_inputs
+from ..pipelines.inputs import OWN, check_call, lacks_text, read_inputs
 from ..pipelines.replay import Memo
 from ..pipelines.rollout import Inputs, load_pipeline
 from ..schedulers.apply import load
-from ..schedulers.bind import bind, required_arguments
+from ..schedulers.bind import bind
 from .baselines import slug
 from .spans import Step, exact, going_on, run_of, with_schedule
 
@@ -168,7 +168,7 @@ def analyze(
             raise ValueError(f"{name}={value} must be at least 1.")
     with suppress(TypeError):  # it cannot be told what a solver is to know
         bind(pipe)
-    source = OWN if prompts is None and "prompt" in required_arguments(pipe) else prompts
+    source = OWN if prompts is None and lacks_text(pipe, call) else prompts
     inputs = read_inputs(source, limit=samples) or [{}] * samples
     if len(inputs) < samples:
         raise ValueError(f"{source} has {len(inputs)} prompts, and samples={samples}: lower --samples.")

@@ -133,6 +133,12 @@ def _arguments(row: Any, column: str | None, source: Any) -> Mapping[str, Any]:
     return {"prompt": row[column]}
 
 
+def lacks_text(pipe: Any, call: Mapping[str, Any]) -> bool:
+    """Whether a pipeline takes a text that this call does not have."""
+    takes = "prompt" in required_arguments(pipe) or hasattr(pipe, "encode_prompt")
+    return takes and "prompt" not in call
+
+
 def check_call(pipe: Any, inputs: Inputs, call: Mapping[str, Any]) -> None:
     """The pipeline takes these arguments.
 

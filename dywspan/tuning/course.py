@@ -36,13 +36,12 @@ from ..evaluate.paired import difference
 from ..pipelines.arena import Arena, typical
 from ..pipelines.classical import SOLVERS, Classical, asked_for, default_grid, on_all_grids
 from ..pipelines.embeddings import remembered_prompts
-from ..pipelines.inputs import OWN, check_call, read_inputs
+from ..pipelines.inputs import OWN, check_call, lacks_text, read_inputs
 from ..pipelines.networks import denoisers
 from ..pipelines.precision import fast_and_safe
 from ..pipelines.replay import Memo
 from ..pipelines.rollout import Inputs
 from ..pipelines.teacher import Teacher, find_teacher
-from ..schedulers.bind import required_arguments
 from ..schedulers.calls import core
 from ..schedulers.dyweight import DyWeightScheduler
 from .config import FEW_STEPS, TuneConfig
@@ -279,17 +278,11 @@ def tuning(pipe: Any, config: TuneConfig) -> Iterator[Course]:
 def _inputs(pipe: Any, config: TuneConfig) -> Inputs:
     """Each sample's own arguments; prompts are gone through again, with new noise, where there are too few."""
     needed = config.training + config.held_out
-    missing = "prompt" in required_arguments(pipe) | _takes_text(pipe) and "prompt" not in config.call
-    source = OWN if config.prompts is None and missing else config.prompts
+    source = OWN if config.prompts is None and lacks_text(pipe, config.call) else config.prompts
     found = read_inputs(source, config.prompt_column, config.prompt_split, needed) or [{}]
     inputs = [found[i % len(found)] for i in range(needed)]
     check_call(pipe, inputs, config.call)
     return inputs
-
-
-def _takes_text(pipe: Any) -> set[str]:
-    """ "prompt", of pipelines that encode one."""
-    return {"prompt"} if hasattr(pipe, "encode_prompt") else set()
 
 
 @contextmanager
