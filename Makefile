@@ -38,6 +38,9 @@ MODEL := # the configurations' own; not the environment's
 OUT := build
 PRETRAIN := $(LAUNCH) training/pretrain_emoji.py
 DISTILL = HF_HUB_OFFLINE=1 $(LAUNCH) training/distill.py $(MODEL) --config training/configs
+# TimeLift's peak rate falls with the number of steps: a run for each.
+TIMELIFT_SD := "1 2 3 --lr 5e-3" "4 --lr 3e-3" "5 --lr 1.5e-3"
+TIMELIFT_FLOW := "1 2 3 --lr 1e-2" "4 --lr 5e-3" "5 --lr 3e-3"
 # The last line of a recipe: how long the goal took, and on which CPU.
 START := $(shell date +%s)
 TOOK = @echo "$@: $$((($$(date +%s) - $(START)) / 60)) minutes on $$(nproc) CPU cores, $$(lscpu | sed -n 's/^Model name: *//p')"
@@ -60,11 +63,10 @@ solvers-emoji-sd: .venv/installed-train
 	$(DISTILL)/emoji_sd_spanlift.yaml --base $(OUT)/emoji-sd-solvers --output $(OUT)/emoji-sd-spanlift
 	$(DISTILL)/emoji_sd_spanlift.yaml --base $(OUT)/emoji-sd-solvers --output $(OUT)/emoji-sd-spanlift \
 		--steps 7 --lr 3e-4 --updates 600 --evaluate-every 100
-	$(DISTILL)/emoji_sd_timelift.yaml --base $(OUT)/emoji-sd-solvers --output $(OUT)/emoji-sd-timelift
-	$(DISTILL)/emoji_sd_timelift.yaml --base $(OUT)/emoji-sd-solvers --output $(OUT)/emoji-sd-timelift \
-		--steps 4 --lr 3e-3
-	$(DISTILL)/emoji_sd_timelift.yaml --base $(OUT)/emoji-sd-solvers --output $(OUT)/emoji-sd-timelift \
-		--steps 5 --lr 1.5e-3
+	for run in $(TIMELIFT_SD) "7 --lr 1e-3 --updates 120"; do $(DISTILL)/emoji_sd_timelift.yaml \
+		--base $(OUT)/emoji-sd-solvers --output $(OUT)/emoji-sd-timelift --steps $$run || exit; done
+	for run in $(TIMELIFT_SD) "7 --lr 1e-3"; do $(DISTILL)/emoji_sd_timelift.yaml --updates 120 \
+		--base $(OUT)/emoji-sd-spanlift --output $(OUT)/emoji-sd-spanlift-timelift --steps $$run || exit; done
 
 any-emoji-sd: .venv/installed-train
 	$(DISTILL)/emoji_sd_continuous.yaml
@@ -79,11 +81,12 @@ solvers-emoji-flow: .venv/installed-train
 	$(DISTILL)/emoji_flow_dyweight.yaml --output $(OUT)/emoji-flow-solvers
 	$(DISTILL)/emoji_flow_least_squares.yaml --output $(OUT)/emoji-flow-solvers
 	$(DISTILL)/emoji_flow_spanlift.yaml --base $(OUT)/emoji-flow-solvers --output $(OUT)/emoji-flow-spanlift
-	$(DISTILL)/emoji_flow_timelift.yaml --base $(OUT)/emoji-flow-solvers --output $(OUT)/emoji-flow-timelift
-	$(DISTILL)/emoji_flow_timelift.yaml --base $(OUT)/emoji-flow-solvers --output $(OUT)/emoji-flow-timelift \
-		--steps 4 --lr 5e-3
-	$(DISTILL)/emoji_flow_timelift.yaml --base $(OUT)/emoji-flow-solvers --output $(OUT)/emoji-flow-timelift \
-		--steps 5 --lr 3e-3
+	$(DISTILL)/emoji_flow_spanlift.yaml --base $(OUT)/emoji-flow-solvers --output $(OUT)/emoji-flow-spanlift \
+		--steps 7 --lr 5e-4 --updates 120
+	for run in $(TIMELIFT_FLOW) "7 --lr 2e-3 --updates 120"; do $(DISTILL)/emoji_flow_timelift.yaml \
+		--base $(OUT)/emoji-flow-solvers --output $(OUT)/emoji-flow-timelift --steps $$run || exit; done
+	for run in $(TIMELIFT_FLOW) "7 --lr 2e-3"; do $(DISTILL)/emoji_flow_timelift.yaml --updates 120 \
+		--base $(OUT)/emoji-flow-spanlift --output $(OUT)/emoji-flow-spanlift-timelift --steps $$run || exit; done
 
 any-emoji-flow: .venv/installed-train
 	$(DISTILL)/emoji_flow_continuous.yaml

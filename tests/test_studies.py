@@ -13,6 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dywspan import DyWeightScheduler
+from dywspan.pipelines.pairs import Pairs
+from dywspan.pipelines.rollout import load_pipeline, sample
+
 ROOT = Path(__file__).parent.parent
 STUDIES = ROOT / "examples" / "studies"
 
@@ -96,6 +100,40 @@ def test_every_line_of_a_study_is_a_run_that_can_start(name: str, kind: str, ste
         assert len({config.output for config in configs}) == len(lines) > 6
         different = [json.dumps(config.matters, default=str) + config.base for config in configs]
         assert len({*different}) == len(lines), "no line is another one again"
+
+
+@pytest.mark.parametrize("name", ["emoji-flow", "emoji-sd"])
+def test_the_small_form_tells_each_layer_a_time_of_its_own(name: str) -> None:
+    study, subject = script("small_form"), script("subjects").SUBJECTS[name]
+    pipe, call, seeds = load_pipeline(subject.model), dict(subject.call), [0, 1]
+    solver, inputs = DyWeightScheduler.from_pretrained(f"{subject.model}-solvers"), [{"prompt": "a cat"}] * 2
+    ends = lambda: sample(pipe, solver, 2, inputs, seeds, call)[0]  # noqa: E731
+    with torch.no_grad():
+        before = ends()
+        paths = study.layers(pipe, solver, 2, inputs[:1], call)
+        with study.told(pipe, paths, torch.zeros(2, len(paths))):
+            assert torch.equal(ends(), before), "the network's own embedding"
+        with study.told(pipe, paths, torch.full((2, len(paths)), 0.1)):
+            target = ends()
+        assert not torch.equal(target, before) and torch.equal(ends(), before), "nothing is left in the network"
+    if name == "emoji-flow":
+        return
+    found, theta = study.learn(pipe, solver, 2, Pairs(inputs, seeds, target), call, updates=6, batch_size=2)
+    assert found == paths and theta.shape == (2, len(paths))
+    with torch.no_grad(), study.told(pipe, paths, theta):
+        assert (ends() - target).norm() < 0.9 * (before - target).norm(), "it learns the other times"
+
+
+def test_a_step_cache_costs_what_it_computes() -> None:
+    study = script("step_cache")
+    pipe, call, inputs = load_pipeline(study.SUBJECT.model), dict(study.SUBJECT.call), [{"prompt": "a cat"}] * 2
+    cost = study.costs(pipe, call, inputs[0])
+    assert sum(cost.values()) == pytest.approx(1) and len(cost) == 9
+    pairs = Pairs(inputs, [0, 1], torch.zeros(2, 64, 16))
+    spent = [study.measured(pipe, study.Cached("euler", 4, t), pairs, call, cost)[1] for t in (0.0, 1e9)]
+    first = next(iter(cost.values()))
+    assert spent == pytest.approx([4, 1 + 3 * first]), "all of it, or the first block after the first step"
+    assert not pipe.transformer.is_cache_enabled
 
 
 @pytest.mark.parametrize("name", ["white-box", "halvorsen", "out-of-span"])

@@ -84,7 +84,7 @@ def with_pairs(rows: Sequence[Row], kept: Sequence[Kept], metrics: Sequence[Metr
                 if j != i
                 and m.name in other
                 and "reference" not in (other["solver"], row["solver"])
-                and all(other.get(key) == row.get(key) for key in ("variant", "nfe"))
+                and (part_of(other), other.get("nfe")) == (part_of(row), row.get("nfe"))
             ]
             rivals = {"paired": others}
             if row.get("learned"):
@@ -95,6 +95,11 @@ def with_pairs(rows: Sequence[Row], kept: Sequence[Kept], metrics: Sequence[Metr
                     found = difference(m, kept[i][m.name], kept[j][m.name], row[m.name] - rows[j][m.name])
                     result[i].setdefault(name, {})[m.name] = {"against": rows[j]["solver"], **found}
     return result
+
+
+def part_of(row: Row) -> str:
+    """What rows are compared within: their variant of the call, or their pipeline where several are in one file."""
+    return row.get("variant", row.get("pipeline", ""))
 
 
 def line_of(row: Row) -> str:
@@ -130,4 +135,4 @@ def read_samples(path: str | os.PathLike[str], rows: Sequence[Row], metrics: Seq
 
 
 def _key(row: Row, metric: str) -> str:
-    return "|".join(map(str, (row.get("variant", ""), row["solver"], row.get("nfe", ""), metric)))
+    return "|".join(map(str, (part_of(row), row["solver"], row.get("nfe", ""), metric)))

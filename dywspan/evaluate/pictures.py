@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..artifact import write_atomically
 from .baselines import BEST, full_name
-from .paired import line_of
+from .paired import line_of, part_of
 from .report import by_variant, file_stem
 
 Row = Mapping[str, Any]
@@ -38,7 +38,7 @@ def plots(results: Mapping[str, Any], path: Path) -> list[Path]:
 
     The classical solvers are a grey band, its best edge named; learned ones have their 95 % interval.
     """
-    if "variant" in results["rows"][0]:
+    if part_of(results["rows"][0]):
         parts = by_variant(results).items()
         return [drawn for name, part in parts for drawn in plots(part, path.with_stem(file_stem(path.stem, name)))]
     path.parent.mkdir(parents=True, exist_ok=True)

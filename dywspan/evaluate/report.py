@@ -20,7 +20,7 @@ from ..artifact import write_atomically
 from ..text import markdown
 from ..version import __version__
 from .baselines import full_name
-from .paired import is_separable, line_of
+from .paired import is_separable, line_of, part_of
 
 
 def write_results(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], **facts: Any) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def table(
     """
     if "metrics" not in results:
         return _plain(results["rows"], metrics, steps)
-    if "variant" in results["rows"][0]:
+    if part_of(results["rows"][0]):
         alone = by_variant(results).items()
         return "\n\n".join(f"### {name}\n\n{table(part, metrics, steps, intervals)}" for name, part in alone)
     reference = [row for row in results["rows"] if row["solver"] == "reference"]
@@ -148,16 +148,18 @@ def _numbers(results: Mapping[str, Any], metric: str) -> dict[tuple[str, int], d
     found: dict[tuple[str, int], dict[str, float]] = {}
     for row in results["rows"]:
         if metric in row and row["solver"] != "reference":
-            found.setdefault((row.get("variant", ""), row.get("nfe", 0)), {})[line_of(row)] = row[metric]
+            found.setdefault((part_of(row), row.get("nfe", 0)), {})[line_of(row)] = row[metric]
     return found
 
 
 def by_variant(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The results of each variant of the call, as if measured alone; of all, under "", if there are none."""
+    """The results of each variant of the call, or of each pipeline, as if measured alone; of all, under "", if there
+    are none.
+    """
     parts: dict[str, dict[str, Any]] = {}
     for row in results["rows"]:
-        part = parts.setdefault(row.get("variant", ""), {**results, "rows": []})
-        part["rows"].append({k: v for k, v in row.items() if k != "variant"})
+        part = parts.setdefault(part_of(row), {**results, "rows": []})
+        part["rows"].append({k: v for k, v in row.items() if k not in ("variant", "pipeline")})
     return parts
 
 
