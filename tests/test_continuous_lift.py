@@ -535,7 +535,7 @@ def test_a_function_and_lifts_lie_in_one_artefact(pixels: Path, runs: tuple[Path
             "has tables for [2, 3] steps only, and continuous needs a base for every",
         ),
         ("lift", {"continuous": False, "steps": [3]}, "The SpanLift base was learned for [] steps, not for [3]"),
-        ("discrete", {"steps": [2]}, "The SpanLift base has no continuous lift to go on with: leave out continuous"),
+        ("discrete", {"steps": [2]}, "The SpanLift base has no continuous lift to continue from: leave out continuous"),
         ("tables", {"optimizer": "least_squares"}, "must be a SpanLift artefact"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,18 +80,21 @@ def test_the_best_classical_solver_is_chosen_on_other_samples(
     assert best["latent_rmse"] == pytest.approx(float(rmse), rel=1e-3)
 
 
-class Judged:
-    """An arena whose errors are known, by solver and sample; it counts what it was asked."""
+class Judged(Arena):
+    """An arena whose endpoints are known, by solver and sample, as distances to targets of 0; it counts what it was
+    asked.
+    """
 
-    def __init__(self, errors: dict[int, list[float]]) -> None:
-        self.errors_of, self.asked = errors, list[tuple[int, int]]()
+    def __init__(self, ends: dict[int, list[float]]) -> None:
+        self.ends, self.asked = ends, list[tuple[int, int]]()
+        self.targets = {i: torch.zeros(1) for i in range(4)}
 
-    def errors(self, scheduler: Any, steps: int, places: range) -> torch.Tensor:
+    def endpoints(self, scheduler: Any, steps: int, places: Sequence[int]) -> torch.Tensor:
         own = scheduler.tables[2].provenance["number"]
         self.asked.append((own, len(places)))
         if own == 3:
             raise InvalidSolverError("its levels are none that the network knows")
-        return torch.tensor([float(self.errors_of[own][i]) for i in places])
+        return torch.tensor([[float(self.ends[own][i])] for i in places])
 
 
 def test_few_samples_leave_some_of_which_more_samples_choose(few: None) -> None:

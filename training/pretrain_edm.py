@@ -19,9 +19,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import EDMEulerScheduler
 from emoji64 import load, split
-from pretrain_emoji import Training, draw, share
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
+from updates import Training, draw, share
 
 from dywspan import DyWeightScheduler
 from dywspan.edm import EDMPipeline, EDMUNet

@@ -28,7 +28,7 @@ _SAME = (
 
 
 def learning_cost(paths: Sequence[str | os.PathLike[str]], **overrides: Any) -> list[dict[str, Any]]:
-    """Run each configuration, or go on with it, or find it finished, and say what it cost.
+    """Run each configuration, resume it, or find it finished, and say what it cost.
 
         evaluations = teacher + learning + held_out,        learning = forward + backward passes
 

@@ -69,7 +69,7 @@ class Prediction(ABC):
 class VariancePreserving(Prediction):
     """Discrete-time VP network, c_in = 1 / sqrt(1 + tau^2); float model times between the trained integers.
 
-    log alpha is piecewise linear in t' = (t + 1) / M with log alpha(0) = 0, and goes on straight beyond the last node.
+    log alpha is piecewise linear in t' = (t + 1) / M with log alpha(0) = 0, and is linear beyond the last node too.
     Source: DPM-Solver (Lu et al. 2022), appendix D.4.
 
     Args:

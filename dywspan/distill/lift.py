@@ -27,7 +27,7 @@ class LiftStudent(Student):
     """SpanLift on a frozen base: one operator shared by all ``steps``, alpha and beta of each, or of all.
 
     Args:
-        base: the base solver, tables included; a SpanLift solver is gone on with, operators and all.
+        base: the base solver, tables included; learning continues from a SpanLift solver, operators included.
         steps: numbers of steps to learn for.
         sample_shape: of a latent, without the batch.
         order: K, derivatives the operator reads.
@@ -143,7 +143,7 @@ def gone_on_with(base: SpanLiftScheduler, steps: Sequence[int], continuous: bool
         ValueError: it has none.
     """
     if continuous and base.continuous_lift is None:
-        raise ValueError("The SpanLift base has no continuous lift to go on with: leave out continuous.")
+        raise ValueError("The SpanLift base has no continuous lift to continue from: leave out continuous.")
     if missing := [] if continuous else sorted(set(steps) - base.lifts.keys()):
         raise ValueError(f"The SpanLift base was learned for {sorted(base.lifts)} steps, not for {missing}.")
     scheduler = copy.deepcopy(base)

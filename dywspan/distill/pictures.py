@@ -1,4 +1,4 @@
-"""What a run looks like while it goes on: the teacher's samples, the start's, and those of the best solver so far."""
+"""What a run looks like while it learns: the teacher's samples, the start's, and those of the best solver so far."""
 
 from __future__ import annotations
 

@@ -314,12 +314,12 @@ class Method(ABC):
         """The student is where its task starts."""
 
     def around(self) -> AbstractContextManager[Any]:
-        """What holds while learning goes on."""
+        """What holds while it learns."""
         return nullcontext()
 
     @abstractmethod
     def begin(self) -> None:
-        """The student, the optimiser and ``progress.own`` are where learning goes on from."""
+        """The student, the optimiser and ``progress.own`` are where learning continues."""
 
     @abstractmethod
     def step(self, update: int) -> Mapping[str, float]:

@@ -71,7 +71,7 @@ class Task:
         grid: the nominal grid of tables; None: :func:`default_grid`.
         paths: a teacher's by number of steps, that the first weights are fitted to, see :mod:`.regression`; of the
             middle one of several variants.
-        base: of SpanLift: tables or a classical solver for every number of steps; a SpanLift solver is gone on with.
+        base: of SpanLift: tables, a classical solver for every number of steps, or a SpanLift solver to continue from.
         layout, operator, name: of SpanLift: the latents' layout, size of the operator, and its name in the artefact.
         part: which of several tasks this is, "2 of 3", for progress bars.
         later: about how many times as long as this one all tasks after it take.

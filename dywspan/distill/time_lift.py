@@ -24,7 +24,7 @@ class TimeStudent(Student):
     """Offsets of a network's modulation at each step of a solver.
 
     Args:
-        base: the solver: a table, SpanLift on one, or a classical one; a time lift that it has is gone on with.
+        base: the solver: a table, SpanLift on one, or a classical one; learning continues from a time lift that it has.
         steps: number of steps to learn for.
         evaluations: of the network, in so many steps.
         found: what the network is modulated by.

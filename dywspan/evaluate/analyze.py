@@ -1,6 +1,6 @@
 """How much of each step a solver can reach: ``dywspan analyze``.
 
-From each state x_i of a solver, the exact solution goes on to the level where the step ends, by Heun's method in the
+From each state x_i of a solver, the exact solution continues to the level where the step ends, by Heun's method in the
 same pipeline: its move Delta*. V is the span of the last K derivatives, Pi the projection on it, ~ the part across the
 chord x*_N - x_0 of the whole exact solution.
 

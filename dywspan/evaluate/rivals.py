@@ -12,7 +12,6 @@ import diffusers
 import torch
 
 from ..artifact import table_from_json, table_to_json, write_atomically
-from ..core.table import InvalidSolverError
 from ..pipelines.arena import Arena
 from ..pipelines.classical import Classical, asked_for, on_all_grids
 from ..pipelines.hashes import digest
@@ -42,10 +41,7 @@ def best_classical(pipe: Any, arena: Arena, n: int, among: Sequence[Classical] |
     for most, kept in zip(SELECT, (FINALISTS, 1)):
 
         def error(classical: Classical, count: int = min(most, len(arena.inputs))) -> float:
-            try:
-                return float(arena.errors(own.with_tables([classical.table]), n, range(count)).mean())
-            except InvalidSolverError:  # its levels are none that the network knows
-                return float("inf")
+            return float(arena.errors(own.with_tables([classical.table]), n, range(count)).mean())
 
         left = sorted(left, key=error)[:kept]
     return left[0]
@@ -56,7 +52,7 @@ def judging(pipe: Any, pairs: Pairs, call: Mapping[str, Any]) -> Iterator[Arena]
     """Samples whose targets are known; within, no evaluation of the network is made twice."""
     memo = Memo(pipe)
     with memo.installed(), torch.no_grad():
-        arena = Arena(pipe, pairs.inputs, pairs.seeds, call, memo)
+        arena = Arena(pipe, pairs.inputs, pairs.seeds, call)
         arena.targets.update(enumerate(pairs.endpoints))
         yield arena
 

@@ -1,4 +1,4 @@
-"""Solvers judged on the same few samples; no evaluation of the network is made twice."""
+"""Solvers judged on the same few samples."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.table import InvalidSolverError
 from ..pipelines.memory import Parts, is_sharded
 from ..pipelines.pairs import Pairs
-from ..pipelines.replay import Memo
 from ..pipelines.rollout import Inputs, sample
 
 CHUNK = 4  # samples at a time, always the same ones together: what the network answers may depend on that
@@ -20,12 +20,11 @@ class Arena:
     """A pipeline's samples, by their places, and how far solvers end from the teacher.
 
     Attributes:
-        memo: what the network answered so far, and how many evaluations that took.
         targets: the teacher's endpoints, of the places that it was asked for.
     """
 
-    def __init__(self, pipe: Any, inputs: Inputs, seeds: Sequence[int], call: Mapping[str, Any], memo: Memo) -> None:
-        self.pipe, self.inputs, self.seeds, self.call, self.memo = pipe, inputs, seeds, call, memo
+    def __init__(self, pipe: Any, inputs: Inputs, seeds: Sequence[int], call: Mapping[str, Any]) -> None:
+        self.pipe, self.inputs, self.seeds, self.call = pipe, inputs, seeds, call
         self.parts = Parts(CHUNK, "samples", "the number of samples at a time", sharded=is_sharded(pipe))
         self.targets: dict[int, Tensor] = {}
 
@@ -49,8 +48,13 @@ class Arena:
         return torch.stack([ends[i] for i in places])
 
     def errors(self, scheduler: Any, steps: int, places: Sequence[int]) -> Tensor:
-        """(P,) root mean square of each endpoint's difference to the teacher's; infinite where there is none."""
-        ends = self.endpoints(scheduler, steps, places)
+        """(P,) root mean square of each endpoint's difference to the teacher's; infinite where there is none, and of a
+        solver whose levels are none that the network knows.
+        """
+        try:
+            ends = self.endpoints(scheduler, steps, places)
+        except InvalidSolverError:
+            return torch.full((len(places),), torch.inf)
         targets = torch.stack([self.targets[i] for i in places])
         return (ends - targets).flatten(1).square().mean(1).sqrt().nan_to_num(nan=torch.inf, posinf=torch.inf)
 

@@ -81,7 +81,7 @@ class Parts:
     """Computes many samples in parts that fit into memory: after an out-of-memory error in smaller ones.
 
     Processes that each hold the whole network may end at different sizes. Those that share a sharded one must make the
-    same number of calls, so that there no process goes on in smaller parts by itself.
+    same number of calls, so that no process continues in smaller parts by itself.
 
     Attributes:
         size: samples in a part at most; None: all. What was too many once is not tried again.

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from ..core.table import InvalidSolverError, SolverTable
+from ..core.table import SolverTable
 from ..distill.config import LearningConfig
 from ..distill.losses import make_loss
 from ..distill.student import TableStudent
@@ -108,7 +108,7 @@ class Course:
     def __init__(self, pipe: Any, config: TuneConfig, inputs: Inputs, memo: Memo, bar: Any) -> None:
         self.pipe, self.config, self.memo, self.bar = pipe, config, memo, bar
         seeds = range(SEED + config.seed, SEED + config.seed + len(inputs))
-        self.arena = Arena(pipe, inputs, seeds, config.call, memo)
+        self.arena = Arena(pipe, inputs, seeds, config.call)
         self.training = range(config.training)
         self.held_out = range(config.training, len(inputs))
         self.own = DyWeightScheduler.from_config(pipe.scheduler)
@@ -173,10 +173,7 @@ class Course:
         return typical(self._errors(n, classical.table, places))
 
     def _errors(self, n: int, table: SolverTable, places: Sequence[int]) -> Tensor:
-        try:
-            return self.arena.errors(self.own.with_tables([table]), n, places)
-        except InvalidSolverError:  # its levels are none that the network knows
-            return torch.full((len(places),), torch.inf)
+        return self.arena.errors(self.own.with_tables([table]), n, places)
 
     def _tuned(self, n: int, kept: Sequence[Classical], judging: int) -> Outcome:
         before, stages = self._evaluations(), ("teacher", f"classical solvers, {n} steps", f"learning, {n} steps")

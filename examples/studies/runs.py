@@ -43,7 +43,7 @@ def arguments(doc: str | None, name: str, steps: int) -> argparse.ArgumentParser
 
 
 def study(args: argparse.Namespace, kind: str, lines: Callable[[Subject, int], Lines]) -> list[dict[str, Any]]:
-    """Learn every line, or go on with it, or find it finished; then measure all. Re-run the command to resume.
+    """Learn every line, resume it, or find it finished; then measure all. Re-run the command to resume.
 
     Args:
         kind: "dyweight" or "spanlift", whose configuration the lines differ from.
