@@ -65,8 +65,8 @@ solvers-emoji-sd: .venv/installed-train
 		--steps 7 --lr 3e-4 --updates 600 --evaluate-every 100
 	for run in $(TIMELIFT_SD) "7 --lr 1e-3 --updates 120"; do $(DISTILL)/emoji_sd_timelift.yaml \
 		--base $(OUT)/emoji-sd-solvers --output $(OUT)/emoji-sd-timelift --steps $$run || exit; done
-	for run in $(TIMELIFT_SD) "7 --lr 1e-3"; do $(DISTILL)/emoji_sd_timelift.yaml --updates 120 \
-		--base $(OUT)/emoji-sd-spanlift --output $(OUT)/emoji-sd-spanlift-timelift --steps $$run || exit; done
+	$(DISTILL)/emoji_sd_spanlift.yaml --base $(OUT)/emoji-sd-timelift --output $(OUT)/emoji-sd-spanlift-timelift \
+		--steps 1 2 3 4 5 7 --loss rmse --lr 5e-4 --updates 120
 
 any-emoji-sd: .venv/installed-train
 	$(DISTILL)/emoji_sd_continuous.yaml
@@ -85,8 +85,8 @@ solvers-emoji-flow: .venv/installed-train
 		--steps 7 --lr 5e-4 --updates 120
 	for run in $(TIMELIFT_FLOW) "7 --lr 2e-3 --updates 120"; do $(DISTILL)/emoji_flow_timelift.yaml \
 		--base $(OUT)/emoji-flow-solvers --output $(OUT)/emoji-flow-timelift --steps $$run || exit; done
-	for run in $(TIMELIFT_FLOW) "7 --lr 2e-3"; do $(DISTILL)/emoji_flow_timelift.yaml --updates 120 \
-		--base $(OUT)/emoji-flow-spanlift --output $(OUT)/emoji-flow-spanlift-timelift --steps $$run || exit; done
+	$(DISTILL)/emoji_flow_spanlift.yaml --base $(OUT)/emoji-flow-timelift --output $(OUT)/emoji-flow-spanlift-timelift \
+		--steps 1 2 3 4 5 7 --loss rmse --lr 5e-4 --updates 120
 
 any-emoji-flow: .venv/installed-train
 	$(DISTILL)/emoji_flow_continuous.yaml

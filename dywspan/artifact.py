@@ -164,9 +164,11 @@ def provenances(scheduler: Any) -> dict[int | str, Mapping[str, Any]]:
     """Where the solver of each number of steps comes from that was learned or, for a continuous one, learned from.
 
     By number of steps, or where there are several guidance scales by "5 @ 7.5", and late starts by "3/5". Of what was
-    learned on something else that was learned, the last: a SpanLift on a table, a TimeLift on either.
+    learned on something else that was learned, the last: a SpanLift on a table, a TimeLift on either, or a SpanLift on
+    a TimeLift, which its provenance says.
     """
-    own, function = getattr(scheduler, "lifts", scheduler.tables) | scheduler.time_lifts, for_every_count(scheduler)
+    own, function = dict(getattr(scheduler, "lifts", scheduler.tables)), for_every_count(scheduler)
+    own |= {n: t for n, t in scheduler.time_lifts.items() if n not in own or not own[n].provenance.get("on_time_lift")}
     shared = function.provenance if function is not None else {}
     kinds = [kind for kind in ("held_out_error", "test_error") if kind in shared]
     made = {

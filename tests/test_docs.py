@@ -69,6 +69,9 @@ def zoo() -> str:
         if "dywspan_version" not in config:
             continue
         part = next(part for part in KINDS if config.get(part))
+        kind = KINDS[part]
+        if config.get("lifts") and part == "time_lifts":
+            part, kind = "lifts", "SpanLift on TimeLift"
         own = config[part] if part in ("time_lifts", "lifts", "tables") else {"": config[part]}
         learned = [numbers["provenance"] for numbers in own.values()]
         errors = {n: p["held_out_error"] for n, p in zip(own, learned)}
@@ -77,7 +80,7 @@ def zoo() -> str:
         row = {
             "solver": f"[{folder.relative_to('examples')}](../{folder})",
             "for": Path(learned[0]["base_model"]).name,
-            "kind": KINDS[part],
+            "kind": kind,
             "steps": "any" if "" in own else said(sorted(map(int, own))),
             "guidance": ", ".join(f"{scale:g}" for scale in dict.fromkeys(scales) if scale is not None),
             "learned by": "; ".join(

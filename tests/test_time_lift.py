@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import dywspan
 from dywspan import DyWeightScheduler, SolverTable, SpanLiftScheduler
+from dywspan.artifact import provenances
 from dywspan.core.time_lift import TimeLift
 from dywspan.distill import DistillConfig, SolverTrainer
 from dywspan.distill.time_lift import TimeStudent
@@ -549,12 +550,34 @@ def test_settings_that_do_not_fit_are_refused(
         train(emoji, tmp_path, **changes)
 
 
-def test_a_base_with_a_time_lift_is_no_base_of_spanlift(emoji: Any, tmp_path: Path) -> None:
-    base = dywspan.load(EMOJI.parent / "emoji-sd-solvers")
+@pytest.mark.slow
+def test_spanlift_on_a_time_lift_keeps_it(emoji: Any, tmp_path: Path) -> None:
+    base, name = dywspan.load(EMOJI.parent / "emoji-sd-timelift"), str(EMOJI.parent / "emoji-sd-timelift")
+    options: dict[str, Any] = {"solver": "spanlift", "steps": [2], "loss": "rmse", "lr": 1e-3, "updates": 6}
+    learned = train(emoji, tmp_path / "out", base=name, **options)
+    assert isinstance(learned, SpanLiftScheduler) and learned.lifts.keys() == learned.time_lifts.keys() == {2}
+    for key, offset in base.time_lifts[2].offsets.items():
+        assert torch.equal(learned.time_lifts[2].offsets[key], offset), "the network is told what it was"
+    error = learned.lifts[2].provenance["held_out_error"]
+    told = train(emoji, tmp_path / "told", base=name, loss="rmse", updates=1).time_lifts[2].provenance
+    assert error["before"] == pytest.approx(told["held_out_error"]["before"], rel=1e-3), (
+        "it starts where TimeLift ended"
+    )
+    assert provenances(learned)[2] == learned.lifts[2].provenance, "which was learned last"
+    again = train(emoji, tmp_path / "more", base=str(tmp_path / "out"), **options)
+    assert again.lifts.keys() == again.time_lifts.keys() == {2}
+    end = again.lifts[2].provenance["held_out_error"]["before"]
+    assert end == pytest.approx(error["after"], rel=1e-3), "and goes on from both"
+    with dywspan.apply(emoji, tmp_path / "out"):
+        assert len(emoji("a cat", num_inference_steps=2, output_type="np").images) == 1
+
+
+def test_a_continuous_lift_on_a_time_lift_is_refused(emoji: Any, tmp_path: Path) -> None:
+    base = dywspan.load(EMOJI.parent / "emoji-sd-any-steps")
     offset = {"unet.mid_block.resnets.0.time_emb_proj.bias": torch.zeros(2, 64)}
     base.with_time_lifts({2: TimeLift(offset)}).save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match="learn SpanLift first, and TimeLift on it"):
-        train(emoji, tmp_path / "out", solver="spanlift", base=str(tmp_path / "base"))
+    with pytest.raises(ValueError, match=r"has a TimeLift for \[2\] steps, and a continuous lift is for every number"):
+        train(emoji, tmp_path / "out", solver="spanlift", continuous=True, base=str(tmp_path / "base"))
 
 
 def test_a_network_that_is_told_the_time_nowhere_is_refused(tmp_path: Path) -> None:

@@ -53,10 +53,10 @@ def find_base(config: DistillConfig, pipe: Any) -> Any:
                 f"learn_base: base={config.base!r} has no table for {missing} steps, only for {sorted(found.tables)}."
             )
         return found
-    if known := sorted({*config.steps} & found.time_lifts.keys()):
+    if config.continuous and found.time_lifts:
         raise ValueError(
-            f"base={config.base!r} has a TimeLift for {known} steps, which was learned without the SpanLift that is to "
-            "be learned: learn SpanLift first, and TimeLift on it."
+            f"base={config.base!r} has a TimeLift for {sorted(found.time_lifts)} steps, and a continuous lift is for "
+            "every number of them: leave out continuous, or take a base without TimeLift."
         )
     return gone_on_with(found, config.steps, config.continuous) if lifted else found
 

@@ -27,7 +27,8 @@ class LiftStudent(Student):
     """SpanLift on a frozen base: one operator shared by all ``steps``, alpha and beta of each, or of all.
 
     Args:
-        base: the base solver, tables included; learning continues from a SpanLift solver, operators included.
+        base: the base solver, tables and time lifts included; learning continues from a SpanLift solver, operators
+            included.
         steps: numbers of steps to learn for.
         sample_shape: of a latent, without the batch.
         order: K, derivatives the operator reads.
@@ -69,6 +70,7 @@ class LiftStudent(Student):
                 ones = torch.ones(len(base.timesteps) + (n in base.tables and base.tables[n].afs))
                 # beta = 1 and a zero head: the gradient reaches the head at once, and the start is the base.
                 scheduler.lifts[n] = Lift(ones, ones, name)
+            scheduler.time_lifts = {n: base.time_lifts[n] for n in steps if n in base.time_lifts}
             scheduler.initialize()
         for n, lift in scheduler.lifts.items():
             scheduler.lifts[n] = replace(lift, alpha=_leaf(lift.alpha), beta=_leaf(lift.beta))
@@ -110,7 +112,8 @@ class LiftStudent(Student):
         for network in scheduler.operators.values():
             network.requires_grad_(False)
         for n, lift in scheduler.lifts.items():
-            scheduler.lifts[n] = replace(lift.detach(), provenance=made(str(n)))
+            provenance = {**made(str(n)), **({"on_time_lift": True} if n in scheduler.time_lifts else {})}
+            scheduler.lifts[n] = replace(lift.detach(), provenance=provenance)
         if (function := scheduler.continuous_lift) is not None:
             coefficients = function.coefficients.detach()
             scheduler.continuous_lift = replace(function, coefficients=coefficients, provenance=made())
@@ -151,7 +154,7 @@ def gone_on_with(base: SpanLiftScheduler, steps: Sequence[int], continuous: bool
     scheduler.continuous_lift = scheduler.continuous_lift if continuous else None
     names = {lift.operator for lift in (scheduler.continuous_lift, *scheduler.lifts.values()) if lift is not None}
     scheduler.operators = {name: scheduler.operators[name] for name in sorted(names)}
-    scheduler.time_lifts = {}
+    scheduler.time_lifts = {n: lift for n, lift in scheduler.time_lifts.items() if n in steps}
     return scheduler
 
 
