@@ -11,7 +11,7 @@ on.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
 from typing import Any, NamedTuple
@@ -73,7 +73,7 @@ def counted(network: nn.Module, cost: dict[nn.Module, float]) -> Iterator[list[f
             hook.remove()
 
 
-def costs(pipe: Any, call: dict[str, Any], own: dict[str, Any]) -> dict[nn.Module, float]:
+def costs(pipe: Any, call: Mapping[str, Any], own: Mapping[str, Any]) -> dict[nn.Module, float]:
     """Of each block its share of an evaluation's multiply-adds."""
     network, (solver,) = pipe.transformer, find_solvers([SOLVERS[0]])
     scheduler = make_cell(pipe, solver, 1, own, call).scheduler

@@ -60,7 +60,8 @@ def study(subject: Subject, small: Sequence[int], updates: int) -> tuple[list[di
     """All rows of a pipeline, what each sample adds to them, and what else the evaluation says."""
     config = make_config({"config": ROOT / f"examples/quality/{subject.name}-timelift.yaml"}, QualityConfig)
     results = run(config)
-    rows, kept = [*results["rows"]], [*read_samples(config.output, results["rows"], config.metrics)]
+    rows: list[dict[str, Any]] = [*results["rows"]]
+    kept: list[Kept] = [*read_samples(config.output, results["rows"], config.metrics)]
     task = prepare(config, device())
     for steps in small:
         row, own = small_form(task, subject, steps, updates)
