@@ -164,7 +164,6 @@ METHODS: dict[str, Method] = {
         Peer(
             "S4S-Alt-like",
             "2502.17423",
-            squares=False,
             start=_start("weights", "levels", "times"),
             form=_weights,
             turns=ALTERNATING,
@@ -262,7 +261,7 @@ class PeerStudent(Student):
         return [*self.theta.values()]
 
     def numbers(self) -> list[tuple[Tensor, Tensor]]:
-        return [(v, torch.ones_like(v, dtype=torch.bool)) for v in self.theta.values()]
+        return [(v, torch.ones_like(v, dtype=torch.bool)) for name, v in self.theta.items() if name in self.moving]
 
     def apply(self) -> None:
         self.scheduler.tables = {self.ground.evaluations: self.table()}

@@ -23,7 +23,8 @@ import torch
 from bench import Bench, numbers
 from cases import CASES, FRESH, TEACHER_STEPS, Opened, opened
 from methods import FREE, METHODS, Lift
-from runs import Effort, Learning, Run, row
+from report import tables
+from learning import Effort, Learning, Run, row
 from torch import Tensor
 
 from dywspan.artifact import write_atomically
@@ -194,8 +195,8 @@ def main() -> None:
                 rows += compared(bench, learning, measuring, args.methods)
                 command = shlex.join(["python", "examples/peers/peers.py", *sys.argv[1:]])
                 write_results(args.output, merged(args.output, rows), command=command, effort=vars(effort))
-    columns = ("subject", "method", "nfe", "latent_rmse", "parameters", "evaluations", "seconds", "lr")
-    print(markdown([{key: r[key] for key in columns} for r in rows]))
+    for name in args.subjects:
+        print(f"{name}:\n\n{tables(rows, name)}\n")
 
 
 if __name__ == "__main__":

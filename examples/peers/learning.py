@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bench import Bench, numbers
-from methods import FREE, Lift, Method, Peer
+from methods import FREE, Lift, Method, Peer, PeerStudent
 
 from dywspan.artifact import table_to_json, write_atomically
 from dywspan.distill.checkpoints import Checkpoints
 from dywspan.distill.config import LearningConfig
+from dywspan.distill.progress import Progress
 from dywspan.distill.student import Student
+from dywspan.distill.task import Task
 from dywspan.distill.trainer import learn
 from dywspan.names import slug
 from dywspan.pipelines.hashes import digest
@@ -24,6 +26,7 @@ from dywspan.schedulers.dyweight import DyWeightScheduler
 
 SQUARES = "least squares"  # in place of a rate
 STEP = 3.0  # from an outermost rate to the next one
+ROUNDS = 2  # of turns, by least squares
 Tell = Callable[[str], None]
 
 
@@ -42,7 +45,7 @@ class Effort:
 
     pairs: int = 128
     held_out: int = 32
-    updates: int = 96
+    updates: int = 64
     squares_updates: int = 16
     checks: int = 8
     batch_size: int = 8
@@ -149,23 +152,38 @@ class Learning:
         task = self.bench.task(method, config, base)
         student = self.bench.student(method, task)
         count = parameters(method, student)
-        checkpoints = Checkpoints(folder / "state", every=max(1, config.number("updates") // 4), keep=1)
         try:
-            progress = learn(task, student, checkpoints, quiet=True)
+            course = _course(task, student, folder / "state")
         except FloatingPointError as error:  # this rate is too high
             return {"before": None, "held_out": None, "updates": None, "failed": str(error), "parameters": count}
-        result = student.result(progress.provenance)
-        result.save_pretrained(folder)
-        (before,), (after,) = progress.before.values(), (progress.after or {}).values()
+        first, last = course[0], course[-1]
+        student.result(last.provenance).save_pretrained(folder)
+        (before,), (after,) = first.before.values(), (last.after or {}).values()
         return {
             "before": before,
             "held_out": after,
-            "updates": progress.best_update,
+            "updates": sum(progress.best_update for progress in course),
             "parameters": count,
-            "pairs": len(task.terms[0].train),  # pyright: ignore[reportArgumentType]
-            "evaluations": progress.spent() + self.bench.extra_evaluations(method),
+            "pairs": len(self.bench.train) if method.pairs is None else method.pairs,
+            "evaluations": sum(progress.spent() for progress in course) + self.bench.extra_evaluations(method),
             "seconds": round(time.perf_counter() - started, 1),
         }
+
+
+def _course(task: Task, student: Student, folder: Path) -> list[Progress]:
+    """Learning, from checkpoints where there are some; by least squares numbers that take turns move in runs of their
+    own, one after the other.
+    """
+    config, runs = task.config, list[Progress]()
+    takes_turns = isinstance(student, PeerStudent) and config.optimizer == "least_squares"
+    turns = [*student.peer.turns] * ROUNDS if takes_turns else []
+    for k, names in enumerate(turns or [()]):
+        updates = max(1, config.number("updates") // max(1, len(turns)))
+        if names and isinstance(student, PeerStudent):
+            student.moving = names
+        own = replace(task, config=replace(config, updates=updates))
+        runs.append(learn(own, student, Checkpoints(folder / str(k), every=max(1, updates // 4), keep=1), quiet=True))
+    return runs
 
 
 def said(facts: Mapping[str, Any]) -> str:
