@@ -72,7 +72,7 @@ class Student(ABC):
     def apply(self) -> None:
         """Put the parameters, with their graph, into the scheduler."""
 
-    def turn(self, update: int) -> None:
+    def turn(self, update: int) -> None:  # noqa: B027 (most kinds move all at once)
         """An update by gradients begins: parameters that are not to move in it are applied without their graph."""
 
     def vector(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -175,10 +175,11 @@ def _course(task: Task, student: Student, folder: Path) -> list[Progress]:
     own, one after the other.
     """
     config, runs = task.config, list[Progress]()
-    takes_turns = isinstance(student, PeerStudent) and config.optimizer == "least_squares"
-    turns = [*student.peer.turns] * ROUNDS if takes_turns else []
+    turns: Sequence[Sequence[str]] = ()
+    if isinstance(student, PeerStudent) and config.optimizer == "least_squares":
+        turns = [*student.peer.turns] * ROUNDS
+    updates = max(1, config.number("updates") // max(1, len(turns)))
     for k, names in enumerate(turns or [()]):
-        updates = max(1, config.number("updates") // max(1, len(turns)))
         if names and isinstance(student, PeerStudent):
             student.moving = names
         own = replace(task, config=replace(config, updates=updates))

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from bench import Bench, numbers
 from cases import CASES, FRESH, TEACHER_STEPS, Opened, opened
+from learning import Effort, Learning, Run, row
 from methods import FREE, METHODS, Lift
 from report import tables
-from learning import Effort, Learning, Run, row
 from torch import Tensor
 
 from dywspan.artifact import write_atomically
