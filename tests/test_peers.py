@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -15,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from test_solver_trainer import own_pipeline
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dywspan import DyWeightScheduler
 from dywspan.core.bases import BASES
 from dywspan.core.grid import make_grid
 from dywspan.core.prediction import EDM, Epsilon, Flow, Prediction
@@ -136,7 +139,7 @@ def test_amed_is_the_midpoint_formula(evaluations: int, steps: int) -> None:
 def test_epd_is_two_looks_from_one_state_and_its_leftovers_are_shorter_steps() -> None:
     made = student("EPD-like", "edm", 3, moved=0.3)
     (t, after), theta = made.ground.levels, made.theta
-    shares, (mix,) = maps.shares_of(theta["points"]), theta["mixes"].sigmoid()
+    shares, (mix,) = maps.shares_of(theta["points"]), (maps.GAIN * theta["mixes"]).sigmoid()
     a = after + shares[0] * (t - after)
     b = after + shares[1] * (a - after)
     d = slope(X, t)
@@ -179,20 +182,27 @@ def test_levels_fall_whatever_the_numbers() -> None:
             assert bool((found.diff() < 0).all()) and torch.equal(found[[0, -1]], levels[[0, -1]])
 
 
-def test_a_best_rate_at_an_end_asks_for_more() -> None:
+@pytest.mark.parametrize(
+    ("optimum", "fails", "rates"),
+    [
+        (0.06, 1.0, [0.003, 0.01, 0.03, 0.09, 0.27]),
+        (0.01, 0.02, [0.003, 0.01, 0.03]),  # the best is none of the ends
+        (1e-9, 1.0, [0.003, 0.01, 0.03, 0.001, 0.00033]),  # five are enough
+    ],
+)
+def test_a_best_rate_at_an_end_asks_for_more(optimum: float, fails: float, rates: list[float]) -> None:
     learning = runs.Learning(None, runs.Effort(most=5), Path(), print)
-    optimum = 0.2
 
     def run(method: Any, rate: float | None, base: Any) -> Any:
-        error = 1.0 if rate is None else 1 + abs(torch.tensor(rate / optimum).log().item())
-        return runs.Run({"held_out": error + 1 if rate != 0.03 else None, "lr": rate}, Path())
+        error = 9.0 if rate is None else abs(math.log(rate / optimum))
+        return runs.Run({"held_out": None if (rate or 0) > fails else error, "lr": rate}, Path())
 
     learning.run = run
-    best, tried = learning.best(methods.METHODS["LD3-like"])
-    assert [own.facts["lr"] for own in tried] == [0.01, 0.03, 0.1, 0.3, 0.9, None] and best.facts["lr"] is None
-    optimum = 0.1
     best, tried = learning.best(replace(methods.METHODS["LD3-like"], squares=False))
-    assert [own.facts["lr"] for own in tried] == [0.01, 0.03, 0.1, 0.3] and best.facts["lr"] == 0.1
+    assert [own.facts["lr"] for own in tried] == rates
+    assert best.facts["lr"] == min(rates, key=lambda rate: abs(math.log(rate / optimum)))
+    best, tried = learning.best(methods.METHODS["LD3-like"])
+    assert tried[-1].facts["lr"] is None and (best.facts["lr"] is None) == (optimum < 1e-6)
 
 
 def test_methods_are_learned_measured_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +251,22 @@ def test_a_pipeline_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> Non
     missing = replace(cases.CASES["hsc64"], folder=tmp_path / "hsc64", module=None)
     with pytest.raises(FileNotFoundError, match=r"galaxies\.py build"), cases.opened(missing, tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("host", "n", "fits"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), 5, True),
+        (FlowMatchEulerDiscreteScheduler(), 3, False),  # none was published
+        (DDPMScheduler(), 5, True),
+        (DDPMScheduler(beta_schedule="scaled_linear"), 5, False),
+        (DDPMScheduler(trained_betas=[0.01] * 1000), 5, False),
+    ],
+)
+def test_published_tables_are_measured_where_they_fit(host: Any, n: int, fits: bool) -> None:
+    own = DyWeightScheduler.from_config(host.config)
+    found = peers.published(SimpleNamespace(opened=SimpleNamespace(own=own), prediction=own.host.prediction, n=n))
+    assert [*found] == [peers.PUBLISHED] * fits and all(n in solver.tables for solver in found.values())
 
 
 def test_the_document_names_every_method_as_it_is() -> None:

@@ -164,7 +164,7 @@ class Learning:
             "held_out": after,
             "updates": sum(progress.best_update for progress in course),
             "parameters": count,
-            "pairs": len(self.bench.train) if method.pairs is None else method.pairs,
+            "pairs": min(len(self.bench.train), method.pairs or len(self.bench.train)),
             "evaluations": sum(progress.spent() for progress in course) + self.bench.extra_evaluations(method),
             "seconds": round(time.perf_counter() - started, 1),
         }

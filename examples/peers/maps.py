@@ -20,6 +20,7 @@ from dywspan.core.prediction import Prediction
 
 Theta = Mapping[str, Tensor]  # by name, vectors of float64
 NEAR = 1e-6  # shares of a distance lie between this and 1 - this
+GAIN = 3.0  # of numbers that a sigmoid or softmax takes, so that the rates that suit weights suit them
 CONTROLS = 4  # numbers of a Bezier curve
 
 
@@ -60,12 +61,12 @@ class Ground:
 
 def logits(shares: Tensor) -> Tensor:
     """The numbers whose :func:`shares_of` these are."""
-    return torch.logit(((shares - NEAR) / (1 - 2 * NEAR)).clamp(1e-9, 1 - 1e-9))
+    return torch.logit(((shares - NEAR) / (1 - 2 * NEAR)).clamp(1e-9, 1 - 1e-9)) / GAIN
 
 
 def shares_of(numbers: Tensor) -> Tensor:
-    """q = NEAR + (1 - 2 NEAR) sigmoid(theta)."""
-    return NEAR + (1 - 2 * NEAR) * torch.sigmoid(numbers)
+    """q = NEAR + (1 - 2 NEAR) sigmoid(GAIN theta)."""
+    return NEAR + (1 - 2 * NEAR) * torch.sigmoid(GAIN * numbers)
 
 
 def start_levels(levels: Tensor) -> Tensor:
@@ -231,7 +232,7 @@ def staged(theta: Theta, ground: Ground) -> Form:
         if stages == 1:
             rows.append(unit[0])
         else:
-            share = torch.stack([torch.zeros_like(t), *mixes[: stages - 2]]).softmax(0).flip(0)  # newest first
+            share = (GAIN * torch.stack([torch.zeros_like(t), *mixes[: stages - 2]])).softmax(0).flip(0)  # newest first
             moved = scales.pop(0) * (end - t) * share
             increments = torch.cat([moved, (t - nodes[-1])[None]])  # and what the look ahead added is taken back
             rows.append(pad(increments / (end - nodes[-1]), (0, order - stages)))

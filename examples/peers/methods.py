@@ -35,7 +35,7 @@ from dywspan.distill.student import Made, Student, TableStudent
 from dywspan.distill.task import Task
 from dywspan.schedulers.dyweight import DyWeightScheduler
 
-TABLE_RATES, LEVEL_RATES = (0.003, 0.01, 0.03), (0.01, 0.03, 0.1)
+RATES = (0.003, 0.01, 0.03)  # of tables
 Start = Callable[[Ground], dict[str, Tensor]]
 
 
@@ -53,7 +53,7 @@ class Method:
 
     name: str
     paper: str
-    rates: Sequence[float] = TABLE_RATES
+    rates: Sequence[float] = RATES
     squares: bool = True
     pairs: int | None = None
 
@@ -159,7 +159,7 @@ METHODS: dict[str, Method] = {
         Table("DyWeight without shifting", "2603.11607", time_shifting=False),
         Table("DyWeight without scaling", "2603.11607", time_scaling=False),
         Table("DyWeight without both", "2603.11607", time_shifting=False, time_scaling=False),
-        Peer("LD3-like", "2405.15506", LEVEL_RATES, start=_start("levels", "times"), form=_levels),
+        Peer("LD3-like", "2405.15506", start=_start("levels", "times"), form=_levels),
         Peer("S4S-like", "2502.17423", start=_start("weights"), form=_weights),
         Peer(
             "S4S-Alt-like",
@@ -169,17 +169,16 @@ METHODS: dict[str, Method] = {
             turns=ALTERNATING,
         ),
         Peer("DLMS-like", "ICLR 2025", start=_start("weights", "levels"), form=_weights, on_paths=True),
-        Peer("AMED-like", "2312.00094", LEVEL_RATES, start=_staged("points", "scales"), form=staged, most=2),
+        Peer("AMED-like", "2312.00094", start=_staged("points", "scales"), form=staged, most=2),
         Peer(
             "EPD-like",
             "2507.14797",
-            LEVEL_RATES,
             start=_staged("points", "scales", "mixes", "times"),
             form=staged,
             most=3,
         ),
-        Peer("DC-Solver-like", "2409.03755", LEVEL_RATES, pairs=10, start=_start("ratios"), form=_compensated),
-        Peer("BezierFlow-like", "2512.13255", LEVEL_RATES, start=_start("controls"), form=_bezier),
+        Peer("DC-Solver-like", "2409.03755", pairs=10, start=_start("ratios"), form=_compensated),
+        Peer("BezierFlow-like", "2512.13255", start=_start("controls"), form=_bezier),
         Lift("SpanLift", "2606.08672", (3e-4, 1e-3, 3e-3), squares=False),
         Lift("TimeLift", "2603.22375", (1e-3, 3e-3, 1e-2), squares=False, solver="timelift"),
     )

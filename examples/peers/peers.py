@@ -43,6 +43,7 @@ FLAGS = {
     "held_out": "pairs to choose by",
     "updates": "of each run by gradients",
     "squares_updates": "of each run by least squares",
+    "checks": "held-out evaluations of each run, on the way",
     "batch_size": "pairs in an update",
     "most": "rates to try at most",
     "samples": "to measure on",
@@ -51,9 +52,9 @@ FLAGS = {
 
 def published(bench: Bench) -> dict[str, Any]:
     """NeuralSolver's tables where they are for such a network: of flow, or of linear betas."""
-    own, betas = bench.opened.own, ("linear", 0.0001, 0.02)
-    is_flow = isinstance(bench.prediction, Flow)
-    if not is_flow and tuple(own.config[k] for k in ("beta_schedule", "beta_start", "beta_end")) != betas:
+    own, linear = bench.opened.own, {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+    is_linear = own.config["trained_betas"] is None and all(own.config[k] == v for k, v in linear.items())
+    if not (is_flow := isinstance(bench.prediction, Flow)) and not is_linear:
         return {}
     tables = {t.num_inference_steps: t for t in neuralsolver_tables("flow_matching" if is_flow else "ddpm")}
     return {PUBLISHED: own.with_tables([tables[bench.n]])} if bench.n in tables else {}
