@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from test_solver_trainer import own_pipeline
 from torch import Tensor
 from torch.nn.functional import pad
@@ -247,10 +247,16 @@ def test_methods_are_learned_measured_and_found_again(tmp_path: Path, monkeypatc
         report.tables(rows, "other")
 
 
-def test_a_pipeline_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
-    missing = replace(cases.CASES["hsc64"], folder=tmp_path / "hsc64", module=None)
-    with pytest.raises(FileNotFoundError, match=r"galaxies\.py build"), cases.opened(missing, tmp_path):
+def test_a_galaxy_network_is_opened_or_how_to_make_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "TEACHER_STEPS", 4)
+    case = replace(cases.CASES["hsc64"], folder=tmp_path / "hsc64")
+    with pytest.raises(FileNotFoundError, match=r"galaxies\.py build"), cases.opened(case, tmp_path):
         pass
+    galaxies = sys.modules["score_network"]  # which opening has imported
+    network = galaxies.ScoreNetwork(sample_size=8, hidden=4, width=4, hidden_width=4, depth=1)
+    DDPMPipeline(network, galaxies.scheduler()).save_pretrained(case.folder)
+    with cases.opened(case, tmp_path / "samples") as own:
+        assert own.pairs(cases.TRAIN, 2).endpoints.shape == (2, 1, 8, 8)
 
 
 @pytest.mark.parametrize(
