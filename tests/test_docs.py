@@ -1,8 +1,8 @@
 """What the documents say is what was measured, and what they point to exists.
 
-``DYWSPAN_WRITE_DOCS=1 pytest tests/test_docs.py`` writes the tables between ``<!-- table: ... -->`` or ``<!-- zoo -->``
-and ``<!-- end -->``. A mark names a file of docs/results and a metric, and where they are said numbers of evaluations,
-one ``variant=``, some ``rows=``, and ``short`` for no intervals.
+``DYWSPAN_WRITE_DOCS=1 pytest tests/test_docs.py`` writes what stands between ``<!-- table: ... -->``, ``<!-- zoo -->``
+or ``<!-- peers: SUBJECT -->`` and ``<!-- end -->``. A table's mark names a file of docs/results and a metric, and where
+they are said numbers of evaluations, one ``variant=``, some ``rows=``, and ``short`` for no intervals.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dywspan.text import markdown
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MARKED = re.compile(r"(<!-- (table: [^>]*?|zoo) -->\n\n)(.*?)(\n?<!-- end -->)", re.S)
+MARKED = re.compile(r"(<!-- (table: [^>]*?|peers: [^>]*?|zoo) -->\n\n)(.*?)(\n?<!-- end -->)", re.S)
 
 
 def grids(results: dict[str, Any], **which: Any) -> list[str]:
@@ -50,6 +51,17 @@ def measured(said: str) -> str:
         found.append(title + "\n".join([head, line, *rows]))
     return "\n\n".join(found)
 
+
+def compared(subject: str) -> str:
+    """Learned solvers on one subject, once they are measured."""
+    file = RESULTS / "peers.json"
+    rows = read_results(file)["rows"] if file.exists() else []
+    if not any(row["subject"] == subject for row in rows):
+        return "Not measured yet."
+    return runpy.run_path(str(ROOT / "examples" / "peers" / "report.py"))["tables"](rows, subject)
+
+
+FILL = {"table": measured, "peers": compared, "zoo": lambda said: zoo()}  # by a mark's first word
 
 # What an artefact's configuration may hold, the last thing that was learned first.
 KINDS = {
@@ -104,8 +116,8 @@ def test_tables_are_the_recorded_measurements(document: Path) -> None:
     """What the text says of them is for people: `dywspan bench table NEW --against OLD` shows what to write anew."""
 
     def fill(match: re.Match[str]) -> str:
-        said = match[2]
-        return f"{match[1]}{zoo() if said == 'zoo' else measured(said.removeprefix('table: '))}\n\n<!-- end -->"
+        kind, _, said = match[2].partition(": ")
+        return f"{match[1]}{FILL[kind](said)}\n\n<!-- end -->"
 
     text = document.read_text(encoding="utf-8")
     if os.environ.get("DYWSPAN_WRITE_DOCS") == "1":

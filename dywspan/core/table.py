@@ -94,6 +94,10 @@ class SolverTable:
         ones, kind = torch.ones(n, dtype=torch.float64), prediction.convention
         return cls(weights, ones, dict(grid), afs, time_shifting=time_shifting, convention=kind)
 
+    def nominal(self, prediction: Prediction, mu: float | None = None) -> Tensor:
+        """(N+1,) the levels of its grid; a table whose levels are being learned gives them with their graph."""
+        return make_grid(self.grid, len(self.weights), prediction, mu)
+
     def check_convention(self, prediction: Prediction) -> None:
         """Learned numbers mean something to networks of one convention only.
 
@@ -110,7 +114,7 @@ class SolverTable:
             InvalidSolverError: the learned numbers lead to a level at which a network cannot be asked.
         """
         self.check_convention(prediction)
-        sigmas = make_grid(self.grid, len(self.weights), prediction, mu)
+        sigmas = self.nominal(prediction, mu)
         numbers = self.weights.double(), self.time_scale.double()
         schedule = Schedule.from_weights(sigmas, *numbers, self.afs, self.time_shifting)
         queries = schedule.queries.detach()

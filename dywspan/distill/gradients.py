@@ -69,6 +69,7 @@ class Gradients(Method):
         turn, rate = update % len(self.sources), progress.peak_rate * learning_rate(update, config.number("updates"))
         term, source = self.task.terms[turn], self.sources[turn]
         self.student.scheduler.whole = term.whole
+        self.student.turn(update)
         self.optimizer.zero_grad()
 
         def add(positions: Sequence[int]) -> Tensor:

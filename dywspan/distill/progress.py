@@ -71,7 +71,7 @@ class Progress:
     """The course of one learning run.
 
     Attributes:
-        update: how many updates are done.
+        update: how many updates are done; ``best_update``, how many were when the best solver was found.
         start: held-out loss of the untrained solver by term, in the precision of learning.
         best: the parameters that were best on the held-out pairs, by the geometric mean over terms of the loss relative
             to the start's, ``best_error``, that mean, and ``found``, their losses.
@@ -96,7 +96,7 @@ class Progress:
         size = task.config.micro_batch_size
         self.parts = Parts(size, "pairs of an update", "micro_batch_size", sharded=sharded)
         self.held_out_parts = Parts(size, "held-out pairs", "micro_batch_size", sharded=sharded)
-        self.update, self.best_error, self.stale, self.checked = 0, 1.0, 0, 0
+        self.update, self.best_update, self.best_error, self.stale, self.checked = 0, 0, 1.0, 0, 0
         self.ended = self.taken_back = False
         self.before: dict[str, float] = {}
         self.start: dict[str, float] = {}
@@ -176,6 +176,7 @@ class Progress:
         self.stale += 1
         if mean < self.best_error:
             self.best, self.best_error, self.stale, self.found = self.student.snapshot(), mean, 0, self.last
+            self.best_update = self.update
             self.curve[self.spent()] = [*self.last.values()]
             if self.show is not None:
                 self.student.scheduler.whole = None
@@ -284,6 +285,7 @@ class Progress:
 
 _KEPT = {
     "update",
+    "best_update",
     "ended",
     "best_error",
     "stale",

@@ -72,6 +72,9 @@ class Student(ABC):
     def apply(self) -> None:
         """Put the parameters, with their graph, into the scheduler."""
 
+    def turn(self, update: int) -> None:  # noqa: B027 (most kinds move all at once)
+        """An update by gradients begins: parameters that are not to move in it are applied without their graph."""
+
     def vector(self) -> Tensor:
         """(P,) float64: the values of :meth:`numbers`."""
         return torch.cat([p.detach()[mask].double().cpu() for p, mask in self.numbers()])
