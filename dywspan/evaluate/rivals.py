@@ -52,7 +52,7 @@ def judging(pipe: Any, pairs: Pairs, call: Mapping[str, Any]) -> Iterator[Arena]
     """Samples whose targets are known; within, no evaluation of the network is made twice."""
     memo = Memo(pipe)
     with memo.installed(), torch.no_grad():
-        arena = Arena(pipe, pairs.inputs, pairs.seeds, call)
+        arena = Arena(pipe, pairs.inputs, pairs.seeds, call, memo)
         arena.targets.update(enumerate(pairs.endpoints))
         yield arena
 

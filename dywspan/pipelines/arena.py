@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.table import InvalidSolverError
 from ..pipelines.memory import Parts, is_sharded
 from ..pipelines.pairs import Pairs
+from ..pipelines.replay import Memo
 from ..pipelines.rollout import Inputs, sample
 
 CHUNK = 4  # samples at a time, always the same ones together: what the network answers may depend on that
@@ -20,11 +21,12 @@ class Arena:
     """A pipeline's samples, by their places, and how far solvers end from the teacher.
 
     Attributes:
+        memo: how many evaluations of the network it took so far.
         targets: the teacher's endpoints, of the places that it was asked for.
     """
 
-    def __init__(self, pipe: Any, inputs: Inputs, seeds: Sequence[int], call: Mapping[str, Any]) -> None:
-        self.pipe, self.inputs, self.seeds, self.call = pipe, inputs, seeds, call
+    def __init__(self, pipe: Any, inputs: Inputs, seeds: Sequence[int], call: Mapping[str, Any], memo: Memo) -> None:
+        self.pipe, self.inputs, self.seeds, self.call, self.memo = pipe, inputs, seeds, call, memo
         self.parts = Parts(CHUNK, "samples", "the number of samples at a time", sharded=is_sharded(pipe))
         self.targets: dict[int, Tensor] = {}
 

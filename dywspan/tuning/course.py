@@ -108,7 +108,7 @@ class Course:
     def __init__(self, pipe: Any, config: TuneConfig, inputs: Inputs, memo: Memo, bar: Any) -> None:
         self.pipe, self.config, self.memo, self.bar = pipe, config, memo, bar
         seeds = range(SEED + config.seed, SEED + config.seed + len(inputs))
-        self.arena = Arena(pipe, inputs, seeds, config.call)
+        self.arena = Arena(pipe, inputs, seeds, config.call, memo)
         self.training = range(config.training)
         self.held_out = range(config.training, len(inputs))
         self.own = DyWeightScheduler.from_config(pipe.scheduler)
