@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import IO, Any
 
 from matplotlib import pyplot
@@ -142,18 +143,21 @@ def picture(
         rows: (label, images).
         columns: prompts, wrapped above the images.
         size: of one image, in pixels.
-        heads: headings above the columns, by the number of the first that they are of; a gap sets these apart.
+        heads: headings above the columns, by the number of the first that they are of, wrapped to these; a gap sets
+            them apart.
     """
     heads = heads or {}
     font = ImageFont.load_default(15)
     small = ImageFont.load_default(11)
     left = 16 + math.ceil(max(font.getlength(label) for label, _ in rows))
-    top = 44 + 22 * bool(heads)
     x = [left + j * (size + 2) + 12 * sum(0 < k <= j for k in heads) for j in range(len(columns))]
+    ends = {j: x[k] - 12 for j, k in pairwise(sorted(heads))}
+    told = {j: _wrapped(head, font, ends.get(j, x[-1] + size) - x[j]) for j, head in heads.items()}
+    top = 44 + max((4 + 18 * text.count("\n") + 18 for text in told.values()), default=0)
     sheet = Image.new("RGB", (x[-1] + size + 2, top + len(rows) * (size + 2)), "white")
     draw = ImageDraw.Draw(sheet)
-    for j, head in heads.items():
-        draw.text((x[j] + 2, 3), head, "black", font)
+    for j, text in told.items():
+        draw.multiline_text((x[j] + 2, 3), text, "black", font, spacing=2)
     for j, prompt in enumerate(columns):
         draw.multiline_text((x[j] + 2, top - 41), _wrapped(prompt, small, size), "black", small, spacing=1)
     y = top

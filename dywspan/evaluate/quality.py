@@ -29,7 +29,7 @@ from ..pipelines.processes import device, is_main
 from ..pipelines.rollout import Inputs, load_pipeline, sample
 from ..pipelines.teacher import Teacher
 from ..schedulers.bind import guidance_scale
-from .baselines import Cell, full_name
+from .baselines import BEST, Cell, full_name
 from .config import QualityConfig
 from .images import find_images, read_image
 from .paired import Kept, kept_of, line_of, with_pairs, write_samples
@@ -322,7 +322,7 @@ def _draw(
         if paired is not None and classical:
             sign = 1 if paired.lower_is_better else -1
             classical.sort(key=lambda one: sign * one[0][paired.name])
-            errors, name = sign * classical[0][1][paired.name], classical[0][0]["solver"]
+            errors, name = sign * classical[0][1][paired.name], classical[0][0]["solver"].removesuffix(f" ({BEST})")
             classical = classical[: config.picture_classical]
         worst, typical = places(errors, config.pictures)
         heads = {0: f"where {name} errs most", len(worst): "typical"} if worst else {}
