@@ -252,8 +252,8 @@ def test_list_finds_what_ships_and_what_lies_in_directories(
     examples = {Path(name).name: rest for name, rest in found.items() if "examples" in name}
     shipped = {p.parent.name for p in (ROOT / "examples").rglob("scheduler_config.json")}
     assert examples.keys() == shipped - {"scheduler"}, "those of pipelines are no solvers"
-    assert examples["emoji-sd-spanlift"] == ["SpanLiftScheduler", "examples/emoji-sd", "3, 4, 5, 7 steps"]
-    assert examples["emoji-flow-timelift"][2].endswith("9 steps, TimeLift for 2, 3, 4, 5, 7")
+    assert examples["emoji-sd-spanlift"] == ["SpanLiftScheduler", "examples/emoji-sd", "1, 2, 3, 4, 5, 7 steps"]
+    assert examples["emoji-flow-timelift"][2].endswith("9 steps, TimeLift for 1, 2, 3, 4, 5, 7")
     assert examples["emoji-sd-any-lift"][2] == "any number of steps"
 
 

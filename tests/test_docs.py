@@ -230,9 +230,13 @@ def test_the_example_of_an_artefact_is_the_shipped_one() -> None:
     assert shown["time_scale"] == [round(float(s), 4) for s in shipped.time_scale]
 
 
-@pytest.mark.parametrize(("model", "counts"), [("emoji-sd", [3, 4, 5, 7]), ("emoji-flow", [3, 4, 5])])
-def test_both_shipped_artefacts_share_their_tables(model: str, counts: list[int]) -> None:
+@pytest.mark.parametrize("model", ["emoji-sd", "emoji-flow"])
+def test_both_shipped_artefacts_share_their_tables(model: str) -> None:
     base = DyWeightScheduler.from_pretrained(ROOT / "examples" / f"{model}-solvers")
     lifted = SpanLiftScheduler.from_pretrained(ROOT / "examples" / f"{model}-spanlift")
-    assert [*base.tables] == [*range(2, 10)] and [*lifted.lifts] == counts and {*lifted.tables} >= {*counts}
+    assert (
+        [*base.tables] == [*range(1, 10)]
+        and [*lifted.lifts] == [1, 2, 3, 4, 5, 7]
+        and {*lifted.tables} >= {*lifted.lifts}
+    )
     assert all((lifted.tables[n].weights == base.tables[n].weights).all() for n in lifted.tables)
