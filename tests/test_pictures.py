@@ -61,7 +61,7 @@ def test_a_plot_has_the_classical_ones_as_a_band_and_names_its_best(
     (axes,) = kept[0].axes
     assert axes.get_xscale() == axes.get_yscale() == "log" and axes.get_legend() is None
     texts = [text.get_text() for text in axes.texts]
-    assert sorted(texts) == ["DyWeight", "Euler", "UniPC", "best of 2 classical,\nhere UniPC"]
+    assert sorted(texts) == ["DyWeight", "Euler", "UniPC", "best classical,\nhere UniPC"]
     edge = next(line for line in axes.lines if line.get_color() == GREY)
     assert edge.get_ydata().tolist() == [1.0, 0.4, 0.1]
     assert len(axes.collections) == 2, "the band of all classical ones, and the learned one's interval"

@@ -63,7 +63,7 @@ def _plot(results: Mapping[str, Any], metric: str, path: Path) -> Path:
         axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=GREY, alpha=0.18, lw=0)
         axes.plot(x, [row[metric] for row in edge], color=GREY, lw=2)
         last = edge[-1]["solver"].removesuffix(f" ({BEST})")
-        ends.append((x[-1], edge[-1][metric], f"best of {max(map(len, found))} classical,\nhere {last}", GREY))
+        ends.append((x[-1], edge[-1][metric], f"best classical,\nhere {last}", GREY))
     shown = _shown(rows, results.get("settings", {}).get("gap_from"))
     for i, name in enumerate(shown):
         again = sum(color(other) == color(name) for other in shown[:i])

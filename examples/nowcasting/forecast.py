@@ -116,7 +116,7 @@ class NowcastPipeline(DiffusionPipeline):
         latents = randn_tensor(shape, generator, torch.device(self._execution_device), self.denoiser.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         latents = latents * self.scheduler.init_noise_sigma
-        for t in self.progress_bar(self.scheduler.timesteps):
+        for t in cast(Any, self).progress_bar(self.scheduler.timesteps):
             v = self.denoiser(self.scheduler.scale_model_input(latents, t), t, known).sample
             latents = self.scheduler.step(v, t, latents).prev_sample
         frames = latents if output_type == "latent" else self.decode(latents).clamp(0, 1)
