@@ -121,7 +121,7 @@ def test_a_pipeline_that_takes_a_text_gets_one_of_this_package() -> None:
     ("options", "message"),
     [
         ({"solvers": ["ipndm-2"]}, "did you mean 'ipndm-2m'"),
-        ({"solvers": [f"{MODEL}-spanlift"], "steps": [6]}, r"learned for \[3, 4, 5, 7\] steps, not for 6"),
+        ({"solvers": [f"{MODEL}-spanlift"], "steps": [6]}, r"learned for \[1, 2, 3, 4, 5, 7\] steps, not for 6"),
         ({"substeps": 0}, "substeps=0 must be at least 1"),
         ({"prompts": PROMPTS, "samples": 3}, "lower --samples"),
         ({"call": {"guidance": 1}}, "cannot be called with"),
