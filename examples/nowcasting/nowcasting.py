@@ -156,11 +156,10 @@ def measure(args: argparse.Namespace) -> None:
         rows.append(row)
     command = shlex.join(["python", "examples/nowcasting/nowcasting.py", *sys.argv[1:]])
     write_results(args.output, rows, command=command, reference={"solver": DDIM, "steps": TEACHER})
-    known = sequences(args.samples, FRESH)[:, :KNOWN]
-    sheet = [("what happened", future), *forecasts.items()]
+    last = [own["context"][0, -1:] for own in pairs.inputs]
     images = [
-        (label, [_grey(frame) for i in SHOWN for frame in torch.cat([known[i, -1:], frames[i]])[:COLUMNS]])
-        for label, frames in sheet
+        (label, [_grey(frame) for i in SHOWN for frame in torch.cat([last[i], frames[i]])[:COLUMNS]])
+        for label, frames in [("what happened", future), *forecasts.items()]
     ]
     picture(images, ["now", *[f"+{k}" for k in range(1, COLUMNS)]] * len(SHOWN)).save(args.picture, optimize=True)
     shown = [{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items() if k != "paired"} for row in rows]

@@ -11,6 +11,7 @@ Source: the cascade of STEPS (Bowler, Pierce and Seed 2006), without its steps b
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,6 +24,17 @@ WIND = (0.4, 1.6)  # pixels a frame
 DRY, GAIN = (0.1, 0.9), (0.6, 1.6)  # c and g, drawn for each sequence
 
 
+@cache
+def _spectrum(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """k_y, k_x, |k| and a_k of fields of n x n pixels, whose deviation is 1."""
+    ky, kx = torch.fft.fftfreq(n, 1 / n)[:, None], torch.fft.rfftfreq(n, 1 / n)[None]
+    k = (ky.square() + kx.square()).sqrt()
+    amplitude = (1 + (k / LARGEST).square()).pow(-STEEPNESS / 2 - 0.5)
+    amplitude[0, 0] = 0
+    white = torch.fft.rfft2(torch.randn(64, n, n, generator=torch.Generator().manual_seed(0)))
+    return ky, kx, k, amplitude / torch.fft.irfft2(white * amplitude).std()
+
+
 def sequences(count: int, seed: int, frames: int = KNOWN + FUTURE) -> Tensor:
     """(count, frames, SIZE, SIZE) in [0, 1): rain, the same for the same seed; 1 stands for the radar's 255.
 
@@ -33,12 +45,7 @@ def sequences(count: int, seed: int, frames: int = KNOWN + FUTURE) -> Tensor:
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(count, 1, 1, generator=draw)
 
-    ky, kx = torch.fft.fftfreq(n, 1 / n)[:, None], torch.fft.rfftfreq(n, 1 / n)[None]
-    k = (ky.square() + kx.square()).sqrt()
-    amplitude = (1 + (k / LARGEST).square()).pow(-STEEPNESS / 2 - 0.5)
-    amplitude[0, 0] = 0
-    white = torch.fft.rfft2(torch.randn(64, n, n, generator=torch.Generator().manual_seed(0)))
-    amplitude /= torch.fft.irfft2(white * amplitude).std()
+    ky, kx, k, amplitude = _spectrum(n)
     speed, angle = uniform(*WIND), uniform(0, 2 * math.pi)
     moved = torch.exp(-2j * math.pi / n * speed * (ky * angle.sin() + kx * angle.cos()))
     kept = torch.exp(-k.clamp(min=1) / LIFE)

@@ -1,7 +1,8 @@
 """Table, SpanLift, TimeLift and all three together on both embedded pipelines, beside TimeLift's small form.
 
-``dywspan eval --config examples/quality/NAME-timelift.yaml`` for each pipeline, then the small form, learned here on
-the table. Re-run the command to resume.
+``dywspan eval --config examples/quality/NAME-timelift.yaml`` for each pipeline, with SpanLift on TimeLift, which
+``make solvers`` learns and which does not ship; then the small form, learned here on the table. Re-run the command to
+resume.
 
     python examples/studies/three_levers.py --output docs/results/timelift.json
 """
@@ -12,6 +13,8 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,11 +60,20 @@ def small_form(task: Task, subject: Subject, steps: int, updates: int) -> tuple[
 
 
 def study(subject: Subject, small: Sequence[int], updates: int) -> tuple[list[dict[str, Any]], list[Kept], Any]:
-    """All rows of a pipeline, what each sample adds to them, and what else the evaluation says."""
+    """All rows of a pipeline, what each sample adds to them, and what else the evaluation says.
+
+    Raises:
+        FileNotFoundError: SpanLift on TimeLift was not learned.
+    """
     config = make_config({"config": ROOT / f"examples/quality/{subject.name}-timelift.yaml"}, QualityConfig)
+    if not (together := Path("build") / f"{subject.name}-spanlift-timelift").exists():
+        raise FileNotFoundError(f"{together} is missing: learn it with `make solvers-{subject.name}`.")
+    config = replace(config, solvers=[*config.solvers, str(together)])
     results = run(config)
     rows: list[dict[str, Any]] = [*results["rows"]]
     kept: list[Kept] = [*read_samples(config.output, results["rows"], config.metrics)]
+    if not small:
+        return [{"pipeline": subject.name, **row} for row in rows], kept, results
     task = prepare(config, device())
     for steps in small:
         row, own = small_form(task, subject, steps, updates)
